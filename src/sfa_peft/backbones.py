@@ -1,0 +1,120 @@
+"""What is known of the architectures: which modules are blocks, where their places are, what a ticket may change.
+
+The table is keyed by the class name of a module in transformers, and found by walking the model: a backbone nested in
+a dense model is found as well as one alone, and decoder layers, whose leaves have the same names, are not.
+
+A place is a leaf, on whose output the external adapter acts. Where the architecture scales (LayerScale in DINOv2 and
+DINOv3) or normalises (Swinv2) a sub-layer's output before the residual sum, the place is behind that: in front of it
+the adapter would be damped or renormalised. Behind it, the adapter adds to the residual stream itself everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Known:
+    """Names of leaves, relative to the module of the class that this describes.
+
+    Attributes:
+        targets: What the ticket may choose from. Leaves that a variant lacks are passed over.
+        places: For each place, the leaf whose output the external adapter acts on.
+        mlp_input: The module whose input is the MLP's input, for the parallel place.
+    """
+
+    targets: tuple[str, ...]
+    places: dict[str, str] = field(default_factory=dict)
+    mlp_input: str | None = None
+
+
+_QKVO = tuple(f"attention.{name}_proj" for name in "qkvo")
+_LAYER_SCALE_BLOCK = Known(
+    targets=(
+        "norm1",
+        *_QKVO,
+        "norm2",
+        *(f"mlp.{name}" for name in ("fc1", "fc2", "gate_proj", "up_proj", "down_proj")),
+    ),
+    places={"attention": "layer_scale1", "mlp": "layer_scale2", "mlp_parallel": "layer_scale2"},
+    mlp_input="mlp",
+)
+_PRE_NORM_BLOCK = Known(
+    targets=("layernorm_before", *_QKVO, "layernorm_after", "mlp.fc1", "mlp.fc2"),
+    places={"attention": "attention.o_proj", "mlp": "mlp.fc2", "mlp_parallel": "mlp.fc2"},
+    mlp_input="mlp",
+)
+
+KNOWN: dict[str, Known] = {
+    "SwinLayer": _PRE_NORM_BLOCK,
+    "ViTLayer": _PRE_NORM_BLOCK,
+    "Dinov2Layer": _LAYER_SCALE_BLOCK,
+    "Dinov2WithRegistersLayer": _LAYER_SCALE_BLOCK,
+    "RfDetrDinov2Layer": _LAYER_SCALE_BLOCK,
+    "DINOv3ViTLayer": _LAYER_SCALE_BLOCK,
+    "Swinv2Layer": Known(
+        targets=(
+            *(f"attention.self.{name}" for name in ("query", "key", "value")),
+            "attention.output.dense",
+            "layernorm_before",
+            "intermediate.dense",
+            "output.dense",
+            "layernorm_after",
+        ),
+        places={"attention": "layernorm_before", "mlp": "layernorm_after", "mlp_parallel": "layernorm_after"},
+        mlp_input="intermediate",
+    ),
+    "SwinPatchMerging": Known(targets=("norm", "reduction")),
+    "Swinv2PatchMerging": Known(targets=("reduction", "norm")),
+}
+
+
+class Place(NamedTuple):
+    """A place for an external adapter, by full module names."""
+
+    place: str
+    module: str
+    mlp_input: str | None
+
+
+def _known_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Known]]:
+    for name, module in model.named_modules():
+        for cls in type(module).__mro__:
+            if cls.__name__ in KNOWN:
+                yield (f"{name}." if name else ""), module, KNOWN[cls.__name__]
+                break
+
+
+def has_known_blocks(model: nn.Module) -> bool:
+    return any(known.places for _, _, known in _known_modules(model))
+
+
+def known_targets(model: nn.Module) -> list[str]:
+    """Full names of the leaves that a ticket may choose from by default, in model order."""
+    return [
+        prefix + name
+        for prefix, module, known in _known_modules(model)
+        for name in known.targets
+        if _has_module(module, name)
+    ]
+
+
+def known_places(model: nn.Module) -> list[Place]:
+    """Every place of every known block, in model order."""
+    return [
+        Place(place, prefix + name, prefix + known.mlp_input if place == "mlp_parallel" and known.mlp_input else None)
+        for prefix, _, known in _known_modules(model)
+        for place, name in known.places.items()
+    ]
+
+
+def _has_module(module: nn.Module, name: str) -> bool:
+    try:
+        module.get_submodule(name)
+    except AttributeError:
+        return False
+    return True

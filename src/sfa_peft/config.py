@@ -1,0 +1,257 @@
+"""SFAConfig: the fields of the method, their defaults, and what makes them invalid."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft.config import PeftConfig
+from peft.utils import PeftType
+
+from .external import ACTIVATIONS
+from .internal import GRANULARITIES
+from .ticket.criteria import DATA_FREE_CRITERIA
+
+FORMAT_VERSION = 1
+PLACES = ("attention", "mlp", "mlp_parallel")
+DEFAULT_BUDGET = 0.02
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+@dataclass
+class SFAConfig(PeftConfig):
+    """Configuration of Selective Feature Adapters (Deng et al., arXiv 2310.01843).
+
+    Either a `budget` is given, and widths and ticket size follow from it, or `external_width` and `internal_density`
+    are given and the parameters follow from them. With none of the three, `budget` is 0.02.
+
+    Args:
+        budget (`int` or `float`, *optional*):
+            Adapter parameters that may be trained: a number, or a fraction in (0, 1) of the backbone (the base model
+            without `modules_to_save`). With `element` granularity it is met exactly.
+        external_share (`float`, defaults to 0.5):
+            The part of the budget, in [0, 1], that external adapters may take; the ticket gets the exact rest. 1 is
+            external adapters only, 0 internal only. Where one kind is switched off (`external_places=()` or
+            `external_modules=[]`, `target_modules=[]`), the other may take everything.
+        external_places (`tuple[str]`, defaults to `("attention", "mlp")`):
+            Where external adapters sit in architectures that are known: `attention` (on the attention output), `mlp`
+            (on the MLP output), `mlp_parallel` (from the MLP input, added to its output).
+        external_modules (`list[str]` or `str`, *optional*):
+            Modules whose output gets an external adapter, instead of the architecture's places: a list of name
+            endings or a regular expression, as in `target_modules`. `[]` for none. They must be leaves.
+        external_width (`int`, `float` or `dict`, *optional*):
+            The bottleneck's hidden size where no budget is given: a number, a fraction of the place's channel width,
+            or a dict from a pattern on module names (as in `rank_pattern`) to either. 0 for none.
+        external_activation (`str`, defaults to `"gelu"`): `gelu`, `relu`, `silu`, `tanh` or `identity`.
+        external_dropout (`float`, defaults to 0.0): Dropout on the hidden units, in [0, 1).
+        external_scale (`float`, defaults to 1.0): Constant factor on what an external adapter adds.
+        target_modules (`list[str]` or `str`, *optional*):
+            The modules whose weights and biases the ticket may choose from (`nn.Linear`, `nn.Conv2d`,
+            `nn.LayerNorm`). None takes them from the backbone's architecture. `[]` for none.
+        exclude_modules (`list[str]` or `str`, *optional*): Modules that get neither kind of adapter.
+        modules_to_save (`list[str]`, *optional*): The heads: trained whole, saved along, outside the budget.
+        layers_to_transform (`int` or `list[int]`, *optional*): Indices of the layers that get adapters.
+        layers_pattern (`str` or `list[str]`, *optional*): The name before the index, if it is not a common one.
+        internal_density (`float`, *optional*):
+            Ticket density over the targets where no budget is given, in [0, 1]. 0 for none.
+        internal_granularity (`str`, defaults to `"element"`):
+            The unit of selection: `element`, or `row` (one output neuron's weights, or one bias).
+        initial_ticket (`str`, defaults to `"magnitude"`):
+            The data-free ticket that `get_peft_model` installs: `magnitude` or `random`.
+        ticket_seed (`int`, defaults to 0): Seed of a random initial ticket.
+        init_weights (`bool`, defaults to `True`):
+            Start as the identity. With False the adapters start random (for tests).
+        external_widths (`dict`, *optional*):
+            Filled in at injection: for each place, the width for each module. Sizes a checkpoint before it is read.
+        ticket_sizes (`dict`, *optional*):
+            Filled in at injection and by the search: for each parameter, the number of its units in the ticket.
+        format_version (`int`): Version of the checkpoint format.
+    """
+
+    budget: int | float | None = field(
+        default=None, metadata={"help": "Trainable adapter parameters: a number or a fraction of the backbone."}
+    )
+    external_share: float = field(
+        default=0.5, metadata={"help": "Part of the budget that external adapters may take, in [0, 1]."}
+    )
+    external_places: tuple[str, ...] | list[str] = field(
+        default=("attention", "mlp"), metadata={"help": f"Places of external adapters, of {PLACES}."}
+    )
+    external_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Leaves whose output gets an external adapter, instead of the known places."}
+    )
+    external_width: int | float | dict[str, int | float] | None = field(
+        default=None, metadata={"help": "Hidden size where no budget is given: a number, a fraction, or a dict."}
+    )
+    external_activation: str = field(
+        default="gelu", metadata={"help": f"Activation of external adapters, of {sorted(ACTIVATIONS)}."}
+    )
+    external_dropout: float = field(default=0.0, metadata={"help": "Dropout on hidden units, in [0, 1)."})
+    external_scale: float = field(default=1.0, metadata={"help": "Factor on what an external adapter adds."})
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Modules whose parameters the ticket may choose from; None: the architecture's."},
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Modules that get neither kind of adapter: name endings or a regex."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Heads: trained whole and saved along, outside the budget."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers that get adapters; None: all."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name before the layer index, if `layers_to_transform` is given."}
+    )
+    internal_density: float | None = field(
+        default=None, metadata={"help": "Ticket density over the targets where no budget is given, in [0, 1]."}
+    )
+    internal_granularity: str = field(default="element", metadata={"help": f"Unit of selection, of {GRANULARITIES}."})
+    initial_ticket: str = field(
+        default="magnitude",
+        metadata={"help": f"The data-free ticket installed at first, of {sorted(DATA_FREE_CRITERIA)}."},
+    )
+    ticket_seed: int = field(default=0, metadata={"help": "Seed of a random initial ticket."})
+    init_weights: bool = field(default=True, metadata={"help": "Start as the identity."})
+    external_widths: dict[str, dict[str, int]] | None = field(
+        default=None, metadata={"help": "Filled in at injection: place -> module -> width."}
+    )
+    ticket_sizes: dict[str, int] | None = field(
+        default=None, metadata={"help": "Filled in at injection and by the search: parameter -> units in the ticket."}
+    )
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the checkpoint format."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.SFA  # type: ignore[attr-defined]
+        if isinstance(self.external_places, list):
+            self.external_places = tuple(self.external_places)
+        for name in ("target_modules", "exclude_modules", "external_modules"):
+            value = getattr(self, name)
+            if isinstance(value, list | tuple):
+                setattr(self, name, set(value))
+        self._validate()
+        if self.budget is None and self.external_width is None and self.internal_density is None:
+            self.budget = DEFAULT_BUDGET
+
+    @property
+    def uses_budget(self) -> bool:
+        return self.budget is not None
+
+    def _fail(self, name: str, allowed: str) -> None:
+        raise ValueError(f"SFAConfig.{name}={getattr(self, name)!r} is not valid; {allowed}.")
+
+    def _check(self, name: str, is_valid: bool, allowed: str) -> None:
+        if not is_valid:
+            self._fail(name, allowed)
+
+    def _validate(self) -> None:
+        if self.budget is not None:
+            given = [n for n in ("external_width", "internal_density") if getattr(self, n) is not None]
+            if given:
+                raise ValueError(
+                    f"SFAConfig.budget={self.budget!r} and {given[0]}={getattr(self, given[0])!r} are both given; "
+                    f"the budget decides widths and density itself. Leave out one of them."
+                )
+            in_range = self.budget >= 1 if _is_int(self.budget) else _is_number(self.budget) and 0 < self.budget < 1
+            self._check("budget", in_range, "use an int of at least 1, or a float in (0, 1)")
+
+        self._check_width()
+        self._check_places()
+        share = self.external_share
+        self._check("external_share", _is_number(share) and 0 <= share <= 1, "use a float in [0, 1]")
+        density = self.internal_density
+        self._check(
+            "internal_density", density is None or (_is_number(density) and 0 <= density <= 1), "use a float in [0, 1]"
+        )
+        dropout = self.external_dropout
+        self._check("external_dropout", _is_number(dropout) and 0 <= dropout < 1, "use a float in [0, 1)")
+        scale = self.external_scale
+        self._check("external_scale", _is_number(scale) and scale != 0, "use a finite number other than 0")
+        self._check("ticket_seed", _is_int(self.ticket_seed), "use an int")
+        self._check("init_weights", isinstance(self.init_weights, bool), "use True or False")
+        for name, choices in (
+            ("external_activation", ACTIVATIONS),
+            ("internal_granularity", GRANULARITIES),
+            ("initial_ticket", DATA_FREE_CRITERIA),
+        ):
+            value = getattr(self, name)
+            self._check(name, isinstance(value, str) and value in choices, f"choose one of {sorted(choices)}")
+        for name in ("target_modules", "exclude_modules", "external_modules"):
+            self._check_names(name)
+        if self.layers_pattern and self.layers_to_transform is None:
+            self._fail("layers_pattern", "it needs `layers_to_transform`")
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            self._fail("layers_to_transform", "it does not go with `target_modules` as a regular expression")
+        self._check_sizes()
+
+    def _check_width(self) -> None:
+        allowed = "use an int >= 0, a float in (0, 1], or a dict from name patterns to these"
+
+        def is_width(width: Any) -> bool:
+            return width >= 0 if _is_int(width) else (_is_number(width) and 0 <= width <= 1)
+
+        width = self.external_width
+        if isinstance(width, dict):
+            for pattern, value in width.items():
+                try:
+                    re.compile(pattern)
+                except (re.error, TypeError):
+                    self._fail("external_width", f"{pattern!r} is not a regular expression")
+                self._check("external_width", is_width(value), allowed)
+        elif width is not None:
+            self._check("external_width", is_width(width), allowed)
+
+    def _check_places(self) -> None:
+        places = self.external_places
+        is_valid = isinstance(places, tuple) and all(place in PLACES for place in places)
+        self._check(
+            "external_places", is_valid and len(set(places)) == len(places), f"choose from {PLACES}, each once"
+        )
+
+    def _check_names(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                self._fail(name, f"it is not a regular expression ({error})")
+        elif value is not None:
+            is_valid = isinstance(value, set) and all(isinstance(item, str) and item for item in value)
+            self._check(name, is_valid, "use a list of module names or a regular expression")
+
+    def _check_sizes(self) -> None:
+        if self.format_version != FORMAT_VERSION:
+            self._fail(
+                "format_version", f"this version of sfa_peft reads {FORMAT_VERSION}; install the one that wrote it"
+            )
+        sizes = self.ticket_sizes
+        if sizes is not None:
+            is_valid = isinstance(sizes, dict) and all(
+                isinstance(name, str) and _is_int(size) and size >= 0 for name, size in sizes.items()
+            )
+            self._check("ticket_sizes", is_valid, "it maps parameter names to ints >= 0; injection fills it in")
+        widths = self.external_widths
+        if widths is not None:
+            is_valid = isinstance(widths, dict) and all(
+                place in (*PLACES, "module")
+                and isinstance(modules, dict)
+                and all(isinstance(name, str) and _is_int(width) and width >= 1 for name, width in modules.items())
+                for place, modules in widths.items()
+            )
+            self._check("external_widths", is_valid, "it maps places to {module: width}; injection fills it in")
+        if (sizes is None) != (widths is None):
+            raise ValueError(
+                "SFAConfig.ticket_sizes and SFAConfig.external_widths go together: injection fills in both. "
+                "Leave out both, or load the whole adapter_config.json."
+            )

@@ -1,0 +1,137 @@
+"""The external adapter: an added bottleneck MLP, ``scale * up(act(down(x)))``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Activation(NamedTuple):
+    """An elementwise function and its gradient ``(grad_output, input) -> grad_input``."""
+
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu": Activation(F.gelu, torch.ops.aten.gelu_backward),
+    "identity": Activation(lambda h: h, lambda g, h: g),
+    "relu": Activation(F.relu, lambda g, h: torch.ops.aten.threshold_backward(g, h, 0)),
+    "silu": Activation(F.silu, torch.ops.aten.silu_backward),
+    "tanh": Activation(torch.tanh, lambda g, h: torch.ops.aten.tanh_backward(g, torch.tanh(h))),
+}
+
+
+def compute_dtype(x: Tensor, otherwise: torch.dtype) -> torch.dtype:
+    """The dtype that matrix products run in: autocast's where it is on for the device of `x`, else `otherwise`."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return otherwise
+
+
+class BottleneckFunction(torch.autograd.Function):
+    """``scale * up(act(down(x)))``, saving `x` alone: the narrow hidden states are computed again in backward."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        down: Tensor,
+        bias: Tensor,
+        up: Tensor,
+        activation: str,
+        scale: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.save_for_backward(x, down, bias, up)
+        ctx.activation, ctx.scale, ctx.dtype = activation, scale, dtype
+        hidden = F.linear(x.to(dtype), down.to(dtype), bias.to(dtype))
+        return F.linear(ACTIVATIONS[activation].forward(hidden) * scale, up.to(dtype)).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, down, bias, up = ctx.saved_tensors
+        activation, dtype = ACTIVATIONS[ctx.activation], ctx.dtype
+        flat_x = x.reshape(-1, x.shape[-1]).to(dtype)
+        flat_grad = grad.reshape(-1, grad.shape[-1]).to(dtype)
+
+        hidden = F.linear(flat_x, down.to(dtype), bias.to(dtype))
+        grad_hidden = activation.backward((flat_grad @ up.to(dtype)) * ctx.scale, hidden)
+
+        grad_x = grad_down = grad_bias = grad_up = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_hidden @ down.to(dtype)).to(x.dtype).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            grad_down = (grad_hidden.t() @ flat_x).to(down.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad_hidden.sum(0).to(bias.dtype)
+        if ctx.needs_input_grad[3]:
+            grad_up = (flat_grad.t() @ (activation.forward(hidden) * ctx.scale)).to(up.dtype)
+        return grad_x, grad_down, grad_bias, grad_up, None, None, None
+
+
+class ExternalAdapter(nn.Module):
+    """A bottleneck MLP that is added to a place's output.
+
+    ``delta(x) = scale * up(dropout(act(down(x))))`` with ``down: channels -> width`` (with bias) and
+    ``up: width -> channels`` (without: a constant shift is cheaper as an internal change of the place's own bias).
+    Houlsby et al., "Parameter-Efficient Transfer Learning for NLP" (2019), and AdaptFormer (Chen et al., 2022), which
+    puts it in parallel with the MLP. `up` starts at zero, so that `delta` starts at exactly zero.
+
+    Args:
+        channels: The channel width of the place.
+        width: The bottleneck's hidden size, at least 1.
+        activation: A key of `ACTIVATIONS`.
+        dropout: Probability of dropping a hidden unit while training.
+        scale: Constant factor on the output.
+        channel_dim: Where the channels are: -1 for ``(..., channels)``, 1 for ``(batch, channels, ...)``.
+        init_weights: With False, `up` is random too, and `delta` is not zero at the start (for tests).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        activation: str = "gelu",
+        dropout: float = 0.0,
+        scale: float = 1.0,
+        channel_dim: int = -1,
+        init_weights: bool = True,
+    ) -> None:
+        super().__init__()
+        self.down = nn.Linear(channels, width)
+        self.up = nn.Linear(width, channels, bias=False)
+        nn.init.zeros_(self.down.bias)
+        if init_weights:
+            nn.init.zeros_(self.up.weight)
+        self.activation = activation
+        self.dropout = dropout
+        self.scale = scale
+        self.channel_dim = channel_dim
+
+    @property
+    def width(self) -> int:
+        return self.down.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `x` of shape ``(..., channels)``, or ``(batch, channels, ...)``, to what is to be added, alike."""
+        if self.channel_dim != -1:
+            x = x.movedim(self.channel_dim, -1)
+        dtype = compute_dtype(x, self.down.weight.dtype)
+        if self.dropout and self.training:
+            # Autograd keeps the dropped hidden states here; only `width` of them per token.
+            hidden = ACTIVATIONS[self.activation].forward(self.down(x.to(dtype)))
+            delta = self.up(F.dropout(hidden, self.dropout) * self.scale).to(x.dtype)
+        else:
+            delta = BottleneckFunction.apply(
+                x, self.down.weight, self.down.bias, self.up.weight, self.activation, self.scale, dtype
+            )
+        return delta if self.channel_dim == -1 else delta.movedim(-1, self.channel_dim)
+
+    def extra_repr(self) -> str:
+        return f"width={self.width}, activation={self.activation}, scale={self.scale}, dropout={self.dropout}"

@@ -1,0 +1,291 @@
+"""The internal adapter: trained values at a few positions of frozen parameters, and its autograd op.
+
+The changed weight ``W + delta`` is made on the fly, used, and dropped. Backward makes it again from `W` and the
+values, and takes from the weight's gradient only the chosen positions (or computes only the chosen rows), so that no
+tensor of the weight's size is kept between forward and backward, none reaches the optimizer, and `W` gets no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .external import compute_dtype
+
+GRANULARITIES = ("element", "row")
+PARAMETERS = ("weight", "bias")
+
+
+def as_units(parameter: Tensor, granularity: str) -> Tensor:
+    """View a contiguous parameter as its units of selection: ``(numel,)`` elements, or ``(rows, row_size)``."""
+    return parameter.view(-1) if granularity == "element" else parameter.view(parameter.shape[0], -1)
+
+
+def position_dtype(units: int) -> torch.dtype:
+    return torch.int32 if units <= torch.iinfo(torch.int32).max else torch.int64
+
+
+class SparseDelta(nn.Module):
+    """One adapter's internal change of one module.
+
+    For each changed parameter `p` (``weight``, ``bias``) it holds the trained values as parameter `p` and the sorted
+    positions as buffer ``p_positions``. With `element` granularity a position is a flat index and the values have
+    shape ``(k,)``; with `row` a position is an index into the first dimension and the values have shape
+    ``(k, row_size)``.
+
+    Args:
+        module: The module whose parameters are to be changed; read for shapes only.
+        positions: For each changed parameter, the sorted positions, a 1-D integer tensor.
+        granularity: ``element`` or ``row``.
+        init_weights: With False the values start as small noise instead of zeros (for tests).
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        positions: Mapping[str, Tensor],
+        granularity: str = "element",
+        init_weights: bool = True,
+    ) -> None:
+        super().__init__()
+        self.granularity = granularity
+        self.changed = tuple(name for name in PARAMETERS if name in positions)
+        for name in self.changed:
+            parameter = getattr(module, name)
+            units = parameter.numel() if granularity == "element" else parameter.shape[0]
+            k = len(positions[name])
+            shape = (k,) if granularity == "element" else (k, parameter[0].numel())
+            values = torch.zeros(shape) if init_weights else torch.randn(shape) * 0.02
+            self.register_parameter(name, nn.Parameter(values.to(dtype=parameter.dtype, device=parameter.device)))
+            self.register_buffer(
+                f"{name}_positions", positions[name].to(dtype=position_dtype(units), device=parameter.device)
+            )
+
+    def positions(self, name: str) -> Tensor:
+        return getattr(self, f"{name}_positions")
+
+    @property
+    def num_values(self) -> int:
+        return sum(getattr(self, name).numel() for name in self.changed)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_values} values, granularity={self.granularity}"
+
+
+class Change(NamedTuple):
+    """Values to add at positions of one parameter."""
+
+    name: str
+    granularity: str
+    positions: Tensor
+    values: Tensor
+
+
+def changes_of(deltas: Sequence[SparseDelta]) -> list[Change]:
+    return [Change(p, d.granularity, d.positions(p), getattr(d, p)) for d in deltas for p in d.changed]
+
+
+def changed_parameter(parameter: Tensor, changes: Sequence[Change], dtype: torch.dtype) -> Tensor:
+    """A new tensor ``parameter + changes`` in `dtype`; the sum itself is taken in the wider dtype of the two."""
+    result = parameter.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+    source = parameter.detach().contiguous()
+    for change in changes:
+        positions = change.positions.long()
+        old = as_units(source, change.granularity).index_select(0, positions)
+        as_units(result, change.granularity).index_copy_(0, positions, (old + change.values.detach()).to(dtype))
+        source = result
+    return result
+
+
+class Op(Protocol):
+    """What a kind of module computes, and its gradients, given its (changed) weight and bias."""
+
+    def compute_dtype(self, x: Tensor, weight: Tensor) -> torch.dtype: ...
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]: ...
+
+    def grad_input(
+        self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, saved: tuple[Tensor, ...]
+    ) -> Tensor: ...
+
+    def grad_weight(
+        self, grad: Tensor, x: Tensor, weight: Tensor, saved: tuple[Tensor, ...], rows: Tensor | None
+    ) -> Tensor: ...
+
+    def grad_bias(self, grad: Tensor) -> Tensor: ...
+
+
+class LinearOp:
+    """``x @ weight.T + bias`` on ``(..., in_features)``."""
+
+    def compute_dtype(self, x: Tensor, weight: Tensor) -> torch.dtype:
+        return compute_dtype(x, weight.dtype)
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return F.linear(x, weight, bias), ()
+
+    def grad_input(
+        self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, saved: tuple[Tensor, ...]
+    ) -> Tensor:
+        return grad @ weight
+
+    def grad_weight(
+        self, grad: Tensor, x: Tensor, weight: Tensor, saved: tuple[Tensor, ...], rows: Tensor | None
+    ) -> Tensor:
+        grad = grad.reshape(-1, grad.shape[-1])
+        if rows is not None:
+            grad = grad.index_select(1, rows)
+        return grad.t() @ x.reshape(-1, x.shape[-1])
+
+    def grad_bias(self, grad: Tensor) -> Tensor:
+        return grad.reshape(-1, grad.shape[-1]).sum(0)
+
+
+class Conv2dOp:
+    """A 2-D convolution of ``(batch, in_channels, height, width)``, already padded where padding is not zeros."""
+
+    def __init__(self, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> None:
+        self.stride, self.padding, self.dilation, self.groups = list(stride), list(padding), list(dilation), groups
+
+    def compute_dtype(self, x: Tensor, weight: Tensor) -> torch.dtype:
+        return compute_dtype(x, weight.dtype)
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups), ()
+
+    def _backward(self, grad: Tensor, x: Tensor, weight: Tensor, groups: int, mask: list[bool]) -> list[Tensor]:
+        return torch.ops.aten.convolution_backward(
+            grad, x, weight, None, self.stride, self.padding, self.dilation, False, [0, 0], groups, mask
+        )
+
+    def grad_input(
+        self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, saved: tuple[Tensor, ...]
+    ) -> Tensor:
+        return self._backward(grad, x, weight, self.groups, [True, False, False])[0]
+
+    def grad_weight(
+        self, grad: Tensor, x: Tensor, weight: Tensor, saved: tuple[Tensor, ...], rows: Tensor | None
+    ) -> Tensor:
+        if rows is None or self.groups != 1:
+            # The output channels of a grouped convolution see different inputs: all rows at once, then choose.
+            full = self._backward(grad, x, weight, self.groups, [False, True, False])[1]
+            return full if rows is None else full.index_select(0, rows)
+        grad, weight = grad.index_select(1, rows), weight.index_select(0, rows)
+        return self._backward(grad, x, weight, 1, [False, True, False])[1]
+
+    def grad_bias(self, grad: Tensor) -> Tensor:
+        return grad.sum(dim=tuple(d for d in range(grad.dim()) if d != grad.dim() - 3))
+
+
+class LayerNormOp:
+    """Layer normalisation over the last ``len(shape)`` dimensions."""
+
+    def __init__(self, shape: Sequence[int], eps: float) -> None:
+        self.shape, self.eps = list(shape), eps
+
+    def compute_dtype(self, x: Tensor, weight: Tensor) -> torch.dtype:
+        # Autocast keeps layer_norm in float32.
+        return torch.float32 if torch.is_autocast_enabled(x.device.type) else weight.dtype
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        y, mean, rstd = torch.native_layer_norm(x, self.shape, weight, bias, self.eps)
+        return y, (mean, rstd)
+
+    def _backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, saved: tuple[Tensor, ...], mask: list[bool]
+    ) -> list[Tensor]:
+        return torch.ops.aten.native_layer_norm_backward(grad, x, self.shape, *saved, weight, bias, mask)
+
+    def grad_input(
+        self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, saved: tuple[Tensor, ...]
+    ) -> Tensor:
+        return self._backward(grad, x, weight, bias, saved, [True, False, False])[0]
+
+    def grad_weight(
+        self, grad: Tensor, x: Tensor, weight: Tensor, saved: tuple[Tensor, ...], rows: Tensor | None
+    ) -> Tensor:
+        full = self._backward(grad, x, weight, None, saved, [False, True, False])[1]
+        return full if rows is None else full.index_select(0, rows)
+
+    def grad_bias(self, grad: Tensor) -> Tensor:
+        return grad.reshape(-1, *self.shape).sum(0)
+
+
+class SparseDeltaFunction(torch.autograd.Function):
+    """A module's op on its changed parameters. Differentiates with respect to the input and the values only."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        op: Op,
+        dtype: torch.dtype,
+        layout: tuple[tuple[str, str], ...],
+        *tensors: Tensor,
+    ) -> Tensor:
+        changes = _unflatten(layout, tensors)
+        y, saved = op.forward(x, *_changed(weight, bias, changes, dtype))
+        ctx.op, ctx.dtype, ctx.layout, ctx.num_saved = op, dtype, layout, len(saved)
+        ctx.save_for_backward(x, weight, bias, *saved, *tensors)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, bias, *rest = ctx.saved_tensors
+        saved, tensors = tuple(rest[: ctx.num_saved]), rest[ctx.num_saved :]
+        changes = _unflatten(ctx.layout, tensors)
+        # Where autocast was on, the gradient comes back in the op's own dtype; elsewhere they agree already.
+        new_weight, new_bias = _changed(weight, bias, changes, ctx.dtype)
+
+        grad_x = ctx.op.grad_input(grad, x, new_weight, new_bias, saved) if ctx.needs_input_grad[0] else None
+
+        full: dict[str, Tensor] = {}  # the transient full gradient, shared by all changes of one parameter
+        grads: list[Tensor | None] = []
+        for i, change in enumerate(changes):
+            values_grad = None
+            if ctx.needs_input_grad[6 + 2 * i + 1]:
+                positions = change.positions.long()
+                if change.name == "bias":
+                    full.setdefault("bias", ctx.op.grad_bias(grad))
+                    values_grad = as_units(full["bias"], change.granularity).index_select(0, positions)
+                elif change.granularity == "row":
+                    values_grad = ctx.op.grad_weight(grad, x, new_weight, saved, positions)
+                else:
+                    if "weight" not in full:
+                        full["weight"] = ctx.op.grad_weight(grad, x, new_weight, saved, None).contiguous()
+                    values_grad = full["weight"].view(-1).index_select(0, positions)
+                values_grad = values_grad.reshape(change.values.shape).to(change.values.dtype)
+            grads += [None, values_grad]
+        return grad_x, None, None, None, None, None, *grads
+
+
+def _unflatten(layout: Sequence[tuple[str, str]], tensors: Sequence[Tensor]) -> list[Change]:
+    return [Change(*layout[i], tensors[2 * i], tensors[2 * i + 1]) for i in range(len(layout))]
+
+
+def _changed(
+    weight: Tensor, bias: Tensor | None, changes: Sequence[Change], dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    def new(parameter: Tensor, name: str) -> Tensor:
+        own = [change for change in changes if change.name == name]
+        return changed_parameter(parameter, own, dtype) if own else parameter.to(dtype)
+
+    return new(weight, "weight"), None if bias is None else new(bias, "bias")
+
+
+def sparse_forward(op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Sequence[SparseDelta]) -> Tensor:
+    """Run `op` on `x` with `weight` and `bias` changed by all `deltas`, which add up."""
+    changes = changes_of(deltas)
+    dtype = op.compute_dtype(x, weight)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(dtype)
+    layout = tuple((change.name, change.granularity) for change in changes)
+    tensors = [t for change in changes for t in (change.positions, change.values)]
+    return SparseDeltaFunction.apply(x, weight, bias, op, dtype, layout, *tensors)

@@ -1,0 +1,343 @@
+"""One adapted module: a leaf of the base model, its internal change, and the external adapters on its output.
+
+Leaves only are wrapped. A wrapped container would rename the leaves inside it, and a checkpoint could not be loaded
+next to an adapter that uses other places.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from .external import ExternalAdapter
+from .internal import (
+    PARAMETERS,
+    Conv2dOp,
+    LayerNormOp,
+    LinearOp,
+    Op,
+    SparseDelta,
+    as_units,
+    changed_parameter,
+    changes_of,
+    sparse_forward,
+)
+
+
+class InputOf:
+    """A forward pre-hook that remembers a container's input for the parallel external adapter on its output."""
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.value = args[0]
+
+    def take(self) -> Tensor:
+        """Hand the input over, once: an activation must not outlive its forward pass in an attribute."""
+        if self.value is None:
+            raise RuntimeError(
+                "a parallel external adapter ran before the module whose input it reads; was the hook removed, or "
+                "the module called by another way than its __call__?"
+            )
+        value, self.value = self.value, None
+        return value
+
+
+class ParallelInput:
+    """Where a parallel external adapter reads: a container module, and the hook on it."""
+
+    def __init__(self, container: nn.Module) -> None:
+        self.hook = InputOf()
+        self.handle = container.register_forward_pre_hook(self.hook)
+
+    def remove(self) -> None:
+        self.handle.remove()
+
+
+def channels_of(module: nn.Module) -> tuple[int, int] | None:
+    """``(channel width, channel dimension)`` of a leaf's output, or None if that cannot be told."""
+    if isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    if isinstance(module, nn.Linear):
+        return module.out_features, -1
+    if isinstance(module, nn.Conv2d):
+        return module.out_channels, 1
+    if isinstance(module, nn.LayerNorm):
+        return module.normalized_shape[-1], -1
+    vectors = {p.numel() for p in module.parameters(recurse=False) if p.dim() == 1}
+    is_leaf = next(module.children(), None) is None
+    if is_leaf and len(vectors) == 1:  # LayerScale, RMSNorm and other scales along the last dimension
+        return vectors.pop(), -1
+    return None
+
+
+class SFALayer(nn.Module, BaseTunerLayer):
+    """A wrapped leaf: ``y = base(x; W + delta)``, then ``y + external(y) + parallel_external(container's input)``.
+
+    Several active adapters add up. This class serves any leaf for external adapters; the subclasses know how to run
+    their kind of leaf with changed parameters.
+
+    Args:
+        base_layer: The leaf.
+        adapter_name: The first adapter on it.
+    """
+
+    adapter_layer_names = ("sfa_internal", "sfa_external", "sfa_parallel")
+    other_param_names = ("parallel_inputs",)
+    takes_internal = False
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.sfa_internal = nn.ModuleDict()
+        self.sfa_external = nn.ModuleDict()
+        self.sfa_parallel = nn.ModuleDict()
+        self.parallel_inputs: dict[str, ParallelInput] = {}
+        self.merged_adapters: list[str] = []
+        self._originals: list[dict[str, tuple[str, Tensor, Tensor]]] = []
+        self._disable_adapters = False
+        self._active_adapter = [adapter_name]
+        self.searching = False
+
+    @property
+    def op(self) -> Op:
+        raise TypeError(f"{type(self.get_base_layer()).__name__} takes external adapters only")
+
+    def add_internal(
+        self, adapter_name: str, positions: Mapping[str, Tensor], granularity: str, init_weights: bool
+    ) -> None:
+        self.sfa_internal[adapter_name] = SparseDelta(self.get_base_layer(), positions, granularity, init_weights)
+
+    def add_external(self, adapter_name: str, adapter: ExternalAdapter, container: nn.Module | None = None) -> None:
+        """Add `adapter` on the output, or, with `container`, from the container's input to the output."""
+        if container is None:
+            self.sfa_external[adapter_name] = adapter
+        else:
+            self.sfa_parallel[adapter_name] = adapter
+            self.parallel_inputs[adapter_name] = ParallelInput(container)
+
+    def finish_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if adapter_name in self.parallel_inputs:
+            self.parallel_inputs[adapter_name].remove()
+        super().delete_adapter(adapter_name)
+
+    @property
+    def adapter_names(self) -> set[str]:
+        return self._get_available_adapters()
+
+    def parameters_of(self, adapter_name: str) -> list[nn.Parameter]:
+        """All trainable parameters that one adapter has here."""
+        own = (getattr(self, name) for name in self.adapter_layer_names)
+        return [p for adapters in own if adapter_name in adapters for p in adapters[adapter_name].parameters()]
+
+    def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.base_layer(x, *args, **kwargs)
+
+    def _changed_forward(self, x: Tensor, deltas: Sequence[SparseDelta]) -> Tensor:
+        base = self.get_base_layer()
+        if base._forward_hooks or base._forward_pre_hooks:
+            warnings.warn(
+                f"hooks on the {type(base).__name__} inside an SFA layer are not run while its internal adapter is "
+                f"active; set them on the SFA layer, after get_peft_model.",
+                stacklevel=2,
+            )
+        return sparse_forward(self.op, x, base.weight, base.bias, deltas)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            self._forget_inputs()
+            return self._base_forward(x, *args, **kwargs)
+
+        names = self.merged_adapters if self.merged else self.active_adapters
+        folded = self.merged or self.searching
+        deltas = [] if folded else [self.sfa_internal[name] for name in names if name in self.sfa_internal]
+        y = self._changed_forward(x, deltas) if deltas else self._base_forward(x, *args, **kwargs)
+        y = self._add_externals(y, names)
+        self._forget_inputs()
+        return y
+
+    def _forget_inputs(self) -> None:
+        for parallel in self.parallel_inputs.values():
+            parallel.hook.value = None
+
+    def _add_externals(self, y: Tensor, names: Sequence[str]) -> Tensor:
+        result = y
+        for name in names:
+            if name in self.sfa_external:
+                result = result + self.sfa_external[name](y)
+            if name in self.sfa_parallel:
+                result = result + self.sfa_parallel[name](self.parallel_inputs[name].hook.take()).to(y.dtype)
+        return result
+
+    def get_delta_weight(self, adapter: str, parameter: str = "weight") -> Tensor:
+        """The dense change ``delta`` of `parameter` by one adapter, of the parameter's shape and dtype."""
+        base = getattr(self.get_base_layer(), parameter)
+        delta = torch.zeros_like(base, memory_format=torch.contiguous_format)
+        if adapter in self.sfa_internal:
+            own = [c for c in changes_of([self.sfa_internal[adapter]]) if c.name == parameter]
+            delta = changed_parameter(delta, own, delta.dtype)
+        return delta
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold the internal changes into the base parameters; external adapters go on acting beside them.
+
+        The originals of the changed positions are kept, so that `unmerge` gives them back bit for bit.
+
+        Raises:
+            ValueError: With `safe_merge`, if a merged parameter would not be finite; nothing is changed then.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.adapter_names]
+        base = self.get_base_layer()
+        for name in names:
+            changes = changes_of([self.sfa_internal[name]]) if name in self.sfa_internal else []
+            new = {c.name: changed_parameter(getattr(base, c.name), [c], getattr(base, c.name).dtype) for c in changes}
+            for parameter, value in new.items():
+                if safe_merge and not torch.isfinite(value).all():
+                    raise ValueError(
+                        f"merging adapter {name!r} would make `{parameter}` non-finite; nothing of it was merged here"
+                    )
+            originals = {}
+            with torch.no_grad():
+                for c in changes:
+                    parameter = getattr(base, c.name)
+                    positions = c.positions.long()
+                    units = as_units(parameter.detach().contiguous(), c.granularity)
+                    originals[c.name] = (c.granularity, positions, units.index_select(0, positions))
+                    parameter.copy_(new[c.name])
+            self._originals.append(originals)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        base = self.get_base_layer()
+        while self.merged_adapters:
+            self.merged_adapters.pop()
+            with torch.no_grad():
+                for name, (granularity, positions, values) in self._originals.pop().items():
+                    parameter = getattr(base, name)
+                    restored = parameter.detach().clone(memory_format=torch.contiguous_format)
+                    as_units(restored, granularity).index_copy_(0, positions.to(restored.device), values.to(restored))
+                    parameter.copy_(restored)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Hand the leaf back; when merging, its external adapters stay on it as plain submodules behind hooks."""
+        if not merge:
+            if self.merged:
+                self.unmerge()
+            for parallel in self.parallel_inputs.values():
+                parallel.remove()
+            return self.base_layer
+        self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        base = self.base_layer
+        for name in self.merged_adapters:
+            if name in self.sfa_external:
+                base.add_module(f"external_{name}", self.sfa_external[name])
+            if name in self.sfa_parallel:
+                base.add_module(f"parallel_{name}", self.sfa_parallel[name])
+        inputs = {n: p.hook for n, p in self.parallel_inputs.items() if n in self.merged_adapters}
+        if any(n in self.sfa_external or n in self.sfa_parallel for n in self.merged_adapters):
+            base.register_forward_hook(AddExternals(list(self.merged_adapters), inputs))
+        for name, parallel in self.parallel_inputs.items():
+            if name not in self.merged_adapters:
+                parallel.remove()
+        return base
+
+    def __repr__(self) -> str:
+        return "sfa." + super().__repr__()
+
+
+class AddExternals:
+    """The forward hook that adds a merged model's external adapters, which are the hooked leaf's submodules."""
+
+    def __init__(self, names: list[str], inputs: dict[str, InputOf]) -> None:
+        self.names, self.inputs = names, inputs
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        result = output
+        for name in self.names:
+            external, parallel = (getattr(module, f"{kind}_{name}", None) for kind in ("external", "parallel"))
+            if external is not None:
+                result = result + external(output)
+            if parallel is not None:
+                result = result + parallel(self.inputs[name].take()).to(output.dtype)
+        return result
+
+
+class Linear(SFALayer):
+    """SFA on `nn.Linear`."""
+
+    takes_internal = True
+
+    @property
+    def op(self) -> LinearOp:
+        return LinearOp()
+
+
+class Conv2d(SFALayer):
+    """SFA on `nn.Conv2d`, any padding, stride, dilation and groups."""
+
+    takes_internal = True
+
+    @property
+    def op(self) -> Conv2dOp:
+        base = self.get_base_layer()
+        padded = base.padding_mode != "zeros" or base.padding == "same"
+        padding = (0, 0) if padded or base.padding == "valid" else base.padding
+        return Conv2dOp(base.stride, padding, base.dilation, base.groups)
+
+    def _changed_forward(self, x: Tensor, deltas: Sequence[SparseDelta]) -> Tensor:
+        base = self.get_base_layer()
+        unbatched = x.dim() == 3
+        if unbatched:
+            x = x.unsqueeze(0)
+        if base.padding_mode != "zeros" or base.padding == "same":
+            mode = "constant" if base.padding_mode == "zeros" else base.padding_mode
+            x = F.pad(x, base._reversed_padding_repeated_twice, mode=mode)
+        y = super()._changed_forward(x, deltas)
+        return y.squeeze(0) if unbatched else y
+
+
+class LayerNorm(SFALayer):
+    """SFA on `nn.LayerNorm` with learned weight."""
+
+    takes_internal = True
+
+    @property
+    def op(self) -> LayerNormOp:
+        base = self.get_base_layer()
+        return LayerNormOp(base.normalized_shape, base.eps)
+
+
+LAYERS: dict[type[nn.Module], type[SFALayer]] = {nn.Linear: Linear, nn.Conv2d: Conv2d, nn.LayerNorm: LayerNorm}
+
+
+def layer_class(module: nn.Module) -> type[SFALayer]:
+    """The SFA layer for a leaf. A subclass with a forward of its own takes external adapters only."""
+    for kind, layer in LAYERS.items():
+        if isinstance(module, kind) and type(module).forward is kind.forward:
+            return layer
+    return SFALayer
+
+
+def internal_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a leaf that a ticket may choose from: ``weight`` and ``bias`` where they are learned."""
+    if isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    return {name: p for name in PARAMETERS if isinstance(p := getattr(module, name, None), nn.Parameter)}
