@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -127,10 +128,8 @@ def load_id2label(name: str) -> dict[int, str]:
     """Read `id2label.json` from the dataset's folder or Hub repository."""
     path = Path(name) / "id2label.json"
     if not path.exists() and not Path(name).is_dir():
-        try:
+        with suppress(EntryNotFoundError):
             path = Path(hf_hub_download(name, "id2label.json", repo_type="dataset"))
-        except EntryNotFoundError:
-            pass
     if not path.exists():
         raise ValueError(f'dataset {name!r} has no id2label.json, which names its classes: {{"0": "sky", ...}}')
     return {int(i): label for i, label in json.loads(path.read_text()).items()}

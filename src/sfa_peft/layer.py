@@ -141,6 +141,14 @@ class SFALayer(nn.Module, BaseTunerLayer):
         own = (getattr(self, name) for name in self.adapter_layer_names)
         return [p for adapters in own if adapter_name in adapters for p in adapters[adapter_name].parameters()]
 
+    def is_changed_by(self, adapter_name: str) -> bool:
+        """Whether an adapter does anything here yet: internal values or up projections that are not all zero."""
+        outputs = [self.sfa_internal[adapter_name].parameters()] if adapter_name in self.sfa_internal else []
+        outputs += [
+            a[adapter_name].up.parameters() for a in (self.sfa_external, self.sfa_parallel) if adapter_name in a
+        ]
+        return any(bool(p.any()) for parameters in outputs for p in parameters if not p.is_meta)
+
     def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self.base_layer(x, *args, **kwargs)
 
@@ -341,3 +349,8 @@ def internal_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     if isinstance(module, BaseTunerLayer):
         module = module.get_base_layer()
     return {name: p for name in PARAMETERS if isinstance(p := getattr(module, name, None), nn.Parameter)}
+
+
+def sfa_layers(model: nn.Module) -> list[tuple[str, SFALayer]]:
+    """All SFA layers of a model with their names, in model order."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, SFALayer)]

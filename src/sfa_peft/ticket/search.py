@@ -55,8 +55,8 @@ def search_ticket(
 
     Args:
         model: What `get_peft_model` returned.
-        dataloader: Gives batches for `loss_fn`; begun again when it ends before `steps`. A `DataLoader` that Accelerate
-            has not prepared is prepared here.
+        dataloader: Gives batches for `loss_fn`; begun again when it ends before `steps`. A `DataLoader` that
+            Accelerate has not prepared is prepared here.
         steps: Training steps of the search, at least 1.
         criterion: ``lottery``: Ansell et al., 2022, see `sfa_peft.ticket.criteria`.
         learning_rate: Of the candidate parameters.

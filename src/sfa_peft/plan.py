@@ -1,0 +1,407 @@
+"""The plan of an injection: what a config means for a model, decided and checked before the model is touched."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from . import backbones
+from .budget import absolute_budget, external_cost, widths_within
+from .checkpoint import CheckpointError
+from .config import SFAConfig
+from .layer import SFALayer, channels_of, internal_parameters, layer_class, sfa_layers
+from .ticket.criteria import DATA_FREE_CRITERIA
+from .ticket.selection import Positions, choose
+
+
+@dataclass(frozen=True)
+class External:
+    """An external adapter to be made: by `place` on `module`, read from `mlp_input` if it is parallel."""
+
+    place: str
+    module: str
+    mlp_input: str | None
+    channels: int
+    channel_dim: int
+    width: int = 0
+
+    @property
+    def cost(self) -> int:
+        return external_cost(self.channels, self.width)
+
+
+@dataclass
+class Plan:
+    """Everything an injection does, decided and checked before the model is touched."""
+
+    externals: dict[str, list[External]] = field(default_factory=dict)
+    positions: Positions = field(default_factory=dict)
+
+    @property
+    def modules(self) -> set[str]:
+        return self.externals.keys() | self.positions.keys()
+
+    @property
+    def external_widths(self) -> dict[str, dict[str, int]]:
+        widths: dict[str, dict[str, int]] = {}
+        for externals in self.externals.values():
+            for external in externals:
+                widths.setdefault(external.place, {})[external.module] = external.width
+        return widths
+
+
+def ticket_sizes(positions: Positions) -> dict[str, int]:
+    """For each parameter that has any, the number of its units in the ticket."""
+    return {f"{module}.{name}": len(p) for module, own in positions.items() for name, p in own.items() if len(p)}
+
+
+def without_empty(positions: Positions) -> Positions:
+    kept = {m: {n: p for n, p in own.items() if len(p)} for m, own in positions.items()}
+    return {m: own for m, own in kept.items() if own}
+
+
+class Planner:
+    """Decides what an injection does. Reads the model, changes nothing."""
+
+    def __init__(self, model: nn.Module, config: SFAConfig) -> None:
+        self.model, self.config = model, config
+        # Leaves inside an SFA layer belong to it; other tuners' layers are not adapted.
+        self.leaves = {
+            name: module
+            for name, module in _modules_outside_adapters(model)
+            if isinstance(module, BaseTunerLayer) or next(module.children(), None) is None
+        }
+
+    def plan(self) -> Plan:
+        if self.config.ticket_sizes is not None:
+            return self._recorded_plan()
+        places, candidates = self._places(), self.candidates()
+        if not places and not candidates:
+            raise ValueError(
+                "SFAConfig leaves nothing to adapt: neither external adapters nor internal targets. Give "
+                "`external_modules` or `target_modules`."
+            )
+        if self.config.uses_budget:
+            externals, size = self._sizes_from_budget(places, candidates)
+        else:
+            externals, size = self._explicit_sizes(places, candidates)
+        positions = self._initial_ticket(candidates, size)
+        if not externals and not any(len(p) for own in positions.values() for p in own.values()):
+            raise ValueError(
+                "SFAConfig makes an adapter without any parameter: every width and the density are 0. Raise "
+                "`external_width`, `internal_density` or `budget`."
+            )
+        plan = Plan(positions=without_empty(positions))
+        for external in externals:
+            plan.externals.setdefault(external.module, []).append(external)
+        return plan
+
+    # Where
+
+    def _places(self) -> list[External]:
+        config = self.config
+        if self._share == 0 or (not config.uses_budget and not config.external_width):
+            return []
+        if config.external_modules is not None:
+            names = self._match("external_modules")
+            for name in names:
+                if name not in self.leaves:
+                    raise ValueError(
+                        f"SFAConfig.external_modules matches {name!r}, a "
+                        f"{type(self.model.get_submodule(name)).__name__} with submodules; name the leaf that makes "
+                        f"its output (such as its last nn.Linear)."
+                    )
+            return [self._external("module", name, None) for name in names]
+        if not config.external_places:
+            return []
+        if not backbones.has_known_blocks(self.model):
+            if config.target_modules is None:
+                return []  # candidates tells the user what to name
+            raise ValueError(
+                f"{type(self.model).__name__} has no block of a known architecture ({', '.join(backbones.KNOWN)}), so "
+                f"the places of external adapters are not known: give `external_modules`, or `[]` for none."
+            )
+        found = [
+            self._external(place.place, place.module, place.mlp_input)
+            for place in backbones.known_places(self.model)
+            if place.place in config.external_places and self._is_allowed(place.module)
+        ]
+        if not found:
+            raise ValueError(
+                f"SFAConfig.external_places={config.external_places!r} leaves no place: `exclude_modules`, "
+                f"`modules_to_save` or `layers_to_transform` take all away. Set `external_places=()` if that is meant."
+            )
+        return found
+
+    def _external(self, place: str, name: str, mlp_input: str | None) -> External:
+        module = self.leaves.get(name)
+        channels = None if module is None else channels_of(module)
+        if channels is None:
+            kind = type(self.model.get_submodule(name)).__name__
+            raise ValueError(
+                f"an external adapter cannot sit on {name!r}, a {kind}: its channel width cannot be told. Name an "
+                f"nn.Linear, nn.Conv2d or nn.LayerNorm in `external_modules`."
+            )
+        self._refuse_foreign(name, "external_modules")
+        return External(place, name, mlp_input, *channels)
+
+    def candidates(self) -> dict[str, dict[str, nn.Parameter]]:
+        config = self.config
+        if config.internal_density == 0 or (not config.uses_budget and config.internal_density is None):
+            return {}
+        if self._share == 1:
+            return {}
+        if config.target_modules is None:
+            names = [n for n in backbones.known_targets(self.model) if self._is_allowed(n)]
+            if not names:
+                raise ValueError(
+                    f"{type(self.model).__name__} has no block of a known architecture ({', '.join(backbones.KNOWN)})"
+                    f" outside `modules_to_save` and `exclude_modules`: give `target_modules`, and `external_modules` "
+                    f"for external adapters (`[]` for none of a kind)."
+                )
+        else:
+            names = self._match("target_modules")
+        candidates = {}
+        for name in names:
+            module = self.leaves.get(name)
+            self._refuse_foreign(name, "target_modules")
+            adaptable = module is not None and (
+                module.takes_internal if isinstance(module, SFALayer) else layer_class(module).takes_internal
+            )
+            parameters = internal_parameters(module) if adaptable and module is not None else {}
+            if not parameters:
+                kind = type(self.model.get_submodule(name)).__name__
+                raise ValueError(
+                    f"SFAConfig.target_modules matches {name!r}, a {kind}: internal adapters work on nn.Linear, "
+                    f"nn.Conv2d and nn.LayerNorm with parameters, and on subclasses that keep their forward."
+                )
+            candidates[name] = parameters
+        return candidates
+
+    @property
+    def _share(self) -> float | None:
+        """`external_share` where it decides; 0 or 1 where one kind is switched off."""
+        config = self.config
+        if not config.uses_budget:
+            return None
+        no_external = config.external_modules == set() or (
+            config.external_modules is None and not config.external_places
+        )
+        if no_external:
+            return 0.0
+        return 1.0 if config.target_modules == set() else config.external_share
+
+    def _refuse_foreign(self, name: str, field_name: str) -> None:
+        module = self.leaves.get(name)
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, SFALayer):
+            raise ValueError(
+                f"SFAConfig.{field_name} reaches {name!r}, which another PEFT method has adapted already "
+                f"({type(module).__name__}); name other modules."
+            )
+        parent = self.model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ValueError(
+                f"SFAConfig.{field_name} reaches {name!r}: nn.MultiheadAttention uses its parameters without calling "
+                f"that module, so an adapter on it would do nothing. Name a module behind the attention."
+            )
+
+    def _match(self, field_name: str) -> list[str]:
+        patterns = getattr(self.config, field_name)
+        if patterns == set():
+            return []
+        every = [name for name, _ in _modules_outside_adapters(self.model) if name]
+        if patterns == "all-linear":
+            matched = [n for n in every if isinstance(_unwrapped(self.leaves.get(n)), nn.Linear)]
+        else:
+            matched = [n for n in every if _matches(n, patterns)]
+        allowed = [n for n in matched if self._is_allowed(n)]
+        if not allowed:
+            shown = sorted(patterns) if isinstance(patterns, set) else patterns
+            why = (
+                f"matches {matched[0]!r}{' and others' if len(matched) > 1 else ''}, but `modules_to_save`, "
+                f"`exclude_modules` or `layers_to_transform` take all of them away"
+                if matched
+                else f"matches no module of {type(self.model).__name__}"
+            )
+            raise ValueError(f"SFAConfig.{field_name}={shown!r} {why}. Check the names, or use [] for none.")
+        return allowed
+
+    def _is_allowed(self, name: str) -> bool:
+        """Whether PEFT's own rules for excluded modules, heads and layer indices leave `name` to the adapter."""
+        config = self.config
+        question = SimpleNamespace(
+            target_modules=[name.rpartition(".")[2]] if "." in name else [name],
+            exclude_modules=config.exclude_modules,
+            modules_to_save=config.modules_to_save,
+            layers_to_transform=config.layers_to_transform,
+            layers_pattern=config.layers_pattern,
+        )
+        return bool(check_target_module_exists(question, name))
+
+    # How much
+
+    def _sizes_from_budget(
+        self, places: list[External], candidates: dict[str, dict[str, nn.Parameter]]
+    ) -> tuple[list[External], int]:
+        config = self.config
+        budget = self.budget()
+        externals: list[External] = []
+        if places:
+            share = self._share if candidates else 1.0
+            assert share is not None
+            widths = widths_within([p.channels for p in places], int(share * budget))
+            externals = [_with_width(p, w) for p, w in zip(places, widths, strict=True) if w]
+        size = budget - sum(e.cost for e in externals) if candidates else 0
+        total = sum(p.numel() for own in candidates.values() for p in own.values())
+        if size > total:
+            raise ValueError(
+                f"SFAConfig.budget={config.budget!r} leaves {size:,} parameters for the ticket, but the targets have "
+                f"only {total:,}; lower the budget, raise `external_share` or name more `target_modules`."
+            )
+        return externals, size
+
+    def _explicit_sizes(
+        self, places: list[External], candidates: dict[str, dict[str, nn.Parameter]]
+    ) -> tuple[list[External], int]:
+        width = self.config.external_width
+        rules = width if isinstance(width, dict) else {".*": width or 0}
+        used: set[str] = set()
+
+        def width_of(place: External) -> int:
+            for pattern, rule in rules.items():
+                if re.match(rf"(.*\.)?({pattern})$", place.module):
+                    used.add(pattern)
+                    return rule if isinstance(rule, int) else max(round(rule * place.channels), 1) if rule else 0
+            return 0
+
+        externals = [_with_width(p, w) for p in places if (w := width_of(p))]
+        unused = [pattern for pattern in rules if pattern not in used]
+        if places and unused:
+            raise ValueError(
+                f"SFAConfig.external_width: the pattern {unused[0]!r} matches no place of an external adapter; the "
+                f"first place is {places[0].module!r}."
+            )
+        return externals, self.density_size(candidates)
+
+    def budget(self) -> int:
+        assert self.config.budget is not None
+        return absolute_budget(self.config.budget, backbone_parameters(self.model, self.config))
+
+    def density_size(self, candidates: dict[str, dict[str, nn.Parameter]]) -> int:
+        total = sum(p.numel() for own in candidates.values() for p in own.values())
+        return int((self.config.internal_density or 0) * total)
+
+    # Which
+
+    def _initial_ticket(self, candidates: dict[str, dict[str, nn.Parameter]], size: int) -> Positions:
+        return choose(candidates, self._score, self.config.internal_granularity, size) if candidates else {}
+
+    def _score(self, name: str, parameter: Tensor) -> Tensor:
+        return DATA_FREE_CRITERIA[self.config.initial_ticket](name, parameter, self.config.ticket_seed)
+
+    def _recorded_plan(self) -> Plan:
+        """The plan of a config that an earlier injection filled in: its sizes, with the data-free ticket in them."""
+        config = self.config
+        assert config.ticket_sizes is not None
+        plan = Plan(externals=self.recorded_externals())
+        rows = config.internal_granularity == "row"
+        for full_name, size in config.ticket_sizes.items():
+            module, _, name = full_name.rpartition(".")
+            self._require(module)
+            self._refuse_foreign(module, "ticket_sizes")
+            leaf = self.leaves[module]
+            takes = leaf.takes_internal if isinstance(leaf, SFALayer) else layer_class(leaf).takes_internal
+            parameters = internal_parameters(leaf) if takes else {}
+            if name not in parameters:
+                raise CheckpointError(_OTHER_ARCHITECTURE.format(name=full_name, model=type(self.model).__name__))
+            parameter = parameters[name]
+            units = parameter.shape[0] if rows else parameter.numel()
+            if size > units:
+                raise CheckpointError(
+                    f"the adapter's ticket has {size:,} units in {full_name!r}, which has only {units:,} in this "
+                    f"model; load it into the model it was trained on."
+                )
+            plan.positions.setdefault(module, {})[name] = self._recorded_positions(module, name, parameter, size, rows)
+        return plan
+
+    def recorded_externals(self) -> dict[str, list[External]]:
+        externals: dict[str, list[External]] = {}
+        known = {(p.place, p.module): p.mlp_input for p in backbones.known_places(self.model)}
+        for place, modules in (self.config.external_widths or {}).items():
+            for name, width in modules.items():
+                self._require(name)
+                if place == "mlp_parallel" and (place, name) not in known:
+                    raise CheckpointError(_OTHER_ARCHITECTURE.format(name=name, model=type(self.model).__name__))
+                external = self._external(place, name, known.get((place, name)))
+                externals.setdefault(name, []).append(_with_width(external, width))
+        return externals
+
+    def _recorded_positions(self, module: str, name: str, parameter: Tensor, size: int, rows: bool) -> Tensor:
+        if parameter.is_meta:
+            return torch.arange(size, dtype=torch.int32)  # a placeholder; the loaded positions replace it
+        amount = size * (parameter[0].numel() if rows else 1)
+        chosen = choose({module: {name: parameter}}, self._score, self.config.internal_granularity, amount)
+        return chosen[module][name]
+
+    def _require(self, name: str) -> None:
+        if name not in self.leaves:
+            raise CheckpointError(_OTHER_ARCHITECTURE.format(name=name, model=type(self.model).__name__))
+
+
+_OTHER_ARCHITECTURE = (
+    "the adapter was saved for another architecture: it adapts {name!r}, which this {model} does not have in that "
+    "form. Load it into the model it was trained on."
+)
+
+
+def _with_width(place: External, width: int) -> External:
+    return External(place.place, place.module, place.mlp_input, place.channels, place.channel_dim, width)
+
+
+def _unwrapped(module: nn.Module | None) -> nn.Module | None:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _matches(name: str, patterns: set[str] | str) -> bool:
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == p or name.endswith(f".{p}") for p in patterns)
+
+
+def _modules_outside_adapters(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The base model's modules by their own names; tuner layers stand for what they wrap, without their insides."""
+    found: list[tuple[str, nn.Module]] = []
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(prefix) for prefix in inside):
+            continue
+        found.append((name, module))
+        if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
+            inside.append(f"{name}.")
+    return found
+
+
+def backbone_parameters(model: nn.Module, config: SFAConfig) -> int:
+    """Parameters of the base model outside the heads (`modules_to_save`), adapters not counted, tied ones once."""
+    heads = config.modules_to_save or []
+
+    def in_head(name: str) -> bool:
+        return any(re.match(rf"(^|.*\.){head}($|\..*)", name) for head in heads)
+
+    counted: dict[int, int] = {}
+    adapters = {
+        id(p)
+        for _, layer in sfa_layers(model)
+        for d in layer.adapter_layer_names
+        for p in getattr(layer, d).parameters()
+    }
+    for name, p in model.named_parameters():
+        if not in_head(name) and id(p) not in adapters:
+            counted[id(p)] = p.numel()
+    return sum(counted.values())
