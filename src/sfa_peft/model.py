@@ -16,7 +16,7 @@ from .checkpoint.validation import POSITIONS
 from .config import SFAConfig
 from .external import ExternalAdapter
 from .layer import SFALayer, layer_class, sfa_layers
-from .plan import Plan, Planner, ticket_sizes, without_empty
+from .plan import Plan, Planner, peft_verdict, ticket_sizes, without_empty
 from .ticket.selection import Positions
 
 
@@ -63,11 +63,14 @@ class SFAModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: SFAConfig, model_config: dict[str, Any]) -> SFAConfig:
         return peft_config
 
-    def _check_target_module_exists(self, peft_config: SFAConfig, key: str) -> bool:  # type: ignore[override]
+    def _check_target_module_exists(self, peft_config: SFAConfig, key: str) -> Any:  # type: ignore[override]
         if hasattr(self, "_plan"):
-            return key in self._plan.modules
-        names = {place_module for modules in (peft_config.external_widths or {}).values() for place_module in modules}
-        return key in names | {name.rpartition(".")[0] for name in peft_config.ticket_sizes or {}}
+            adapted = self._plan.modules
+        else:
+            widths = peft_config.external_widths or {}
+            adapted = {name for modules in widths.values() for name in modules}
+            adapted |= {name.rpartition(".")[0] for name in peft_config.ticket_sizes or {}}
+        return True if key in adapted else peft_verdict(peft_config, key) and False
 
     def _create_and_replace(
         self,

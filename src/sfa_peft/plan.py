@@ -66,6 +66,21 @@ def without_empty(positions: Positions) -> Positions:
     return {m: own for m, own in kept.items() if own}
 
 
+def peft_verdict(config: SFAConfig, name: str) -> object:
+    """Whether PEFT's own rules leave a module to the adapter: excluded modules, heads and layer indices.
+
+    True if they do. Something false otherwise, which tells PEFT whether the module was excluded by name.
+    """
+    question = SimpleNamespace(
+        target_modules=[name.rpartition(".")[2]] if "." in name else [name],
+        exclude_modules=config.exclude_modules,
+        modules_to_save=config.modules_to_save,
+        layers_to_transform=config.layers_to_transform,
+        layers_pattern=config.layers_pattern,
+    )
+    return check_target_module_exists(question, name)
+
+
 class Planner:
     """Decides what an injection does. Reads the model, changes nothing."""
 
@@ -233,16 +248,7 @@ class Planner:
         return allowed
 
     def _is_allowed(self, name: str) -> bool:
-        """Whether PEFT's own rules for excluded modules, heads and layer indices leave `name` to the adapter."""
-        config = self.config
-        question = SimpleNamespace(
-            target_modules=[name.rpartition(".")[2]] if "." in name else [name],
-            exclude_modules=config.exclude_modules,
-            modules_to_save=config.modules_to_save,
-            layers_to_transform=config.layers_to_transform,
-            layers_pattern=config.layers_pattern,
-        )
-        return bool(check_target_module_exists(question, name))
+        return bool(peft_verdict(self.config, name))
 
     # How much
 

@@ -16,7 +16,7 @@ def magnitude(name: str, parameter: Tensor, seed: int) -> Tensor:
 
 def random(name: str, parameter: Tensor, seed: int) -> Tensor:
     """Uniform noise: the control that every other criterion has to beat. The same for a name, shape and seed."""
-    generator = torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     return torch.rand(parameter.shape, generator=generator)
 
 

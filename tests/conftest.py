@@ -1,0 +1,14 @@
+import warnings
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _quiet_and_seeded():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        torch.manual_seed(0)
+        yield

@@ -1,0 +1,21 @@
+"""Run by torchrun: searches a ticket on this process's half of the data and saves it."""
+
+import sys
+
+import tiny
+import torch
+from accelerate import Accelerator
+from test_search import adapted, positions, search
+
+accelerator = Accelerator(cpu=True)
+rank = accelerator.process_index
+torch.manual_seed(rank)  # heads made with different seeds must not matter
+model = adapted()
+data = [tiny.batch(seed=2 * i + rank) for i in range(2)]
+search(
+    model,
+    data,
+    accelerator=accelerator,
+    loss_fn=lambda m, b: m.base_model.model.backbone(b["pixel_values"]).feature_maps[0].square().mean(),
+)
+torch.save(positions(model), f"{sys.argv[1]}/rank{rank}.pt")

@@ -1,0 +1,261 @@
+import json
+
+import pytest
+import tiny
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from sfa_peft import CheckpointError, SFAConfig, SFALayer, search_ticket
+
+CONFIGS = {
+    "both": {"budget": 0.1},
+    "external": {"budget": 0.1, "external_share": 1.0},
+    "internal": {"budget": 0.1, "external_share": 0.0},
+    "parallel": {"budget": 0.2, "external_places": ["attention", "mlp_parallel"]},
+    "every place": {"budget": 0.2, "external_places": ["attention", "mlp", "mlp_parallel"]},
+    "rows": {"budget": 0.1, "internal_granularity": "row"},
+    "explicit": {"external_width": {"fc2": 3}, "internal_density": 0.05},
+    "layer norms": {"budget": 40, "external_modules": [], "target_modules": ["layernorm_before", "layernorm_after"]},
+}
+
+
+def trained(seed=0, steps=2, make=tiny.swin, search=True, **options):
+    model = get_peft_model(make(), SFAConfig(**{"budget": 0.1, "modules_to_save": ["decode_head"]} | options))
+    if search:
+        data = [tiny.batch(seed=seed)]
+        search_ticket(model, data, steps=2, seed=seed, progress=False)
+    return tiny.train(model, steps)
+
+
+def saved(folder, **options):
+    model = trained(**options)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("adapter", ["default", "task_1"])
+def test_a_saved_adapter_loads_exactly(tmp_path, name, adapter):
+    options = {"budget": None} | CONFIGS[name]
+    model = saved(tmp_path, search=name != "external", **options)
+    again = PeftModel.from_pretrained(tiny.swin(), tmp_path, adapter_name=adapter)
+    assert torch.equal(tiny.output(again), tiny.output(model))
+    ours, theirs = (get_peft_model_state_dict(m, adapter_name=a) for m, a in ((model, "default"), (again, adapter)))
+    assert tiny.same_state(ours, theirs)
+    assert not any(p.requires_grad for p in again.parameters())
+    assert again.peft_config[adapter].ticket_sizes == model.peft_config["default"].ticket_sizes
+
+
+@pytest.mark.parametrize("first", CONFIGS)
+@pytest.mark.parametrize("second", ["both", "every place", "rows", "external"])
+def test_adapters_load_next_to_each_other(tmp_path, first, second):
+    a = saved(tmp_path / "a", search=False, **({"budget": None} | CONFIGS[first]))
+    b = saved(tmp_path / "b", search=False, seed=1, steps=3, **({"budget": None} | CONFIGS[second]))
+    base = tiny.output(tiny.swin())
+    for order in (("a", "b"), ("b", "a")):
+        model = PeftModel.from_pretrained(tiny.swin(), tmp_path / order[0], adapter_name=order[0])
+        model.load_adapter(tmp_path / order[1], adapter_name=order[1])
+        for name, alone in (("a", a), ("b", b)):
+            model.set_adapter(name)
+            assert torch.equal(tiny.output(model), tiny.output(alone))
+            model.save_pretrained(tmp_path / "again", selected_adapters=[name])
+            ours = load_file(tmp_path / name / "adapter_model.safetensors")
+            assert tiny.same_state(load_file(tmp_path / "again" / name / "adapter_model.safetensors"), ours)
+        with model.disable_adapter():
+            assert torch.equal(tiny.output(model), base)
+        model.delete_adapter("a")
+        assert not any(".a." in name for name in model.state_dict())
+        model.set_adapter("b")
+        assert torch.equal(tiny.output(model), tiny.output(b))
+
+
+def test_training_goes_on_after_loading(tmp_path):
+    model = saved(tmp_path)
+    again = PeftModel.from_pretrained(tiny.swin(), tmp_path, is_trainable=True)
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
+    tiny.train(again)
+    assert not torch.equal(tiny.output(again), tiny.output(model))
+
+
+def test_low_cpu_mem_usage(tmp_path):
+    model = saved(tmp_path)
+    again = PeftModel.from_pretrained(tiny.swin(), tmp_path, low_cpu_mem_usage=True)
+    assert torch.equal(tiny.output(again), tiny.output(model))
+
+
+def test_a_loaded_config_makes_a_fresh_adapter_of_the_same_sizes(tmp_path):
+    saved(tmp_path)
+    config = SFAConfig.from_pretrained(tmp_path)
+    config.inference_mode = False
+    base = tiny.swin()
+    expected = tiny.output(base)
+    model = get_peft_model(base, config)
+    assert torch.equal(tiny.output(model), expected)
+    assert model.peft_config["default"].ticket_sizes == config.ticket_sizes
+    tiny.train(model)
+
+
+def test_transformers_own_integration(tmp_path):
+    model = saved(tmp_path, modules_to_save=None)
+    base = tiny.swin()
+    base.load_adapter(str(tmp_path), adapter_name="street")
+    assert torch.equal(tiny.output(base), tiny.output(model))
+    injected = tiny.swin()
+    injected.add_adapter(SFAConfig(budget=0.1), adapter_name="fresh")
+    assert torch.equal(tiny.output(injected), tiny.output(tiny.swin()))
+    wrapped = PeftModel.from_pretrained(tiny.swin(), tmp_path)
+    names = {n.removeprefix("base_model.model.").replace(".default", "") for n in wrapped.state_dict() if ".sfa_" in n}
+    assert names == {n.replace(".street", "") for n in base.state_dict() if ".sfa_" in n}
+
+
+def test_sizes_are_known_before_weights_are_read(tmp_path):
+    saved(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    positions = {k: v for k, v in tensors.items() if k.endswith("_positions")}
+    assert len(positions) == len(config["ticket_sizes"])
+    for key, tensor in positions.items():
+        module, _, name = key.removeprefix("base_model.model.").removesuffix("_positions").rpartition(".")
+        assert config["ticket_sizes"][f"{module.removesuffix('.sfa_internal')}.{name}"] == len(tensor)
+        assert tensor.dtype == torch.int32
+    downs = [v for k, v in tensors.items() if k.endswith("down.bias")]
+    widths = [w for place in config["external_widths"].values() for w in place.values()]
+    assert sorted(len(d) for d in downs) == sorted(widths)
+
+
+def broken(folder, change):
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def longest_positions(tensors):
+    return max((k for k in tensors if k.endswith("_positions")), key=lambda k: len(tensors[k]))
+
+
+def swap(t):
+    k = longest_positions(t)
+    t[k] = t[k].flip(0).contiguous()
+
+
+def repeat(t):
+    k = longest_positions(t)
+    t[k][1] = t[k][0]
+
+
+def beyond(t):
+    t[longest_positions(t)][-1] = 2**30
+
+
+def negative(t):
+    t[longest_positions(t)][0] = -1
+
+
+def shorter(t):
+    k = longest_positions(t)
+    t[k] = t[k][:-1].clone()
+
+
+def not_finite(t):
+    t[longest_positions(t).removesuffix("_positions")][0] = float("nan")
+
+
+def bad_head(t):
+    t[next(k for k in t if "classifier" in k)][0] = float("inf")
+
+
+def floats(t):
+    t[longest_positions(t)] = t[longest_positions(t)].float()
+
+
+def lost(t):
+    del t[longest_positions(t)]
+
+
+def added(t):
+    t["base_model.model.backbone.sfa_internal.weight"] = torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (swap, "must be sorted"),
+        (repeat, "without repeats"),
+        (beyond, "in \\[0, "),
+        (negative, "must be sorted"),
+        (shorter, "has shape"),
+        (not_finite, "not finite"),
+        (bad_head, "not finite"),
+        (floats, "dtype"),
+        (lost, "lacks"),
+        (added, "does not"),
+    ],
+)
+def test_a_broken_file_is_refused_and_leaves_the_model_as_it_was(tmp_path, change, match):
+    saved(tmp_path)
+    broken(tmp_path, change)
+    base = tiny.swin()
+    before = tiny.state(base)
+    with pytest.raises(CheckpointError, match=match):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert tiny.same_state(tiny.state(base), before)
+
+    model = get_peft_model(tiny.swin(), SFAConfig(budget=0.05))
+    before, expected = tiny.state(model), tiny.output(model)
+    with pytest.raises(CheckpointError, match=match):
+        model.load_adapter(tmp_path, adapter_name="other")
+    assert tiny.same_state(tiny.state(model), before)
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(tiny.output(model), expected)
+
+
+def test_bad_tensors_do_not_touch_a_trained_adapter():
+    model = trained()
+    tensors = get_peft_model_state_dict(model)
+    bad = {k: v.clone() for k, v in tensors.items()}
+    beyond(bad)
+    before = tiny.state(model)
+    with pytest.raises(CheckpointError):
+        set_peft_model_state_dict(model, bad)
+    assert tiny.same_state(tiny.state(model), before)
+    set_peft_model_state_dict(model, tensors)
+    assert tiny.same_state(tiny.state(model), before)
+
+
+@pytest.mark.parametrize("make", [tiny.dinov2, lambda: tiny.swin(embed_dim=4), lambda: tiny.swin(depths=[1, 1])])
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path, make):
+    saved(tmp_path)
+    base = make()
+    before = tiny.state(base)
+    with pytest.raises(ValueError, match=r"another architecture|was trained on|lacks|has shape"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert tiny.same_state(tiny.state(base), before)
+
+
+@settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    budget=st.integers(100, 2000),
+    share=st.sampled_from([0.0, 0.5, 1.0]),
+    granularity=st.sampled_from(["element", "row"]),
+    places=st.sets(st.sampled_from(["attention", "mlp", "mlp_parallel"]), min_size=1),
+)
+def test_round_trip_of_any_adapter(tmp_path_factory, budget, share, granularity, places):
+    folder = tmp_path_factory.mktemp("adapter")
+    config = SFAConfig(
+        budget=budget,
+        external_share=share,
+        internal_granularity=granularity,
+        external_places=sorted(places),
+        initial_ticket="random",
+        init_weights=False,
+    )
+    model = get_peft_model(tiny.swin(), config).eval()
+    model.save_pretrained(folder)
+    assert torch.equal(tiny.output(PeftModel.from_pretrained(tiny.swin(), folder)), tiny.output(model))
+    assert any(isinstance(m, SFALayer) for m in model.modules())

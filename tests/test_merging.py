@@ -1,0 +1,109 @@
+import copy
+
+import pytest
+import tiny
+import torch
+from peft import get_peft_model
+from test_checkpoint import trained
+from torch import nn
+
+from sfa_peft import SFAConfig, SFALayer
+
+PLACES = {"sequential": ["attention", "mlp"], "parallel": ["attention", "mlp_parallel"]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("granularity", ["element", "row"])
+def test_unmerging_gives_back_the_base_bit_for_bit(dtype, granularity):
+    base = tiny.swin().to(dtype)
+    before = {n: p.clone() for n, p in base.named_parameters()}
+    config = {"internal_density": 0.3, "external_modules": [], "internal_granularity": granularity}
+    model = get_peft_model(base, SFAConfig(**config, init_weights=False))
+    model.add_adapter("other", SFAConfig(**config, initial_ticket="random", init_weights=False))
+    model.merge_adapter()
+    model.merge_adapter(["other"])
+    merged = {n.replace(".base_layer", ""): p for n, p in base.named_parameters() if ".sfa_" not in n}
+    assert any(not torch.equal(merged[n], p) for n, p in before.items())
+    model.unmerge_adapter()
+    assert all(torch.equal(merged[n], p) for n, p in before.items())
+
+
+@pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
+def test_a_merged_model_computes_the_same(places):
+    model = trained(external_places=places)
+    expected = tiny.output(model)
+    model.merge_adapter()
+    assert torch.equal(tiny.output(model), expected)
+    with pytest.warns(UserWarning, match="already merged"):
+        model.merge_adapter()
+    model.unmerge_adapter()
+    assert torch.equal(tiny.output(model), expected)
+
+
+@pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
+def test_merge_and_unload_gives_a_plain_model(places, tmp_path):
+    model = trained(external_places=places)
+    expected = tiny.output(model)
+    plain = model.merge_and_unload(safe_merge=True)
+    assert torch.equal(tiny.output(plain), expected)
+    assert not any(isinstance(m, SFALayer) for m in plain.modules())
+    assert not hasattr(plain, "peft_config")
+    assert torch.equal(tiny.output(copy.deepcopy(plain)), expected)
+    torch.save(plain, tmp_path / "plain.pt")
+    assert torch.equal(tiny.output(torch.load(tmp_path / "plain.pt", weights_only=False)), expected)
+
+
+@pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
+def test_unload_gives_back_the_base(places):
+    base = tiny.swin()
+    before, expected = tiny.state(base), tiny.output(base)
+    model = get_peft_model(base, SFAConfig(budget=0.1, external_places=places, modules_to_save=["decode_head"]))
+    tiny.train(model)
+    model.merge_adapter()
+    unloaded = model.unload()
+    assert tiny.same_state(tiny.state(unloaded), before)
+    assert torch.equal(tiny.output(unloaded), expected)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in unloaded.modules())
+
+
+def test_disabling_gives_the_base_also_when_merged():
+    base = tiny.swin()
+    expected = tiny.output(base)
+    model = tiny.train(get_peft_model(base, SFAConfig(budget=0.1)))
+    adapted = tiny.output(model)
+    assert not torch.equal(adapted, expected)
+    with model.disable_adapter():
+        assert torch.equal(tiny.output(model), expected)
+    assert torch.equal(tiny.output(model), adapted)
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(tiny.output(model), expected)
+
+
+def test_safe_merge_refuses_what_is_not_finite():
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), SFAConfig(internal_density=0.5, target_modules=["0"]))
+    layer = model.base_model.model[0]
+    before = layer.get_base_layer().weight.clone()
+    nn.init.constant_(layer.sfa_internal["default"].weight, float("inf"))
+    with pytest.raises(ValueError, match="non-finite"):
+        model.merge_adapter(safe_merge=True)
+    assert torch.equal(layer.get_base_layer().weight, before)
+    assert not layer.merged
+
+
+def test_two_adapters_merge_to_their_sum():
+    model = trained()
+    model.add_adapter("other", SFAConfig(budget=0.1, init_weights=False, external_places=["attention", "mlp_parallel"]))
+    model.base_model.set_adapter(["default", "other"])
+    expected = tiny.output(model)
+    model.merge_adapter()
+    assert torch.allclose(tiny.output(model), expected, atol=1e-6)
+
+
+def test_a_copy_of_the_model_is_independent():
+    model = trained(external_places=["attention", "mlp_parallel"])
+    expected = tiny.output(model)
+    other = copy.deepcopy(model)
+    tiny.train(other)
+    assert torch.equal(tiny.output(model), expected)
+    assert not torch.equal(tiny.output(other), expected)

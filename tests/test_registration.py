@@ -1,0 +1,56 @@
+import subprocess
+import sys
+
+import peft
+import pytest
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+import sfa_peft
+from sfa_peft import registration
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def test_peft_knows_sfa_by_its_type():
+    sfa = peft.PeftType.SFA
+    assert sfa == "SFA"
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[sfa] is sfa_peft.SFAConfig
+    assert PEFT_TYPE_TO_TUNER_MAPPING["SFA"] is sfa_peft.SFAModel
+    assert PEFT_TYPE_TO_PREFIX_MAPPING["SFA"] == "sfa_"
+    assert isinstance(peft.get_peft_config({"peft_type": "SFA", "budget": 0.1}), sfa_peft.SFAConfig)
+
+
+def test_registering_again_and_reloading_changes_nothing_else():
+    before = dict(PEFT_TYPE_TO_TUNER_MAPPING)
+    registration.add_peft_type()
+    registration.register(sfa_peft.SFAConfig, sfa_peft.SFAModel)
+    assert before == PEFT_TYPE_TO_TUNER_MAPPING
+    done = run(
+        "import peft; from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as m; before = dict(m)\n"
+        "import importlib, sfa_peft; importlib.reload(sfa_peft)\n"
+        "assert {k: v for k, v in m.items() if k != 'SFA'} == before, 'other methods changed'\n"
+        "assert m['SFA'] is sfa_peft.SFAModel and list(peft.PeftType).count('SFA') == 1"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_peft_that_cannot_be_extended_is_named():
+    done = run(
+        "import peft.utils.peft_types as t, peft.utils as u\n"
+        "def refuse(**kwargs): raise RuntimeError('no extensions')\n"
+        "u.register_peft_method = refuse\n"
+        "import sfa_peft"
+    )
+    assert done.returncode != 0
+    assert f"cannot register itself with the installed peft {peft.__version__}: no extensions" in done.stderr
+
+
+def test_a_foreign_method_of_the_same_name_is_not_overwritten(monkeypatch):
+    class Foreign:
+        __module__ = "someone.else"
+
+    monkeypatch.setitem(PEFT_TYPE_TO_TUNER_MAPPING, "SFA", Foreign)
+    with pytest.raises(ImportError, match="has a method SFA already"):
+        registration.add_peft_type()
