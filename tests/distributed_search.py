@@ -2,9 +2,10 @@
 
 import sys
 
-import tiny
 import torch
 from accelerate import Accelerator
+
+import tiny
 from test_search import adapted, positions, search
 
 accelerator = Accelerator(cpu=True)

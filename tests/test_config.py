@@ -1,10 +1,10 @@
 import json
 
 import pytest
-import tiny
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 
+import tiny
 from sfa_peft import SFAConfig
 
 
@@ -111,7 +111,10 @@ def refused(model, match, **options):
         (r"target_modules matches '.*mlp', a SwinMLP", {"target_modules": ["blocks.0.mlp"]}),
         (r"the pattern 'fc9' matches no place", {"external_width": {"fc9": 4}}),
         (r"leaves no place", {"budget": 0.1, "exclude_modules": ["o_proj", "fc2"]}),
-        (r"every width and the density are 0", {"external_width": 4, "external_modules": [], "internal_density": 1e-9}),
+        (
+            r"every width and the density are 0",
+            {"external_width": 4, "external_modules": [], "internal_density": 1e-9},
+        ),
         (r"leaves nothing to adapt", {"budget": 0.1, "external_modules": [], "target_modules": []}),
     ],
 )

@@ -1,10 +1,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_internal import Saved
 from torch import nn
 
 from sfa_peft.external import ACTIVATIONS, ExternalAdapter
+from test_internal import Saved
 
 
 def random_adapter(**options):

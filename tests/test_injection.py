@@ -1,13 +1,13 @@
 import re
 
 import pytest
-import tiny
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 from torch import nn
 
+import tiny
 from sfa_peft import SFAConfig, SFALayer
 from sfa_peft.budget import external_cost, widths_within
 
@@ -90,7 +90,9 @@ def test_the_place_is_behind_layer_scale(make):
 
 def test_sequential_and_parallel_adapters_compute_their_formulas():
     base = tiny.swin()
-    config = SFAConfig(external_width=3, external_places=["mlp", "mlp_parallel"], external_scale=0.5, init_weights=False)
+    config = SFAConfig(
+        external_width=3, external_places=["mlp", "mlp_parallel"], external_scale=0.5, init_weights=False
+    )
     model = get_peft_model(base, config).eval()
     mlp = model.base_model.model.backbone.swin.encoder.layers[0].blocks[0].mlp
     x = torch.randn(2, 5, 8)
@@ -223,5 +225,7 @@ def test_widths_never_cost_more_than_allowed_and_waste_little(channels, allowanc
 def test_element_tickets_meet_any_budget_exactly(budget, share):
     if 0 < int(share * budget) < 17:
         share = 0.0
-    model = get_peft_model(tiny.swin(), SFAConfig(budget=budget, external_share=share if share * budget >= 17 else 0.0))
+    model = get_peft_model(
+        tiny.swin(), SFAConfig(budget=budget, external_share=share if share * budget >= 17 else 0.0)
+    )
     assert sum(p.numel() for p in adapter_parameters(model).values()) == budget

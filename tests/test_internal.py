@@ -1,7 +1,6 @@
 """The sparse op against plain autograd on the dense, changed weight."""
 
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -9,6 +8,7 @@ from hypothesis import strategies as st
 from peft import get_peft_model
 from torch import nn
 
+import tiny
 from sfa_peft import SFAConfig, SFALayer
 
 

@@ -1,13 +1,13 @@
 import copy
 
 import pytest
-import tiny
 import torch
 from peft import get_peft_model
-from test_checkpoint import trained
 from torch import nn
 
+import tiny
 from sfa_peft import SFAConfig, SFALayer
+from test_checkpoint import trained
 
 PLACES = {"sequential": ["attention", "mlp"], "parallel": ["attention", "mlp_parallel"]}
 
@@ -41,7 +41,7 @@ def test_a_merged_model_computes_the_same(places):
 
 
 @pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
-def test_merge_and_unload_gives_a_plain_model(places, tmp_path):
+def test_merge_and_unload_gives_a_plain_model(places):
     model = trained(external_places=places)
     expected = tiny.output(model)
     plain = model.merge_and_unload(safe_merge=True)
@@ -49,8 +49,6 @@ def test_merge_and_unload_gives_a_plain_model(places, tmp_path):
     assert not any(isinstance(m, SFALayer) for m in plain.modules())
     assert not hasattr(plain, "peft_config")
     assert torch.equal(tiny.output(copy.deepcopy(plain)), expected)
-    torch.save(plain, tmp_path / "plain.pt")
-    assert torch.equal(tiny.output(torch.load(tmp_path / "plain.pt", weights_only=False)), expected)
 
 
 @pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
@@ -63,13 +61,14 @@ def test_unload_gives_back_the_base(places):
     unloaded = model.unload()
     assert tiny.same_state(tiny.state(unloaded), before)
     assert torch.equal(tiny.output(unloaded), expected)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in unloaded.modules())
+    hooks = [h for m in unloaded.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    assert not any(type(hook).__module__.startswith("sfa_peft") for hook in hooks)
 
 
 def test_disabling_gives_the_base_also_when_merged():
     base = tiny.swin()
     expected = tiny.output(base)
-    model = tiny.train(get_peft_model(base, SFAConfig(budget=0.1)))
+    model = tiny.train(get_peft_model(base, SFAConfig(budget=0.1, modules_to_save=["decode_head"])))
     adapted = tiny.output(model)
     assert not torch.equal(adapted, expected)
     with model.disable_adapter():
@@ -93,7 +92,9 @@ def test_safe_merge_refuses_what_is_not_finite():
 
 def test_two_adapters_merge_to_their_sum():
     model = trained()
-    model.add_adapter("other", SFAConfig(budget=0.1, init_weights=False, external_places=["attention", "mlp_parallel"]))
+    model.add_adapter(
+        "other", SFAConfig(budget=0.1, init_weights=False, external_places=["attention", "mlp_parallel"])
+    )
     model.base_model.set_adapter(["default", "other"])
     expected = tiny.output(model)
     model.merge_adapter()

@@ -6,9 +6,7 @@ from hypothesis import strategies as st
 from sfa_peft.ticket.selection import choose, top_k, top_units
 
 scores_of_many = st.lists(
-    st.lists(
-        st.floats(0, 2.0**100, width=32) | st.sampled_from([0.0, -0.0, 1.0, 1e-45]), min_size=1, max_size=40
-    ),
+    st.lists(st.floats(0, 2.0**100, width=32) | st.sampled_from([0.0, -0.0, 1.0, 1e-45]), min_size=1, max_size=40),
     min_size=1,
     max_size=6,
 )
