@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 
 import tiny
-from test_search import adapted, positions, search
+from test_search import adapted, backbone_loss, positions, search
 
 accelerator = Accelerator(cpu=True)
 rank = accelerator.process_index
@@ -17,6 +17,6 @@ search(
     model,
     data,
     accelerator=accelerator,
-    loss_fn=lambda m, b: m.base_model.model.backbone(b["pixel_values"]).feature_maps[0].square().mean(),
+    loss_fn=backbone_loss,
 )
 torch.save(positions(model), f"{sys.argv[1]}/rank{rank}.pt")

@@ -113,7 +113,7 @@ def refused(model, match, **options):
         (r"leaves no place", {"budget": 0.1, "exclude_modules": ["o_proj", "fc2"]}),
         (
             r"every width and the density are 0",
-            {"external_width": 4, "external_modules": [], "internal_density": 1e-9},
+            {"external_modules": [], "internal_density": 1e-9},
         ),
         (r"leaves nothing to adapt", {"budget": 0.1, "external_modules": [], "target_modules": []}),
     ],

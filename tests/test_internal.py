@@ -234,14 +234,6 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     assert all(torch.allclose(plain[n], checkpointed[n], atol=1e-6) for n in plain)
 
 
-def test_a_trained_base_weight_is_not_silently_frozen():
-    """Unfreezing a base weight by hand next to a ticket has no gradient path: PEFT's rule is that the base is frozen."""
-    model, layer = adapted(nn.Linear(4, 4), 0.5)
-    model(torch.randn(2, 4)).sum().backward()
-    assert layer.get_base_layer().weight.grad is None
-    assert not layer.get_base_layer().weight.requires_grad
-
-
 def test_hooks_inside_an_adapted_layer_warn():
     module, x = linear()
     module.register_forward_hook(lambda *args: None)
