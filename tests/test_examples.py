@@ -6,14 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scenes
-import tiny
 import torch
+from peft import get_peft_model
+
+import tiny
+
+import scenes
 from data import load_segmentation
 from methods import lora_config
 from metrics import MeanIoU
 from models import LinearHead, build_model, feature_levels
-from peft import get_peft_model
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
