@@ -18,8 +18,8 @@ from models import IGNORE_INDEX, LinearHead, use_fast_attention
 from scenes import CLASSES, HEIGHT, WIDTH, make_scenes
 
 VERSION = 1
-STEPS = 240
-BATCH_SIZE = 16
+STEPS = 260
+BATCH_SIZE = 8
 
 
 def cache_folder() -> Path:
@@ -58,10 +58,10 @@ def _pretrain(folder: Path, device: torch.device) -> None:
     use_fast_attention(model, device)
     model.to(device).train()
 
-    scenes = make_scenes(600, seed=1, style="dusk")
+    scenes = make_scenes(500, seed=1, style="dusk")
     data = Segmentation({"train": scenes, "validation": scenes.select([0])}, dict(enumerate(CLASSES)), (HEIGHT, WIDTH))
     loader = DataLoader(data.train, batch_size=BATCH_SIZE, shuffle=True, drop_last=True, collate_fn=data.train_batch)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=STEPS)
     step = 0
     with tqdm(total=STEPS, desc="pretraining") as bar:

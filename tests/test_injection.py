@@ -146,6 +146,21 @@ def test_row_granularity_takes_whole_neurons_within_the_budget():
     assert 1000 - 65 < total <= 1000
 
 
+def test_a_second_adapters_budget_counts_the_base_alone():
+    model = get_peft_model(tiny.swin(), SFAConfig(budget=0.1, modules_to_save=["decode_head"]))
+    model.add_adapter("whole", SFAConfig(budget=0.1))
+    model.add_adapter("headless", SFAConfig(budget=0.1, modules_to_save=["decode_head"]))
+    for name, heads in (("whole", None), ("headless", ["decode_head"])):
+        own = sum(p.numel() for n, p in adapter_parameters(model).items() if f".{name}." in n)
+        assert own == int(0.1 * backbone_size(tiny.swin(), heads))
+
+
+def test_one_adapter_per_sample_is_refused():
+    model = get_peft_model(tiny.swin(), SFAConfig(budget=0.1))
+    with pytest.raises(ValueError, match="for each sample"):
+        model(tiny.pixels(), adapter_names=["default", "default"])
+
+
 def test_explicit_widths_and_density():
     width = {"attention.o_proj": 4, r"layers\.1\.blocks\.\d\.mlp\.fc2": 0.25}
     config = SFAConfig(external_width=width, internal_density=0.1, target_modules=["fc1"])

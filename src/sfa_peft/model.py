@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -70,6 +71,7 @@ class SFAModel(BaseTuner):
             widths = peft_config.external_widths or {}
             adapted = {name for modules in widths.values() for name in modules}
             adapted |= {name.rpartition(".")[0] for name in peft_config.ticket_sizes or {}}
+        # What is not adapted is False, or PEFT's false-like mark of an excluded module.
         return True if key in adapted else peft_verdict(peft_config, key) and False
 
     def _create_and_replace(
@@ -112,6 +114,14 @@ class SFAModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own copies `weight` from the replaced module as well, which a head without one does not have.
         setattr(parent, child_name, new_module)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        if adapter_names is not None:
+            raise ValueError(
+                "SFA does not run another adapter for each sample yet; group the samples and set_adapter."
+            )
+        yield
 
     def unload(self) -> nn.Module:
         """Give back the base model, its original heads included (PEFT's own `unload` leaves the trained heads in)."""

@@ -394,20 +394,17 @@ def _modules_outside_adapters(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def backbone_parameters(model: nn.Module, config: SFAConfig) -> int:
-    """Parameters of the base model outside the heads (`modules_to_save`), adapters not counted, tied ones once."""
+    """Parameters of the base model outside the heads (`modules_to_save`); tied ones count once, other adapters not."""
     heads = config.modules_to_save or []
 
     def in_head(name: str) -> bool:
         return any(re.match(rf"(^|.*\.){head}($|\..*)", name) for head in heads)
 
-    counted: dict[int, int] = {}
     adapters = {
-        id(p)
-        for _, layer in sfa_layers(model)
-        for d in layer.adapter_layer_names
-        for p in getattr(layer, d).parameters()
+        id(p) for _, layer in sfa_layers(model) for name in layer.adapter_names for p in layer.parameters_of(name)
     }
-    for name, p in model.named_parameters():
-        if not in_head(name) and id(p) not in adapters:
-            counted[id(p)] = p.numel()
-    return sum(counted.values())
+    copies = {
+        id(p) for m in model.modules() if isinstance(m, ModulesToSaveWrapper) for p in m.modules_to_save.parameters()
+    }
+    sizes = {id(p): p.numel() for name, p in model.named_parameters() if not in_head(name)}
+    return sum(size for key, size in sizes.items() if key not in adapters | copies)
