@@ -32,8 +32,8 @@ class Rates:
 
 
 RATES = {
-    "sfa": Rates(backbone=2e-3, internal=2e-3, head=2e-3),
-    "lora": Rates(backbone=2e-3, head=2e-3),
+    "sfa": Rates(backbone=3e-3, internal=3e-3, head=2e-3),
+    "lora": Rates(backbone=5e-3, head=2e-3),
     "full": Rates(backbone=5e-4, head=2e-3),
     "head": Rates(backbone=0.0, head=2e-3),
 }
