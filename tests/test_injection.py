@@ -113,7 +113,7 @@ def test_no_activation_is_kept_after_a_forward_pass():
     with model.disable_adapter():
         tiny.output(model)
     layers = [m for m in model.modules() if isinstance(m, SFALayer)]
-    assert all(parallel.hook.value is None for layer in layers for parallel in layer.parallel_inputs.values())
+    assert all(not parallel.hook.values for layer in layers for parallel in layer.parallel_inputs.values())
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])

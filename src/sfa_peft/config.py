@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 from peft.config import PeftConfig
@@ -20,11 +21,11 @@ DEFAULT_BUDGET = 0.02
 
 
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:
-    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
+    return _is_int(value) or (isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value))
 
 
 @dataclass
@@ -37,7 +38,7 @@ class SFAConfig(PeftConfig):
     Args:
         budget (`int` or `float`, *optional*):
             Adapter parameters that may be trained: a number, or a fraction in (0, 1) of the backbone (the base model
-            without `modules_to_save`). With `element` granularity it is met exactly.
+            without `modules_to_save`). With `element` granularity and internal adapters it is met exactly.
         external_share (`float`, defaults to 0.5):
             The part of the budget, in [0, 1], that external adapters may take; the ticket gets the exact rest. 1 is
             external adapters only, 0 internal only. Where one kind is switched off (`external_places=()` or
@@ -64,7 +65,7 @@ class SFAConfig(PeftConfig):
         internal_density (`float`, *optional*):
             Ticket density over the targets where no budget is given, in [0, 1]. 0 for none.
         internal_granularity (`str`, defaults to `"element"`):
-            The unit of selection: `element`, or `row` (one output neuron's weights, or one bias).
+            The unit of selection: `element`, or `row` (one output neuron with its bias).
         initial_ticket (`str`, defaults to `"magnitude"`):
             The data-free ticket that `get_peft_model` installs: `magnitude` or `random`.
         ticket_seed (`int`, defaults to 0): Seed of a random initial ticket.
@@ -141,6 +142,8 @@ class SFAConfig(PeftConfig):
             if isinstance(value, list | tuple):
                 setattr(self, name, set(value))
         self._validate()
+        if self.budget is not None:  # a NumPy scalar is as good, but cannot be saved
+            self.budget = int(self.budget) if _is_int(self.budget) else float(self.budget)
         if self.budget is None and self.external_width is None and self.internal_density is None:
             self.budget = DEFAULT_BUDGET
 
@@ -189,6 +192,19 @@ class SFAConfig(PeftConfig):
             self._check(name, isinstance(value, str) and value in choices, f"choose one of {sorted(choices)}")
         for name in ("target_modules", "exclude_modules", "external_modules"):
             self._check_names(name)
+        heads = self.modules_to_save
+        is_list = isinstance(heads, list | tuple | set) and all(isinstance(h, str) and h for h in heads)
+        self._check("modules_to_save", heads is None or is_list, "use a list of module names")
+        for head in heads or ():
+            try:
+                re.compile(head)
+            except re.error:
+                self._fail("modules_to_save", f"{head!r} is not a module name")
+        layers = self.layers_to_transform
+        indices = layers if isinstance(layers, list | tuple) else [layers]
+        self._check(
+            "layers_to_transform", layers is None or all(_is_int(i) for i in indices), "use an int or a list of ints"
+        )
         if self.layers_pattern and self.layers_to_transform is None:
             self._fail("layers_pattern", "it needs `layers_to_transform`")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
@@ -196,7 +212,7 @@ class SFAConfig(PeftConfig):
         self._check_sizes()
 
     def _check_width(self) -> None:
-        allowed = "use an int >= 0, a float in (0, 1], or a dict from name patterns to these"
+        allowed = "use an int >= 0, a float in [0, 1], or a dict from name patterns to these"
 
         def is_width(width: Any) -> bool:
             return width >= 0 if _is_int(width) else (_is_number(width) and 0 <= width <= 1)

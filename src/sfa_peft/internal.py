@@ -286,6 +286,8 @@ def sparse_forward(op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, delta
     dtype = op.compute_dtype(x, weight)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(dtype)
+    if not torch.is_grad_enabled():
+        return op.forward(x, *_changed(weight, bias, changes, dtype))[0]
     layout = tuple((change.name, change.granularity) for change in changes)
     tensors = [t for change in changes for t in (change.positions, change.values)]
     return SparseDeltaFunction.apply(x, weight, bias, op, dtype, layout, *tensors)

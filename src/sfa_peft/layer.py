@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -31,23 +32,36 @@ from .internal import (
 
 
 class InputOf:
-    """A forward pre-hook that remembers a container's input for the parallel external adapter on its output."""
+    """A forward pre-hook that remembers a container's input for the parallel external adapter on its output.
+
+    Each thread has its own, since several may run one model (nn.DataParallel, servers).
+    """
 
     def __init__(self) -> None:
-        self.value: Tensor | None = None
+        self.values: dict[int, Tensor] = {}
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.value = args[0]
+        self.values[get_ident()] = args[0]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> InputOf:
+        memo[id(self)] = copied = InputOf()
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"values": {}}
 
     def take(self) -> Tensor:
         """Hand the input over, once: an activation must not outlive its forward pass in an attribute."""
-        if self.value is None:
+        value = self.values.pop(get_ident(), None)
+        if value is None:
             raise RuntimeError(
                 "a parallel external adapter ran before the module whose input it reads; was the hook removed, or "
                 "the module called by another way than its __call__?"
             )
-        value, self.value = self.value, None
         return value
+
+    def forget(self) -> None:
+        self.values.pop(get_ident(), None)
 
 
 class ParallelInput:
@@ -179,7 +193,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     def _forget_inputs(self) -> None:
         for parallel in self.parallel_inputs.values():
-            parallel.hook.value = None
+            parallel.hook.forget()
 
     def _add_externals(self, y: Tensor, names: Sequence[str]) -> Tensor:
         result = y

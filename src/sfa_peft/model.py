@@ -48,6 +48,9 @@ class SFAModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # A copy, since injection fills in sizes, and the user may use the config object for another model.
         config = copy.deepcopy(self.peft_config[adapter_name])
+        recorded = config.ticket_sizes is not None
+        if not sfa_layers(model):
+            self._original_flags = [(p, p.requires_grad) for p in model.parameters()]
         plan = Planner(model, config).plan()
         config.external_widths = plan.external_widths
         config.ticket_sizes = ticket_sizes(plan.positions)
@@ -60,6 +63,8 @@ class SFAModel(BaseTuner):
             raise
         finally:
             del self._plan
+        # Whether its weights are still to come from a file. Not a field: it is nothing to save.
+        config.awaits_weights = recorded
 
     def _prepare_adapter_config(self, peft_config: SFAConfig, model_config: dict[str, Any]) -> SFAConfig:
         return peft_config
@@ -115,6 +120,18 @@ class SFAModel(BaseTuner):
         # PEFT's own copies `weight` from the replaced module as well, which a head without one does not have.
         setattr(parent, child_name, new_module)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter. If it was active, what stays active, or else the first adapter left, is active.
+
+        PEFT asks the first layer which adapters are left, but SFA's adapters need not be on the same layers.
+        """
+        active = [name for name in self.active_adapters if name != adapter_name]
+        super().delete_adapter(adapter_name)
+        unwrap_empty_layers(self.model)
+        names = active or list(self.peft_config)[:1]
+        if names:
+            self.set_adapter(names[0] if len(names) == 1 else names)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         if adapter_names is not None:
@@ -138,6 +155,9 @@ class SFAModel(BaseTuner):
     def ticket_size(self, adapter_name: str) -> int:
         """How many parameters an adapter's ticket may hold: what its external adapters leave of the budget."""
         config = self.peft_config[adapter_name]
+        if config.internal_granularity == "element":
+            return sum((config.ticket_sizes or {}).values())
+        # Rows seldom fill their part of the budget: another ticket may come closer to it.
         planner = Planner(self.model, config)
         candidates = planner.candidates()
         if not candidates:
@@ -193,11 +213,15 @@ class SFAModel(BaseTuner):
         try:
             cls._check(model, adapter_name, remapped)
         except CheckpointError:
-            # PEFT injects an adapter before it reads the file: one that has not learned anything yet goes again.
-            if not any(layer.is_changed_by(adapter_name) for _, layer in sfa_layers(model)):
+            # PEFT injects an adapter before it reads its file. One that waited for this file goes again.
+            if config.awaits_weights and not any(layer.is_changed_by(adapter_name) for _, layer in sfa_layers(model)):
                 discard_adapter(model, adapter_name)
                 model.peft_config.pop(adapter_name, None)
+                if not sfa_layers(model):
+                    for p, requires_grad in getattr(getattr(model, "base_model", None), "_original_flags", ()):
+                        p.requires_grad_(requires_grad)
             raise
+        config.awaits_weights = False
         return remapped
 
     @classmethod
@@ -215,8 +239,14 @@ class SFAModel(BaseTuner):
                     limits[f"{name}.sfa_internal.{adapter_name}.{p}{POSITIONS}"] = units
         found = {k: v for k, v in remapped.items() if re.search(r"\.sfa_(internal|external|parallel)\.", k)}
         check_state_dict(found, expected, limits)
+        own = model.state_dict()
         for key, tensor in remapped.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if key in own and own[key].shape != tensor.shape:
+                raise CheckpointError(
+                    f"{key!r} has shape {tuple(tensor.shape)} in the checkpoint and {tuple(own[key].shape)} in the "
+                    f"model; build the base model with the head that the adapter was trained with (num_labels)."
+                )
+            if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
                 raise CheckpointError(f"{key!r} holds values that are not finite; the checkpoint is damaged.")
 
 

@@ -15,7 +15,7 @@ from . import backbones
 from .budget import absolute_budget, external_cost, widths_within
 from .checkpoint import CheckpointError
 from .config import SFAConfig
-from .layer import SFALayer, channels_of, internal_parameters, layer_class, sfa_layers
+from .layer import AddExternals, SFALayer, channels_of, internal_parameters, layer_class, sfa_layers
 from .ticket.criteria import DATA_FREE_CRITERIA
 from .ticket.selection import Positions, choose
 
@@ -86,6 +86,7 @@ class Planner:
 
     def __init__(self, model: nn.Module, config: SFAConfig) -> None:
         self.model, self.config = model, config
+        self.shared = _shared_parameters(model)
         # Leaves inside an SFA layer belong to it; other tuners' layers are not adapted.
         self.leaves = {
             name: module
@@ -94,6 +95,7 @@ class Planner:
         }
 
     def plan(self) -> Plan:
+        self._check_heads()
         if self.config.ticket_sizes is not None:
             return self._recorded_plan()
         places, candidates = self._places(), self.candidates()
@@ -116,6 +118,15 @@ class Planner:
         for external in externals:
             plan.externals.setdefault(external.module, []).append(external)
         return plan
+
+    def _check_heads(self) -> None:
+        names = [name for name, _ in self.model.named_modules()]
+        for head in self.config.modules_to_save or ():
+            if not any(name.endswith(head) for name in names):
+                raise ValueError(
+                    f"SFAConfig.modules_to_save: {head!r} matches no module of {type(self.model).__name__}; its "
+                    f"children are {[name for name, _ in self.model.named_children()]}."
+                )
 
     # Where
 
@@ -156,6 +167,7 @@ class Planner:
 
     def _external(self, place: str, name: str, mlp_input: str | None) -> External:
         module = self.leaves.get(name)
+        self._refuse_merged(name)
         channels = None if module is None else channels_of(module)
         if channels is None:
             kind = type(self.model.get_submodule(name)).__name__
@@ -185,6 +197,7 @@ class Planner:
         candidates = {}
         for name in names:
             module = self.leaves.get(name)
+            self._refuse_merged(name)
             self._refuse_foreign(name, "target_modules")
             adaptable = module is not None and (
                 module.takes_internal if isinstance(module, SFALayer) else layer_class(module).takes_internal
@@ -214,6 +227,13 @@ class Planner:
 
     def _refuse_foreign(self, name: str, field_name: str) -> None:
         module = self.leaves.get(name)
+        base = _unwrapped(module)
+        shared = [self.shared[id(p)] for p in base.parameters(recurse=False) if id(p) in self.shared] if base else []
+        if shared:
+            raise ValueError(
+                f"SFAConfig.{field_name} reaches {name!r}, whose parameter is shared: it is {shared[0][0]!r} and "
+                f"{shared[0][1]!r}. A change here would be one there as well; exclude it, or untie the parameters."
+            )
         if isinstance(module, BaseTunerLayer) and not isinstance(module, SFALayer):
             raise ValueError(
                 f"SFAConfig.{field_name} reaches {name!r}, which another PEFT method has adapted already "
@@ -224,6 +244,13 @@ class Planner:
             raise ValueError(
                 f"SFAConfig.{field_name} reaches {name!r}: nn.MultiheadAttention uses its parameters without calling "
                 f"that module, so an adapter on it would do nothing. Name a module behind the attention."
+            )
+
+    def _refuse_merged(self, name: str) -> None:
+        if any(isinstance(hook, AddExternals) for hook in self.model.get_submodule(name)._forward_hooks.values()):
+            raise ValueError(
+                f"{name!r} carries external adapters of an earlier merge_and_unload; adapt the original base model "
+                f"instead, where several adapters can be active together."
             )
 
     def _match(self, field_name: str) -> list[str]:
@@ -368,6 +395,14 @@ _OTHER_ARCHITECTURE = (
 
 def _with_width(place: External, width: int) -> External:
     return External(place.place, place.module, place.mlp_input, place.channels, place.channel_dim, width)
+
+
+def _shared_parameters(model: nn.Module) -> dict[int, list[str]]:
+    """The names of each parameter that has several: tied parameters, or a module that stands in two positions."""
+    names: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    return {key: own for key, own in names.items() if len(own) > 1}
 
 
 def _unwrapped(module: nn.Module | None) -> nn.Module | None:

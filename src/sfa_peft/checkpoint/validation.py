@@ -31,15 +31,18 @@ def check_state_dict(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
     if missing or unexpected:
         kind, keys = ("lacks", missing) if missing else ("has, but the adapter does not,", unexpected)
         raise CheckpointError(
-            f"the checkpoint {kind} {sorted(keys)[0]!r} ({len(keys)} such); its adapter_config.json and "
-            f"adapter_model.safetensors are not of one save, or it was saved for another architecture."
+            f"the checkpoint {kind} {sorted(keys)[0]!r} ({len(keys)} such). Into an adapter with another ticket it "
+            f"cannot be loaded: use PeftModel.from_pretrained(base, path, is_trainable=True), or run the same search "
+            f"first. Otherwise adapter_config.json and adapter_model.safetensors are not of one save, or it was saved "
+            f"for another architecture."
         )
     for key, tensor in found.items():
         own = expected[key]
         if tensor.shape != own.shape:
             raise CheckpointError(
                 f"{key!r} has shape {tuple(tensor.shape)} in the checkpoint, but adapter_config.json and the model "
-                f"make it {tuple(own.shape)}; save the adapter again, or load it into the model it was trained on."
+                f"make it {tuple(own.shape)}. Load it into the model it was trained on; for another ticket use "
+                f"PeftModel.from_pretrained(base, path, is_trainable=True), or run the same search first."
             )
         if tensor.is_floating_point() != own.is_floating_point() or tensor.is_complex():
             raise CheckpointError(
@@ -47,7 +50,7 @@ def check_state_dict(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
             )
         if key.endswith(POSITIONS):
             _check_positions(key, tensor, limits[key])
-        elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        elif tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
             raise CheckpointError(f"{key!r} holds values that are not finite; the checkpoint is damaged.")
 
 

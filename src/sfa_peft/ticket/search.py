@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard, prepare_data_loader
-from accelerate.utils import broadcast, send_to_device
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast, reduce, send_to_device
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -20,6 +21,8 @@ from ..layer import SFALayer
 from . import criteria
 from .report import Share, TicketReport
 from .selection import Positions, choose
+
+State = AcceleratorState | PartialState
 
 CRITERIA = {"lottery": criteria.lottery}
 
@@ -63,8 +66,9 @@ def search_ticket(
         adapter_learning_rate: Of the external adapters and the heads.
         adapter_name: The adapter to search for; the active one unless given.
         loss_fn: ``(model, batch) -> loss``; by default ``model(**batch).loss``.
-        accelerator: Says where the model and its batches belong, and in which precision to run (with fp16 the search
-            runs in float32, since it has no gradient scaler). A plain `Accelerator()` unless given.
+        accelerator: Gives the precision to run in (with fp16 the search runs without autocast, since it has no
+            gradient scaler). Unless given, no autocast. Processes and device are Accelerate's in both cases; the model
+            is moved to the device.
         seed: Seeds the search's own random state; the global one is put back afterwards.
         progress: Whether to show a progress bar on the main process.
 
@@ -88,8 +92,8 @@ def search_ticket(
         raise ValueError(f"adapter_name={adapter_name!r} does not exist; the model has {sorted(tuner.peft_config)}.")
     if criterion not in CRITERIA:
         raise ValueError(f"criterion={criterion!r} is not known; choose one of {sorted(CRITERIA)}.")
-    if steps < 1:
-        raise ValueError(f"steps={steps!r} must be at least 1.")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps={steps!r} must be an int of at least 1.")
     for name, rate in (("learning_rate", learning_rate), ("adapter_learning_rate", adapter_learning_rate)):
         if not (math.isfinite(rate) and rate > 0):
             raise ValueError(f"{name}={rate!r} must be a finite number above 0.")
@@ -101,32 +105,48 @@ def search_ticket(
             f"0), so there is no ticket to search for."
         )
     for layer in _layers(model):
+        if layer.merged or layer.disable_adapters:
+            state = "merged: unmerge_adapter()" if layer.merged else "disabled: leave disable_adapter()"
+            raise ValueError(f"the model's adapters are {state} before the search.")
+        if any(p.is_meta for p in layer.parameters_of(adapter_name)):
+            raise ValueError(
+                f"adapter {adapter_name!r} has no weights yet (low_cpu_mem_usage=True); make it without that option."
+            )
         if adapter_name in layer.sfa_internal and any(p.any() for p in layer.sfa_internal[adapter_name].parameters()):
             raise ValueError(
                 f"the internal values of adapter {adapter_name!r} are not zero any more; a new ticket would drop "
                 f"them. Search before training, or for a new adapter."
             )
 
-    accelerator = accelerator or Accelerator()
-    loader = _prepared(dataloader, accelerator)
-    model.to(accelerator.device)
+    # Not a new Accelerator: its precision would be fixed for the whole process, before the user says which.
+    state = accelerator.state if accelerator is not None else PartialState()
+    autocast = nullcontext if accelerator is None or accelerator.mixed_precision == "fp16" else accelerator.autocast
+    loader = _prepared(dataloader, state)
+    model.to(state.device)
     granularity = tuner.peft_config[adapter_name].internal_granularity
     dense = [p for own in candidates.values() for p in own.values()]
     others = _trained_beside(model, adapter_name)
-    with _rewound(model, [*dense, *others]) as before, _seeded(seed, accelerator.device):
-        if accelerator.num_processes > 1:
+    with _rewound(tuner, adapter_name, [*dense, *others]) as before, _seeded(seed, state.device):
+        if state.num_processes > 1:
             for p in others:  # heads and external adapters may have been made with another seed on each rank
                 p.data.copy_(broadcast(p.data))
-        groups = [{"params": dense, "lr": learning_rate}, {"params": others, "lr": adapter_learning_rate}]
-        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
-        losses = _train(model, optimizer, loader, steps, loss_fn or _default_loss, accelerator, progress)
+        # In half precision a small step would be rounded away: the optimizer works on float32 copies there.
+        trained = {p: p if p.dtype == torch.float32 else p.detach().float() for p in (*dense, *others)}
+        groups = [(dense, learning_rate), (others, adapter_learning_rate)]
+        optimizer = torch.optim.AdamW(
+            [{"params": [trained[p] for p in params], "lr": rate} for params, rate in groups if params],
+            weight_decay=0.0,
+        )
+        losses = _train(model, trained, optimizer, loader, steps, loss_fn or _default_loss, state, autocast, progress)
+        if all(torch.equal(trained[p], before[id(p)].float()) for p in dense):
+            raise TicketSearchError("no candidate was moved by training: the loss does not depend on the backbone.")
         score_of = CRITERIA[criterion]
         try:
-            positions = choose(candidates, lambda _, p: score_of(before[id(p)], p), granularity, size)
+            positions = choose(candidates, lambda _, p: score_of(before[id(p)], trained[p]), granularity, size)
         except ValueError as error:
             raise TicketSearchError(f"the search diverged: {error}. Lower `learning_rate`.") from error
-        if accelerator.num_processes > 1:
-            positions = _from_main_process(positions, accelerator)
+        if state.num_processes > 1:
+            positions = _from_main_process(positions, state.device)
     tuner.install_ticket(adapter_name, positions)
 
     def elements(p: Tensor, chosen: Tensor) -> int:
@@ -159,11 +179,11 @@ def _layers(model: nn.Module) -> Iterator[SFALayer]:
     return (module for module in model.modules() if isinstance(module, SFALayer))
 
 
-def _prepared(dataloader: Iterable[Any], accelerator: Accelerator) -> Iterable[Any]:
+def _prepared(dataloader: Iterable[Any], state: State) -> Iterable[Any]:
     ready = isinstance(dataloader, DataLoaderShard | DataLoaderDispatcher)
     if isinstance(dataloader, DataLoader) and not ready:
         # Not accelerator.prepare: the caller's accelerator should not remember a loader that it was not given.
-        return prepare_data_loader(dataloader, accelerator.device, put_on_device=True)
+        return prepare_data_loader(dataloader, state.device, put_on_device=True)
     return dataloader
 
 
@@ -181,16 +201,19 @@ def _trained_beside(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
 
 
 @contextmanager
-def _rewound(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[dict[int, Tensor]]:
+def _rewound(tuner: Any, adapter_name: str, trained: list[nn.Parameter]) -> Iterator[dict[int, Tensor]]:
     """Open `trained` and nothing else for training, and put everything back at the end, whatever happens.
 
-    Put back are the trained parameters, all buffers, gradients, `requires_grad` flags and training modes. Gives the
-    copies of the trained parameters by their id.
+    The adapter is the one active meanwhile, without its internal part. Put back are the active adapters, the trained
+    parameters, all buffers, gradients, `requires_grad` flags and training modes. Gives the copies of the trained
+    parameters by their id.
     """
+    model, active = tuner.model, tuner.active_adapter
     state = [(p, p.grad, p.requires_grad) for p in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     copies = [(t, t.detach().clone()) for t in (*trained, *model.buffers())]
     try:
+        tuner.set_adapter(adapter_name)
         for p, _, _ in state:
             p.grad = None
             p.requires_grad_(False)
@@ -201,6 +224,7 @@ def _rewound(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[dict[int
         model.train()
         yield {id(tensor): copy for tensor, copy in copies}
     finally:
+        tuner.set_adapter(active)
         with torch.no_grad():
             for tensor, copy in copies:
                 tensor.copy_(copy)
@@ -255,49 +279,57 @@ def _default_loss(model: nn.Module, batch: Any) -> Tensor:
 
 def _train(
     model: nn.Module,
+    trained: dict[nn.Parameter, Tensor],
     optimizer: torch.optim.Optimizer,
     loader: Iterable[Any],
     steps: int,
     loss_fn: Callable[[nn.Module, Any], Tensor],
-    accelerator: Accelerator,
+    state: State,
+    autocast: Callable[[], AbstractContextManager[Any]],
     progress: bool,
 ) -> list[float]:
-    # float16 gradients need a scaler, which lives in an optimizer that Accelerate has prepared.
-    precision = nullcontext if accelerator.mixed_precision == "fp16" else accelerator.autocast
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    """Train the model's parameters, the keys of `trained`; the optimizer works on its values."""
     losses: list[float] = []
     batches = _endless(loader, steps)
-    bar = tqdm(range(steps), desc="ticket search", disable=not (progress and accelerator.is_main_process))
+    bar = tqdm(range(steps), desc="ticket search", disable=not (progress and state.is_main_process))
     for step in bar:
-        batch = send_to_device(next(batches), accelerator.device)
-        with precision():
+        batch = send_to_device(next(batches), state.device)
+        with autocast():
             loss = loss_fn(model, batch)
-        mean = accelerator.reduce(loss.detach().float(), reduction="mean").item()
+        if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad):
+            raise TicketSearchError("loss_fn must return a tensor of one element with a gradient.")
+        mean = reduce(loss.detach().float(), reduction="mean").item()
         if not math.isfinite(mean):
             raise TicketSearchError(
                 f"the loss was {mean} at step {step} of the search; the model is as it was before. Lower "
                 f"`learning_rate`, or check the data."
             )
         loss.backward()
-        if accelerator.num_processes > 1:
-            for p in parameters:
-                grad = torch.zeros_like(p) if p.grad is None else p.grad
-                p.grad = accelerator.reduce(grad, reduction="mean")
+        for p, target in trained.items():
+            grad = p.grad
+            if state.num_processes > 1:
+                grad = reduce(torch.zeros_like(p) if grad is None else grad, reduction="mean")
+            p.grad = None
+            target.grad = None if grad is None else grad.to(target.dtype)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for p, target in trained.items():
+                if p is not target:
+                    p.copy_(target)
         losses.append(mean)
         bar.set_postfix(loss=f"{mean:.3f}")
     return losses
 
 
-def _from_main_process(positions: Positions, accelerator: Accelerator) -> Positions:
+def _from_main_process(positions: Positions, device: torch.device) -> Positions:
     """Every process takes the main process's ticket: reductions may differ in the last bit between ranks."""
     shared: Positions = {}
     for module, own in positions.items():
         for name, chosen in own.items():
-            length = broadcast(torch.tensor([len(chosen)], device=accelerator.device))
-            buffer = chosen.to(accelerator.device)
+            length = broadcast(torch.tensor([len(chosen)], device=device))
+            buffer = chosen.to(device)
             if len(buffer) != int(length):
-                buffer = torch.zeros(int(length), dtype=chosen.dtype, device=accelerator.device)
+                buffer = torch.zeros(int(length), dtype=chosen.dtype, device=device)
             shared.setdefault(module, {})[name] = broadcast(buffer).cpu()
     return shared
