@@ -32,15 +32,18 @@ class Rates:
 
 
 RATES = {
-    "sfa": Rates(backbone=3e-3, internal=3e-3, head=2e-3),
+    "sfa": Rates(backbone=2e-3, internal=8e-3, head=2e-3),
     "lora": Rates(backbone=5e-3, head=2e-3),
     "full": Rates(backbone=5e-4, head=2e-3),
     "head": Rates(backbone=0.0, head=2e-3),
 }
 
 
-def adapt(model: nn.Module, method: str, budget: float, sfa: SFAConfig | None = None) -> nn.Module:
-    """Make `model` ready for a method: freeze what it freezes, add what it adds."""
+def adapt(model: nn.Module, method: str, budget: float, external_share: float | None = None) -> nn.Module:
+    """Make `model` ready for a method: freeze what it freezes, add what it adds.
+
+    `external_share` is `SFAConfig`'s, for ablations; its default unless given.
+    """
     if method == "full":
         return model
     if method == "head":
@@ -48,7 +51,8 @@ def adapt(model: nn.Module, method: str, budget: float, sfa: SFAConfig | None = 
         return model
     if method == "lora":
         return get_peft_model(model, lora_config(model, int(budget * backbone_parameters(model))))
-    return get_peft_model(model, sfa or SFAConfig(budget=budget, modules_to_save=HEADS))
+    share = {} if external_share is None else {"external_share": external_share}
+    return get_peft_model(model, SFAConfig(budget=budget, modules_to_save=HEADS, **share))
 
 
 def lora_config(model: nn.Module, budget: int) -> LoraConfig:

@@ -47,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dataset", help="Hub id or folder with `image` and `label`. Default: embedded scenes.")
     parser.add_argument("--method", choices=METHODS, default="sfa")
     parser.add_argument("--budget", type=float, default=0.05, help="Fraction of the backbone that may be trained.")
+    parser.add_argument("--external_share", type=float, help="Of SFA's budget, for external adapters. Default: SFA's.")
     parser.add_argument("--head", choices=("upernet", "linear"), default="upernet")
     parser.add_argument("--image_size", type=int, nargs=2, default=(96, 128), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--steps", type=int, default=400)
@@ -89,7 +90,7 @@ def main() -> None:
     if any(side % multiple for side in args.image_size):
         raise SystemExit(f"--image_size {args.image_size}: this model needs multiples of {multiple}")
     backbone_size = backbone_parameters(model)
-    model = adapt(model, args.method, args.budget)
+    model = adapt(model, args.method, args.budget, args.external_share)
     trained = trained_backbone_parameters(model) if args.method != "full" else backbone_size
     accelerator.print(
         f"{args.method}: trains {trained:,} of {backbone_size:,} backbone parameters ({trained / backbone_size:.2%}), "
@@ -111,7 +112,7 @@ def main() -> None:
     accelerator.print(f"before training: mean IoU {before['mean_iou']:.2%}")
     before_maps = predict(model, data, accelerator, samples(data))
 
-    if args.method == "sfa" and args.search_steps:
+    if args.method == "sfa" and args.search_steps and args.external_share != 1:
         report = search_ticket(
             model, training_loader(args.seed + 1), steps=args.search_steps, accelerator=accelerator, seed=args.seed
         )

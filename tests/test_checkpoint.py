@@ -260,3 +260,24 @@ def test_round_trip_of_any_adapter(tmp_path_factory, budget, share, granularity,
     model.save_pretrained(folder)
     assert torch.equal(tiny.output(PeftModel.from_pretrained(tiny.swin(), folder)), tiny.output(model))
     assert any(isinstance(m, SFALayer) for m in model.modules())
+
+
+def test_another_ticket_is_no_reason_to_lose_an_adapter():
+    tensors = get_peft_model_state_dict(trained())
+    model = get_peft_model(tiny.swin(), SFAConfig(budget=0.1, modules_to_save=["decode_head"]))
+    before = tiny.state(model)
+    with pytest.raises(CheckpointError, match="is_trainable=True"):
+        set_peft_model_state_dict(model, tensors)
+    assert list(model.peft_config) == ["default"]
+    assert tiny.same_state(tiny.state(model), before)
+
+
+def test_a_head_of_another_size_is_refused_and_leaves_the_base_as_it_was(tmp_path):
+    saved(tmp_path)
+    base = tiny.upernet(tiny.swin_config(), num_labels=5)
+    before, expected, flags = tiny.state(base), tiny.output(base), [p.requires_grad for p in base.parameters()]
+    with pytest.raises(CheckpointError, match="num_labels"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert tiny.same_state(tiny.state(base), before)
+    assert torch.equal(tiny.output(base), expected)
+    assert [p.requires_grad for p in base.parameters()] == flags

@@ -1,4 +1,5 @@
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -108,3 +109,52 @@ def test_a_copy_of_the_model_is_independent():
     tiny.train(other)
     assert torch.equal(tiny.output(model), expected)
     assert not torch.equal(tiny.output(other), expected)
+
+
+@pytest.mark.parametrize("field", ["target_modules", "external_modules"])
+def test_shared_parameters_are_refused(field):
+    tied = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    tied[1].weight = tied[0].weight
+    twice = nn.Linear(8, 8)
+    for model in (tied, nn.Sequential(twice, nn.ReLU(), twice)):
+        other = {"target_modules", "external_modules"} - {field}
+        with pytest.raises(ValueError, match="is shared"):
+            get_peft_model(model, SFAConfig(budget=20, **{field: ["0"], other.pop(): []}))
+
+
+def test_a_merged_model_is_not_adapted_on_top_of_its_externals():
+    plain = trained().merge_and_unload()
+    with pytest.raises(ValueError, match="earlier merge_and_unload"):
+        get_peft_model(plain, SFAConfig(budget=0.1))
+
+
+def test_deleting_leaves_the_other_adapter_active():
+    model = trained(budget=None, external_width=2, external_places=["attention"], search=False)
+    model.add_adapter("other", SFAConfig(budget=0.1, modules_to_save=["decode_head"], external_places=["mlp"]))
+    model.delete_adapter("default")
+    assert model.active_adapters == ["other"]
+    assert all(layer.active_adapters == ["other"] for layer in model.modules() if isinstance(layer, SFALayer))
+    tiny.output(model)
+
+
+def test_threads_do_not_mix_up_parallel_inputs():
+    model = get_peft_model(
+        tiny.vit(), SFAConfig(external_width=4, external_places=["mlp_parallel"], init_weights=False)
+    ).eval()
+    images = [tiny.pixels(seed=i) for i in range(4)]
+    expected = [tiny.output(model, x) for x in images]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: tiny.output(model, images[i % 4]), range(40)))
+    assert all(torch.equal(y, expected[i % 4]) for i, y in enumerate(found))
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_compiling_has_no_graph_break(gradients):
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)),
+        SFAConfig(budget=60, target_modules=["0", "1", "2"], external_modules=["2"], init_weights=False),
+    )
+    x = torch.randn(3, 8)
+    with torch.set_grad_enabled(gradients):
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        assert torch.allclose(compiled(x), model(x), atol=1e-6)

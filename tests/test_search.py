@@ -300,3 +300,72 @@ def test_two_processes_find_the_same_ticket_as_one(tmp_path):
     total = sum(len(p) for p in alone.values())
     common = sum(len(set(p.tolist()) & set(ranks[0].get(n, torch.tensor([])).tolist())) for n, p in alone.items())
     assert common >= 0.97 * total
+
+
+def test_the_named_adapter_is_the_one_that_is_searched_with():
+    model = adapted()
+    model.add_adapter("other", SFAConfig(budget=0.1, modules_to_save=["decode_head"]))
+    seen = []
+
+    def loss(model, batch):
+        seen.append(list(model.base_model.active_adapters))
+        return model(**batch).loss
+
+    search(model, adapter_name="other", loss_fn=loss)
+    assert seen == [["other"]] * 4
+    assert model.active_adapters == ["default"]
+    both = adapted()
+    search(both)
+    assert tiny.same_state(positions(model, "other"), positions(both))
+
+
+def test_a_loss_that_does_not_reach_the_backbone_is_no_ticket():
+    def head_only(model, batch):
+        inner = model.base_model.model
+        with torch.no_grad():
+            features = inner.backbone(batch["pixel_values"]).feature_maps
+        return inner.decode_head(features).square().mean()
+
+    failing("does not depend on the backbone", loss_fn=head_only)
+    failing("a tensor of one element with a gradient", loss_fn=lambda m, b: 0.5)
+
+
+def test_merged_disabled_and_empty_adapters_are_refused():
+    model = adapted()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        search(model)
+    model = adapted()
+    with model.disable_adapter(), pytest.raises(ValueError, match="disable_adapter"):
+        search(model)
+    empty = get_peft_model(tiny.swin(), SFAConfig(budget=0.1), low_cpu_mem_usage=True)
+    with pytest.raises(ValueError, match="low_cpu_mem_usage"):
+        search(empty)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_are_searched_in_float32(dtype):
+    config = SFAConfig(
+        budget=60, external_share=0.0, modules_to_save=["decode_head"], target_modules=["layernorm_after"]
+    )
+    model = get_peft_model(tiny.swin().to(dtype), config)
+    before = {n: p.clone() for n, p in model.named_parameters() if "sfa_" not in n}
+    half = [{"pixel_values": b["pixel_values"].to(dtype), "labels": b["labels"]} for b in BATCHES]
+
+    def loss(model, batch):
+        return nn.functional.cross_entropy(model(pixel_values=batch["pixel_values"]).logits.float(), batch["labels"])
+
+    report = search(model, half, loss_fn=loss)
+    # A weight of 1.0 cannot move by 5e-4 in bfloat16; its float32 copy can.
+    assert any(share.chosen for share in report.shares if share.name.endswith("weight"))
+    after = {n.replace(".base_layer", ""): p for n, p in model.named_parameters() if "sfa_" not in n}
+    assert all(torch.equal(p, after[n.replace(".base_layer", "")]) for n, p in before.items())
+
+
+def test_a_search_does_not_fix_the_precision_of_later_accelerators():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        search(adapted())
+        assert Accelerator(mixed_precision="bf16").mixed_precision == "bf16"
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
