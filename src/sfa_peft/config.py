@@ -39,7 +39,7 @@ class SFAConfig(PeftConfig):
         budget (`int` or `float`, *optional*):
             Adapter parameters that may be trained: a number, or a fraction in (0, 1) of the backbone (the base model
             without `modules_to_save`). With `element` granularity and internal adapters it is met exactly.
-        external_share (`float`, defaults to 0.5):
+        external_share (`float`, defaults to 0.25):
             The part of the budget, in [0, 1], that external adapters may take; the ticket gets the exact rest. 1 is
             external adapters only, 0 internal only. Where one kind is switched off (`external_places=()` or
             `external_modules=[]`, `target_modules=[]`), the other may take everything.
@@ -66,7 +66,7 @@ class SFAConfig(PeftConfig):
             Ticket density over the targets where no budget is given, in [0, 1]. 0 for none.
         internal_granularity (`str`, defaults to `"element"`):
             The unit of selection: `element`, or `row` (one output neuron with its bias).
-        initial_ticket (`str`, defaults to `"magnitude"`):
+        initial_ticket (`str`, defaults to `"random"`):
             The data-free ticket that `get_peft_model` installs: `magnitude` or `random`.
         ticket_seed (`int`, defaults to 0): Seed of a random initial ticket.
         init_weights (`bool`, defaults to `True`):
@@ -82,7 +82,7 @@ class SFAConfig(PeftConfig):
         default=None, metadata={"help": "Trainable adapter parameters: a number or a fraction of the backbone."}
     )
     external_share: float = field(
-        default=0.5, metadata={"help": "Part of the budget that external adapters may take, in [0, 1]."}
+        default=0.25, metadata={"help": "Part of the budget that external adapters may take, in [0, 1]."}
     )
     external_places: tuple[str, ...] | list[str] = field(
         default=("attention", "mlp"), metadata={"help": f"Places of external adapters, of {PLACES}."}
@@ -119,7 +119,7 @@ class SFAConfig(PeftConfig):
     )
     internal_granularity: str = field(default="element", metadata={"help": f"Unit of selection, of {GRANULARITIES}."})
     initial_ticket: str = field(
-        default="magnitude",
+        default="random",
         metadata={"help": f"The data-free ticket installed at first, of {sorted(DATA_FREE_CRITERIA)}."},
     )
     ticket_seed: int = field(default=0, metadata={"help": "Seed of a random initial ticket."})
