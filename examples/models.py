@@ -33,7 +33,7 @@ class LinearHead(nn.Module):
 
 
 def build_model(
-    name_or_path: str, id2label: Mapping[int, str], head: str = "upernet", head_channels: int = 128
+    name_or_path: str, id2label: Mapping[int, str], head: str = "upernet", head_channels: int = 64
 ) -> UperNetForSemanticSegmentation:
     """Load a dense checkpoint, or put a fresh UperNet on a plain backbone checkpoint.
 
