@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 .PHONY: demo test lint format clean
 
 demo: $(VENV)/ready
-	$(BIN)/python examples/semantic_segmentation.py --steps 300 --search_steps 60 --output_dir out/demo
+	$(BIN)/python examples/semantic_segmentation.py --steps 220 --search_steps 60 --output_dir out/demo
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
