@@ -358,10 +358,12 @@ def layer_class(module: nn.Module) -> type[SFALayer]:
     return SFALayer
 
 
-def internal_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a leaf that a ticket may choose from: ``weight`` and ``bias`` where they are learned."""
+def internal_parameters(module: nn.Module | None) -> dict[str, nn.Parameter]:
+    """What a ticket may choose from: the learned ``weight`` and ``bias`` of a leaf that takes internal adapters."""
     if isinstance(module, BaseTunerLayer):
         module = module.get_base_layer()
+    if module is None or not layer_class(module).takes_internal:
+        return {}
     return {name: p for name in PARAMETERS if isinstance(p := getattr(module, name, None), nn.Parameter)}
 
 

@@ -15,7 +15,7 @@ from . import backbones
 from .budget import absolute_budget, external_cost, widths_within
 from .checkpoint import CheckpointError
 from .config import SFAConfig
-from .layer import AddExternals, SFALayer, channels_of, internal_parameters, layer_class, sfa_layers
+from .layer import AddExternals, SFALayer, channels_of, internal_parameters, sfa_layers
 from .ticket.criteria import DATA_FREE_CRITERIA
 from .ticket.selection import Positions, choose
 
@@ -196,13 +196,9 @@ class Planner:
             names = self._match("target_modules")
         candidates = {}
         for name in names:
-            module = self.leaves.get(name)
             self._refuse_merged(name)
             self._refuse_foreign(name, "target_modules")
-            adaptable = module is not None and (
-                module.takes_internal if isinstance(module, SFALayer) else layer_class(module).takes_internal
-            )
-            parameters = internal_parameters(module) if adaptable and module is not None else {}
+            parameters = internal_parameters(self.leaves.get(name))
             if not parameters:
                 kind = type(self.model.get_submodule(name)).__name__
                 raise ValueError(
@@ -348,9 +344,7 @@ class Planner:
             module, _, name = full_name.rpartition(".")
             self._require(module)
             self._refuse_foreign(module, "ticket_sizes")
-            leaf = self.leaves[module]
-            takes = leaf.takes_internal if isinstance(leaf, SFALayer) else layer_class(leaf).takes_internal
-            parameters = internal_parameters(leaf) if takes else {}
+            parameters = internal_parameters(self.leaves[module])
             if name not in parameters:
                 raise CheckpointError(_OTHER_ARCHITECTURE.format(name=full_name, model=type(self.model).__name__))
             parameter = parameters[name]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..layer import SFALayer
+from ..layer import SFALayer, sfa_layers
 from . import criteria
 from .report import Share, TicketReport
 from .selection import Positions, choose
@@ -104,7 +104,7 @@ def search_ticket(
             f"adapter {adapter_name!r} has no internal adapters (external_share=1, target_modules=[] or a density of "
             f"0), so there is no ticket to search for."
         )
-    for layer in _layers(model):
+    for _, layer in sfa_layers(model):
         if layer.merged or layer.disable_adapters:
             state = "merged: unmerge_adapter()" if layer.merged else "disabled: leave disable_adapter()"
             raise ValueError(f"the model's adapters are {state} before the search.")
@@ -175,10 +175,6 @@ def _tuner_of(model: nn.Module) -> Any:
     return tuner
 
 
-def _layers(model: nn.Module) -> Iterator[SFALayer]:
-    return (module for module in model.modules() if isinstance(module, SFALayer))
-
-
 def _prepared(dataloader: Iterable[Any], state: State) -> Iterable[Any]:
     ready = isinstance(dataloader, DataLoaderShard | DataLoaderDispatcher)
     if isinstance(dataloader, DataLoader) and not ready:
@@ -219,7 +215,7 @@ def _rewound(tuner: Any, adapter_name: str, trained: list[nn.Parameter]) -> Iter
             p.requires_grad_(False)
         for p in trained:
             p.requires_grad_(True)
-        for layer in _layers(model):
+        for _, layer in sfa_layers(model):
             layer.searching = True
         model.train()
         yield {id(tensor): copy for tensor, copy in copies}
@@ -233,7 +229,7 @@ def _rewound(tuner: Any, adapter_name: str, trained: list[nn.Parameter]) -> Iter
             p.requires_grad_(requires_grad)
         for module, training in modes:
             module.training = training
-        for layer in _layers(model):
+        for _, layer in sfa_layers(model):
             layer.searching = False
 
 
