@@ -1,7 +1,7 @@
 """The internal adapter: trained values at a few positions of frozen parameters, and its autograd op.
 
 The changed weight ``W + delta`` is made on the fly, used, and dropped. Backward makes it again from `W` and the
-values, and takes from the weight's gradient only the chosen positions (or computes only the chosen rows), so that no
+values, and takes from the weight's gradient only the chosen positions (or computes only chosen rows or columns), so no
 tensor of the weight's size is kept between forward and backward, none reaches the optimizer, and `W` gets no gradient.
 """
 
@@ -15,32 +15,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .external import compute_dtype
+from .granularity import Column, Granularity, Row, position_dtype
 
-GRANULARITIES = ("element", "row")
 PARAMETERS = ("weight", "bias")
-
-
-def as_units(parameter: Tensor, granularity: str) -> Tensor:
-    """View a contiguous parameter as its units of selection: ``(numel,)`` elements, or ``(rows, row_size)``."""
-    return parameter.view(-1) if granularity == "element" else parameter.view(parameter.shape[0], -1)
-
-
-def position_dtype(units: int) -> torch.dtype:
-    return torch.int32 if units <= torch.iinfo(torch.int32).max else torch.int64
 
 
 class SparseDelta(nn.Module):
     """One adapter's internal change of one module.
 
     For each changed parameter `p` (``weight``, ``bias``) it holds the trained values as parameter `p` and the sorted
-    positions as buffer ``p_positions``. With `element` granularity a position is a flat index and the values have
-    shape ``(k,)``; with `row` a position is an index into the first dimension and the values have shape
-    ``(k, row_size)``.
+    positions as buffer ``p_positions``. A position is the index of a unit of the granularity; the values have shape
+    ``(k,)`` for elements and ``(k, unit size)`` for all others.
 
     Args:
         module: The module whose parameters are to be changed; read for shapes only.
         positions: For each changed parameter, the sorted positions, a 1-D integer tensor.
-        granularity: ``element`` or ``row``.
+        granularity: What the positions count.
         init_weights: With False the values start as small noise instead of zeros (for tests).
     """
 
@@ -48,7 +38,7 @@ class SparseDelta(nn.Module):
         self,
         module: nn.Module,
         positions: Mapping[str, Tensor],
-        granularity: str = "element",
+        granularity: Granularity,
         init_weights: bool = True,
     ) -> None:
         super().__init__()
@@ -56,14 +46,13 @@ class SparseDelta(nn.Module):
         self.changed = tuple(name for name in PARAMETERS if name in positions)
         for name in self.changed:
             parameter = getattr(module, name)
-            units = parameter.numel() if granularity == "element" else parameter.shape[0]
-            k = len(positions[name])
-            shape = (k,) if granularity == "element" else (k, parameter[0].numel())
+            shape = self.granularity.values_shape(parameter.shape, len(positions[name]))
             values = torch.zeros(shape) if init_weights else torch.randn(shape) * 0.02
             self.register_parameter(name, nn.Parameter(values.to(dtype=parameter.dtype, device=parameter.device)))
-            self.register_buffer(
-                f"{name}_positions", positions[name].to(dtype=position_dtype(units), device=parameter.device)
-            )
+            dtype = position_dtype(self.granularity.count(parameter.shape))
+            # A copy: the ticket that the positions come from may be installed in several models.
+            own = positions[name].to(dtype=dtype, device=parameter.device, copy=True)
+            self.register_buffer(f"{name}_positions", own)
 
     def positions(self, name: str) -> Tensor:
         return getattr(self, f"{name}_positions")
@@ -73,14 +62,14 @@ class SparseDelta(nn.Module):
         return sum(getattr(self, name).numel() for name in self.changed)
 
     def extra_repr(self) -> str:
-        return f"{self.num_values} values, granularity={self.granularity}"
+        return f"{self.num_values} values, granularity={self.granularity.name}"
 
 
 class Change(NamedTuple):
     """Values to add at positions of one parameter."""
 
     name: str
-    granularity: str
+    granularity: Granularity
     positions: Tensor
     values: Tensor
 
@@ -95,8 +84,8 @@ def changed_parameter(parameter: Tensor, changes: Sequence[Change], dtype: torch
     source = parameter.detach().contiguous()
     for change in changes:
         positions = change.positions.long()
-        old = as_units(source, change.granularity).index_select(0, positions)
-        as_units(result, change.granularity).index_copy_(0, positions, (old + change.values.detach()).to(dtype))
+        old = change.granularity.read(source, positions)
+        change.granularity.write(result, positions, (old + change.values.detach()).to(dtype))
         source = result
     return result
 
@@ -112,11 +101,14 @@ class Op(Protocol):
         self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, saved: tuple[Tensor, ...]
     ) -> Tensor: ...
 
-    def grad_weight(
-        self, grad: Tensor, x: Tensor, weight: Tensor, saved: tuple[Tensor, ...], rows: Tensor | None
-    ) -> Tensor: ...
+    def grad_weight(self, grad: Tensor, x: Tensor, weight: Tensor, saved: tuple[Tensor, ...]) -> Tensor: ...
 
     def grad_bias(self, grad: Tensor) -> Tensor: ...
+
+    def grad_units(
+        self, grad: Tensor, x: Tensor, weight: Tensor, granularity: Granularity, positions: Tensor
+    ) -> Tensor | None:
+        """The gradient of some of the weight's units alone, or None where that saves nothing."""
 
 
 class LinearOp:
@@ -133,16 +125,22 @@ class LinearOp:
     ) -> Tensor:
         return grad @ weight
 
-    def grad_weight(
-        self, grad: Tensor, x: Tensor, weight: Tensor, saved: tuple[Tensor, ...], rows: Tensor | None
-    ) -> Tensor:
-        grad = grad.reshape(-1, grad.shape[-1])
-        if rows is not None:
-            grad = grad.index_select(1, rows)
-        return grad.t() @ x.reshape(-1, x.shape[-1])
+    def grad_weight(self, grad: Tensor, x: Tensor, weight: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
+        return grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
 
     def grad_bias(self, grad: Tensor) -> Tensor:
         return grad.reshape(-1, grad.shape[-1]).sum(0)
+
+    def grad_units(
+        self, grad: Tensor, x: Tensor, weight: Tensor, granularity: Granularity, positions: Tensor
+    ) -> Tensor | None:
+        grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        match granularity:
+            case Row():
+                return grad.index_select(1, positions).t() @ x
+            case Column():
+                return x.index_select(1, positions).t() @ grad
+        return None
 
 
 class Conv2dOp:
@@ -167,18 +165,25 @@ class Conv2dOp:
     ) -> Tensor:
         return self._backward(grad, x, weight, self.groups, [True, False, False])[0]
 
-    def grad_weight(
-        self, grad: Tensor, x: Tensor, weight: Tensor, saved: tuple[Tensor, ...], rows: Tensor | None
-    ) -> Tensor:
-        if rows is None or self.groups != 1:
-            # The output channels of a grouped convolution see different inputs: all rows at once, then choose.
-            full = self._backward(grad, x, weight, self.groups, [False, True, False])[1]
-            return full if rows is None else full.index_select(0, rows)
-        grad, weight = grad.index_select(1, rows), weight.index_select(0, rows)
-        return self._backward(grad, x, weight, 1, [False, True, False])[1]
+    def grad_weight(self, grad: Tensor, x: Tensor, weight: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
+        return self._backward(grad, x, weight, self.groups, [False, True, False])[1]
 
     def grad_bias(self, grad: Tensor) -> Tensor:
         return grad.sum(dim=tuple(d for d in range(grad.dim()) if d != grad.dim() - 3))
+
+    def grad_units(
+        self, grad: Tensor, x: Tensor, weight: Tensor, granularity: Granularity, positions: Tensor
+    ) -> Tensor | None:
+        if self.groups != 1:  # its output channels see different inputs
+            return None
+        match granularity:
+            case Row():
+                grad, weight = grad.index_select(1, positions), weight.index_select(0, positions)
+                return self._backward(grad, x, weight, 1, [False, True, False])[1]
+            case Column():
+                x, weight = x.index_select(1, positions), weight.index_select(1, positions)
+                return self._backward(grad, x, weight, 1, [False, True, False])[1].transpose(0, 1)
+        return None
 
 
 class LayerNormOp:
@@ -205,14 +210,16 @@ class LayerNormOp:
     ) -> Tensor:
         return self._backward(grad, x, weight, bias, saved, [True, False, False])[0]
 
-    def grad_weight(
-        self, grad: Tensor, x: Tensor, weight: Tensor, saved: tuple[Tensor, ...], rows: Tensor | None
-    ) -> Tensor:
-        full = self._backward(grad, x, weight, None, saved, [False, True, False])[1]
-        return full if rows is None else full.index_select(0, rows)
+    def grad_weight(self, grad: Tensor, x: Tensor, weight: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
+        return self._backward(grad, x, weight, None, saved, [False, True, False])[1]
 
     def grad_bias(self, grad: Tensor) -> Tensor:
         return grad.reshape(-1, *self.shape).sum(0)
+
+    def grad_units(
+        self, grad: Tensor, x: Tensor, weight: Tensor, granularity: Granularity, positions: Tensor
+    ) -> Tensor | None:
+        return None
 
 
 class SparseDeltaFunction(torch.autograd.Function):
@@ -226,7 +233,7 @@ class SparseDeltaFunction(torch.autograd.Function):
         bias: Tensor | None,
         op: Op,
         dtype: torch.dtype,
-        layout: tuple[tuple[str, str], ...],
+        layout: tuple[tuple[str, Granularity], ...],
         *tensors: Tensor,
     ) -> Tensor:
         changes = _unflatten(layout, tensors)
@@ -252,21 +259,20 @@ class SparseDeltaFunction(torch.autograd.Function):
             values_grad = None
             if ctx.needs_input_grad[6 + 2 * i + 1]:
                 positions = change.positions.long()
-                if change.name == "bias":
-                    full.setdefault("bias", ctx.op.grad_bias(grad))
-                    values_grad = as_units(full["bias"], change.granularity).index_select(0, positions)
-                elif change.granularity == "row":
-                    values_grad = ctx.op.grad_weight(grad, x, new_weight, saved, positions)
-                else:
-                    if "weight" not in full:
-                        full["weight"] = ctx.op.grad_weight(grad, x, new_weight, saved, None).contiguous()
-                    values_grad = full["weight"].view(-1).index_select(0, positions)
+                if change.name == "weight":
+                    values_grad = ctx.op.grad_units(grad, x, new_weight, change.granularity, positions)
+                if values_grad is None:
+                    if change.name not in full:
+                        is_weight = change.name == "weight"
+                        dense = ctx.op.grad_weight(grad, x, new_weight, saved) if is_weight else ctx.op.grad_bias(grad)
+                        full[change.name] = dense.contiguous()
+                    values_grad = change.granularity.read(full[change.name], positions)
                 values_grad = values_grad.reshape(change.values.shape).to(change.values.dtype)
             grads += [None, values_grad]
         return grad_x, None, None, None, None, None, *grads
 
 
-def _unflatten(layout: Sequence[tuple[str, str]], tensors: Sequence[Tensor]) -> list[Change]:
+def _unflatten(layout: Sequence[tuple[str, Granularity]], tensors: Sequence[Tensor]) -> list[Change]:
     return [Change(*layout[i], tensors[2 * i], tensors[2 * i + 1]) for i in range(len(layout))]
 
 

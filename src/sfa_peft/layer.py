@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from .external import ExternalAdapter
+from .granularity import Granularity
 from .internal import (
     PARAMETERS,
     Conv2dOp,
@@ -24,7 +25,6 @@ from .internal import (
     LinearOp,
     Op,
     SparseDelta,
-    as_units,
     changed_parameter,
     changes_of,
     sparse_forward,
@@ -68,6 +68,7 @@ class ParallelInput:
     """Where a parallel external adapter reads: a container module, and the hook on it."""
 
     def __init__(self, container: nn.Module) -> None:
+        self.container = container
         self.hook = InputOf()
         self.handle = container.register_forward_pre_hook(self.hook)
 
@@ -115,7 +116,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
         self.sfa_parallel = nn.ModuleDict()
         self.parallel_inputs: dict[str, ParallelInput] = {}
         self.merged_adapters: list[str] = []
-        self._originals: list[dict[str, tuple[str, Tensor, Tensor]]] = []
+        self._originals: list[dict[str, tuple[Granularity, Tensor, Tensor]]] = []
         self._disable_adapters = False
         self._active_adapter = [adapter_name]
         self.searching = False
@@ -125,7 +126,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
         raise TypeError(f"{type(self.get_base_layer()).__name__} takes external adapters only")
 
     def add_internal(
-        self, adapter_name: str, positions: Mapping[str, Tensor], granularity: str, init_weights: bool
+        self, adapter_name: str, positions: Mapping[str, Tensor], granularity: Granularity, init_weights: bool
     ) -> None:
         self.sfa_internal[adapter_name] = SparseDelta(self.get_base_layer(), positions, granularity, init_weights)
 
@@ -136,6 +137,26 @@ class SFALayer(nn.Module, BaseTunerLayer):
         else:
             self.sfa_parallel[adapter_name] = adapter
             self.parallel_inputs[adapter_name] = ParallelInput(container)
+
+    def externals_of(self, adapter_name: str) -> list[tuple[ExternalAdapter, nn.Module | None]]:
+        """One adapter's external adapters here, each with the container that it reads from, if it is parallel."""
+        own: list[tuple[ExternalAdapter, nn.Module | None]] = []
+        if adapter_name in self.sfa_external:
+            own.append((self.sfa_external[adapter_name], None))
+        if adapter_name in self.sfa_parallel:
+            own.append((self.sfa_parallel[adapter_name], self.parallel_inputs[adapter_name].container))
+        return own
+
+    def remove_externals(self, adapter_name: str) -> None:
+        for adapters in (self.sfa_external, self.sfa_parallel):
+            if adapter_name in adapters:
+                del adapters[adapter_name]
+        if adapter_name in self.parallel_inputs:
+            self.parallel_inputs.pop(adapter_name).remove()
+
+    def remove_internal(self, adapter_name: str) -> None:
+        if adapter_name in self.sfa_internal:
+            del self.sfa_internal[adapter_name]
 
     def finish_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -158,9 +179,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
     def is_changed_by(self, adapter_name: str) -> bool:
         """Whether an adapter does anything here yet: internal values or up projections that are not all zero."""
         outputs = [self.sfa_internal[adapter_name].parameters()] if adapter_name in self.sfa_internal else []
-        outputs += [
-            a[adapter_name].up.parameters() for a in (self.sfa_external, self.sfa_parallel) if adapter_name in a
-        ]
+        outputs += [adapter.up.parameters() for adapter, _ in self.externals_of(adapter_name)]
         return any(bool(p.any()) for parameters in outputs for p in parameters if not p.is_meta)
 
     def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -236,8 +255,8 @@ class SFALayer(nn.Module, BaseTunerLayer):
                 for c in changes:
                     parameter = getattr(base, c.name)
                     positions = c.positions.long()
-                    units = as_units(parameter.detach().contiguous(), c.granularity)
-                    originals[c.name] = (c.granularity, positions, units.index_select(0, positions))
+                    old = c.granularity.read(parameter.detach().contiguous(), positions)
+                    originals[c.name] = (c.granularity, positions, old)
                     parameter.copy_(new[c.name])
             self._originals.append(originals)
             self.merged_adapters.append(name)
@@ -253,7 +272,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
                 for name, (granularity, positions, values) in self._originals.pop().items():
                     parameter = getattr(base, name)
                     restored = parameter.detach().clone(memory_format=torch.contiguous_format)
-                    as_units(restored, granularity).index_copy_(0, positions.to(restored.device), values.to(restored))
+                    granularity.write(restored, positions.to(restored.device), values.to(restored))
                     parameter.copy_(restored)
 
     def unload_and_optionally_merge_module(

@@ -1,0 +1,159 @@
+"""Granularity: the units that a ticket is made of, and where they lie in a parameter.
+
+A unit is an `element`, a `row` (one output neuron, with its bias), a `column` (one input of all neurons) or a `block`
+(a square tile of the weight). A position is the index of a unit.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...] | torch.Size
+
+
+@dataclass(frozen=True)
+class Granularity(ABC):
+    """How one parameter divides into units of equal size, numbered from 0.
+
+    Attributes:
+        joins_bias: Whether a unit of the weight takes the same unit of the bias with it.
+    """
+
+    joins_bias = False
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__.lower()
+
+    @abstractmethod
+    def count(self, shape: Shape) -> int:
+        """The number of units in a parameter of that shape; 0 if a ticket of this granularity cannot change it."""
+
+    @abstractmethod
+    def size(self, shape: Shape) -> int:
+        """The number of elements in one unit."""
+
+    @abstractmethod
+    def view(self, parameter: Tensor) -> Tensor:
+        """The parameter's units along the first dimension, without a copy. `parameter` must be contiguous."""
+
+    def values_shape(self, shape: Shape, count: int) -> tuple[int, ...]:
+        """The shape of the values of `count` units: ``(count, size)``."""
+        return (count, self.size(shape))
+
+    def read(self, parameter: Tensor, positions: Tensor) -> Tensor:
+        """Copy the units at `positions`, in the shape of their values."""
+        return (
+            self.view(parameter).index_select(0, positions).reshape(self.values_shape(parameter.shape, len(positions)))
+        )
+
+    def write(self, parameter: Tensor, positions: Tensor, values: Tensor) -> None:
+        """Put `values` into the units at `positions` of a contiguous parameter."""
+        view = self.view(parameter)
+        view.index_copy_(0, positions, values.reshape(len(positions), *view.shape[1:]))
+
+    def unit_scores(self, scores: Tensor) -> Tensor:
+        """A score for each unit: the mean over its elements; of shape ``(count,)``."""
+        view = self.view(scores.contiguous())
+        return view.reshape(len(view), -1).mean(1)
+
+
+class Element(Granularity):
+    def count(self, shape: Shape) -> int:
+        return prod(shape)
+
+    def size(self, shape: Shape) -> int:
+        return 1
+
+    def view(self, parameter: Tensor) -> Tensor:
+        return parameter.view(-1)
+
+    def values_shape(self, shape: Shape, count: int) -> tuple[int, ...]:
+        """``(count,)``."""
+        return (count,)
+
+
+class Row(Granularity):
+    joins_bias = True
+
+    def count(self, shape: Shape) -> int:
+        return shape[0]
+
+    def size(self, shape: Shape) -> int:
+        return prod(shape[1:])
+
+    def view(self, parameter: Tensor) -> Tensor:
+        return parameter.view(parameter.shape[0], -1)
+
+
+class Column(Granularity):
+    """An input channel of the weight. What has one dimension, as biases and most norms, has no columns."""
+
+    def count(self, shape: Shape) -> int:
+        return shape[1] if len(shape) > 1 else 0
+
+    def size(self, shape: Shape) -> int:
+        return prod(shape) // shape[1]
+
+    def view(self, parameter: Tensor) -> Tensor:
+        return parameter.transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class Block(Granularity):
+    """A tile of ``side x side`` of the weight, seen as ``(outputs, inputs)``; tiles are numbered row by row.
+
+    What is left at the edges, where a dimension is no multiple of `side`, belongs to no unit. What has one dimension,
+    as biases and most norms, has no tiles.
+    """
+
+    side: int = 16
+
+    def grid(self, shape: Shape) -> tuple[int, int]:
+        """Tiles along the outputs and along the inputs."""
+        return (shape[0] // self.side, prod(shape[1:]) // self.side) if len(shape) > 1 else (0, 0)
+
+    def count(self, shape: Shape) -> int:
+        rows, columns = self.grid(shape)
+        return rows * columns
+
+    def size(self, shape: Shape) -> int:
+        return self.side**2
+
+    def view(self, parameter: Tensor) -> Tensor:
+        """Of shape ``(tile rows, tile columns, side, side)``: two indices for a unit."""
+        rows, columns = self.grid(parameter.shape)
+        flat = parameter.view(parameter.shape[0], -1)[: rows * self.side, : columns * self.side]
+        return flat.unflatten(1, (columns, self.side)).unflatten(0, (rows, self.side)).transpose(1, 2)
+
+    def index(self, shape: Shape, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The tile row and tile column of each position."""
+        columns = self.grid(shape)[1]
+        return positions // columns, positions % columns
+
+    def read(self, parameter: Tensor, positions: Tensor) -> Tensor:
+        return self.view(parameter)[self.index(parameter.shape, positions)].flatten(1)
+
+    def write(self, parameter: Tensor, positions: Tensor, values: Tensor) -> None:
+        self.view(parameter)[self.index(parameter.shape, positions)] = values.view(-1, self.side, self.side)
+
+    def unit_scores(self, scores: Tensor) -> Tensor:
+        return self.view(scores.contiguous()).mean((2, 3)).flatten()
+
+
+GRANULARITIES: dict[str, type[Granularity]] = {"element": Element, "row": Row, "column": Column, "block": Block}
+
+
+def make_granularity(name: str, block_size: int = 16) -> Granularity:
+    """The granularity of that name; `block_size` is the side of a block."""
+    return Block(block_size) if name == "block" else GRANULARITIES[name]()
+
+
+def position_dtype(units: int) -> torch.dtype:
+    """int32, as long as it can number the units."""
+    return torch.int32 if units <= torch.iinfo(torch.int32).max else torch.int64
