@@ -1,22 +1,58 @@
-"""Run by torchrun: searches a ticket on this process's half of the data and saves it."""
+"""Run by torchrun: searches tickets on this process's half of the data and saves them."""
 
+import json
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
 import tiny
-from test_search import adapted, backbone_loss, positions, search
+from sfa_peft import TicketSearchError
+from test_search import adapted, auto, backbone_loss, positions, search
 
 accelerator = Accelerator(cpu=True)
 rank = accelerator.process_index
+folder = Path(sys.argv[1])
 torch.manual_seed(rank)  # heads made with different seeds must not matter
-model = adapted()
 data = [tiny.batch(seed=2 * i + rank) for i in range(2)]
-search(
-    model,
-    data,
-    accelerator=accelerator,
-    loss_fn=backbone_loss,
-)
-torch.save(positions(model), f"{sys.argv[1]}/rank{rank}.pt")
+
+model = adapted()
+search(model, data, accelerator=accelerator, loss_fn=backbone_loss)
+torch.save(positions(model), folder / f"rank{rank}.pt")
+
+# Everything that ranks could disagree on: rounds, widths, values to begin with. Stopped once and resumed.
+model = auto(external_places=["attention", "mlp", "mlp_parallel"])
+options = {"accelerator": accelerator, "rounds": 2, "steps": 3, "rewind_step": 1, "criterion": "credit"}
+file = folder / "progress.safetensors"
+calls = []
+
+
+def stops(model, batch):
+    calls.append(0)
+    if len(calls) > 4:
+        raise RuntimeError("stopped")
+    return backbone_loss(model, batch)
+
+
+with suppress(RuntimeError):
+    search(model, data, loss_fn=stops, checkpoint=file, checkpoint_every=2, **options)
+assert len(calls) == 5
+accelerator.wait_for_everyone()
+search(model, data, loss_fn=backbone_loss, checkpoint=file, checkpoint_every=2, **options)
+adapter = {n: t for n, t in model.state_dict().items() if ".sfa_" in n}
+torch.save(adapter, folder / f"auto{rank}.pt")
+
+
+# An error on one process ends the search on all.
+def fails_on_one(model, batch):
+    if rank == 1:
+        raise ValueError("no loss here")
+    return backbone_loss(model, batch)
+
+
+try:
+    search(adapted(), data, accelerator=accelerator, loss_fn=fails_on_one)
+except (ValueError, TicketSearchError) as error:
+    (folder / f"error{rank}.json").write_text(json.dumps(f"{type(error).__name__}: {error}"))

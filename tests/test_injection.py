@@ -163,7 +163,8 @@ def test_one_adapter_per_sample_is_refused():
 
 def test_explicit_widths_and_density():
     width = {"attention.o_proj": 4, r"layers\.1\.blocks\.\d\.mlp\.fc2": 0.25}
-    config = SFAConfig(external_width=width, internal_density=0.1, target_modules=["fc1"])
+    places = ["attention", "mlp"]
+    config = SFAConfig(external_width=width, external_places=places, internal_density=0.1, target_modules=["fc1"])
     model = get_peft_model(tiny.swin(), config)
     recorded = model.peft_config["default"].external_widths
     assert set(recorded["attention"].values()) == {4}

@@ -1,3 +1,5 @@
+import itertools
+import json
 import os
 import subprocess
 import sys
@@ -7,12 +9,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import tiny
-from sfa_peft import SFAConfig, SFALayer, TicketSearchError, search_ticket
+from sfa_peft import Quotas, SFAConfig, SFALayer, TicketSearchError, criterion, install_ticket, search_ticket
 
 BATCHES = [tiny.batch(seed=i) for i in range(3)]
 
@@ -34,10 +36,10 @@ def positions(model, adapter="default"):
     }
 
 
-@pytest.mark.parametrize("granularity", ["element", "row"])
+@pytest.mark.parametrize("granularity", ["element", "row", "column", "block"])
 @pytest.mark.parametrize("make", [tiny.swin, tiny.dinov2])
 def test_the_search_installs_another_ticket_of_the_same_budget(make, granularity):
-    model = adapted(make, internal_granularity=granularity)
+    model = adapted(make, internal_granularity=granularity, internal_block_size=4)
     before = positions(model)
     trained = sum(p.numel() for n, p in model.named_parameters() if ".sfa_" in n)
     report = search(model)
@@ -88,7 +90,7 @@ def test_the_ticket_is_where_dense_training_moves_the_weights_most():
     optimizer = torch.optim.AdamW(
         [
             {"params": [parameters[n] for n in names], "lr": 5e-4},
-            {"params": [p for n, p in parameters.items() if "decode_head" in n], "lr": 1e-3},
+            {"params": [p for n, p in parameters.items() if "decode_head" in n], "lr": 2e-3},
         ],
         weight_decay=0.0,
     )
@@ -170,7 +172,7 @@ def test_the_report_is_a_table_by_stage_and_type():
     assert "layers.1" in text
     for module_type in ("attention.q_proj", "mlp.fc1", "layernorm_before", "downsample.reduction"):
         assert module_type in text
-    assert sum(s.chosen for s in report.shares) == report.ticket_size
+    assert sum(chosen for chosen, _, _ in report.counts("layer").values()) == report.ticket_size
 
 
 def failing(match, error=TicketSearchError, model=None, **options):
@@ -284,6 +286,11 @@ def test_two_processes_find_the_same_ticket_as_one(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [torch.load(tmp_path / f"rank{i}.pt") for i in range(2)]
     assert tiny.same_state(*ranks)
+    assert tiny.same_state(*(torch.load(tmp_path / f"auto{i}.pt") for i in range(2)))
+    assert not (tmp_path / "progress.safetensors").exists()
+    errors = [json.loads((tmp_path / f"error{i}.json").read_text()) for i in range(2)]
+    assert errors[1] == "ValueError: no loss here"
+    assert errors[0].startswith("TicketSearchError: the loss was nan at step 0 of the search on a process")
 
     model = adapted()
     both = [
@@ -303,8 +310,8 @@ def test_two_processes_find_the_same_ticket_as_one(tmp_path):
 
 
 def test_the_named_adapter_is_the_one_that_is_searched_with():
-    model = adapted()
-    model.add_adapter("other", SFAConfig(budget=0.1, modules_to_save=["decode_head"]))
+    model = adapted(external_share=0.0)
+    model.add_adapter("other", SFAConfig(budget=0.1, external_share=0.0, modules_to_save=["decode_head"]))
     seen = []
 
     def loss(model, batch):
@@ -314,7 +321,7 @@ def test_the_named_adapter_is_the_one_that_is_searched_with():
     search(model, adapter_name="other", loss_fn=loss)
     assert seen == [["other"]] * 4
     assert model.active_adapters == ["default"]
-    both = adapted()
+    both = adapted(external_share=0.0)
     search(both)
     assert tiny.same_state(positions(model, "other"), positions(both))
 
@@ -357,7 +364,7 @@ def test_half_precision_models_are_searched_in_float32(dtype):
 
     report = search(model, half, loss_fn=loss)
     # A weight of 1.0 cannot move by 5e-4 in bfloat16; its float32 copy can.
-    assert any(share.chosen for share in report.shares if share.name.endswith("weight"))
+    assert any(report.ticket.elements(name) for name in report.ticket.shapes if name.endswith("weight"))
     after = {n.replace(".base_layer", ""): p for n, p in model.named_parameters() if "sfa_" not in n}
     assert all(torch.equal(p, after[n.replace(".base_layer", "")]) for n, p in before.items())
 
@@ -369,3 +376,520 @@ def test_a_search_does_not_fix_the_precision_of_later_accelerators():
         assert Accelerator(mixed_precision="bf16").mixed_precision == "bf16"
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+# Criteria
+
+
+def test_gradient_criteria_leave_the_backbone_and_hold_no_moments():
+    from sfa_peft.ticket import training
+
+    seen = []
+    original = training.DenseTraining.update
+
+    def update(self, slot):
+        original(self, slot)
+        if slot.is_candidate:
+            seen.append((slot.moments, slot.sums.keys(), torch.equal(slot.value, slot.before)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.DenseTraining, "update", update)
+        search(adapted(), criterion="fisher")
+    assert seen
+    assert all(moments is None and list(sums) == ["squared_gradient"] and same for moments, sums, same in seen)
+
+
+def reference_gradients(steps=4):
+    """The plain model's gradients on the search's batches, with the head trained meanwhile."""
+    candidates = adapted(external_share=0.0, budget=300).base_model.candidates("default")
+    model = tiny.swin()
+    named = {f"{m}.{n}": model.get_parameter(f"{m}.{n}") for m, own in candidates.items() for n in own}
+    heads = [p for n, p in model.named_parameters() if "decode_head" in n]
+    optimizer = torch.optim.Adam(heads, lr=2e-3)
+    model.train()
+    gradients = {n: [] for n in named}
+    for step in range(steps):
+        model(**BATCHES[step % len(BATCHES)]).loss.backward()
+        for n, p in named.items():
+            gradients[n].append(p.grad)
+            p.grad = None
+        optimizer.step()
+        optimizer.zero_grad()
+    return named, gradients
+
+
+@pytest.mark.parametrize(
+    ("criterion", "score"),
+    [
+        ("gradient", lambda w, g: sum(g).abs()),
+        ("fisher", lambda w, g: sum(x * x for x in g)),
+        ("taylor", lambda w, g: (w * sum(g)).abs()),
+    ],
+)
+def test_gradient_criteria_score_what_they_say(criterion, score):
+    model = adapted(external_share=0.0, budget=300)
+    report = search(model, criterion=criterion)
+    named, gradients = reference_gradients()
+    scores = torch.cat([score(p.detach(), gradients[n]).reshape(-1) for n, p in named.items()])
+    expected = torch.zeros_like(scores, dtype=torch.bool)
+    expected[scores.topk(300).indices] = True
+    found = [torch.zeros(p.numel(), dtype=torch.bool) for p in named.values()]
+    for mask, name in zip(found, named, strict=True):
+        mask[report.ticket.chosen(name).long()] = True
+    assert (torch.cat(found) != expected).sum() <= 4
+
+
+@pytest.mark.parametrize("criterion", ["lottery", "movement", "credit", "fisher", "gradient", "taylor"])
+def test_every_criterion_gives_a_ticket_of_its_own(criterion):
+    model, other = adapted(), adapted()
+    report = search(model, criterion=criterion)
+    assert report.ticket_size == sum(model.peft_config["default"].ticket_sizes.values())
+    assert report.ticket.criterion == criterion
+    assert report.ticket.overlap(search(other, criterion="random").ticket) < 0.6
+
+
+@pytest.mark.parametrize("name", ["magnitude", "random"])
+def test_data_free_criteria_need_no_data(name):
+    report = search(adapted(), None, criterion=name, seed=3)
+    assert report.steps == 0
+    assert report.losses == ()
+    with pytest.raises(ValueError, match="dataloader=None, but the criterion 'lottery'"):
+        search(adapted(), None)
+
+
+def test_a_criterion_of_ones_own():
+    first = search(adapted(), criterion=lambda e: (e.after - e.before).abs())
+    assert tiny.same_state(flat(first), flat(search(adapted())))
+
+    @criterion("squared_gradient")
+    def small_and_steep(e):
+        return e.sums["squared_gradient"] - e.before.abs()
+
+    assert search(adapted(), criterion=small_and_steep).ticket.criterion == "small_and_steep"
+    with pytest.raises(ValueError, match="statistic 'hessian' is not known"):
+        criterion("hessian")
+    failing(
+        "gave scores of shape .1,. for 'backbone",
+        error=TicketSearchError,
+        criterion=lambda e: e.before.reshape(-1)[:1],
+    )
+    failing("must be finite", error=TicketSearchError, criterion=lambda e: e.before * float("nan"))
+    failing("must be a name", error=TypeError, criterion=3)
+
+
+def flat(report):
+    return {f"{m}.{p}": t for m, own in report.ticket.positions.items() for p, t in own.items()}
+
+
+# Rounds
+
+
+@pytest.mark.parametrize("schedule", ["prune", "grow"])
+@pytest.mark.parametrize("granularity", ["element", "row"])
+def test_rounds_meet_the_budget_and_rewind(schedule, granularity):
+    model = adapted(internal_granularity=granularity)
+    before = {n: t.clone() for n, t in model.state_dict().items() if "sfa_internal" not in n}
+    report = search(model, rounds=3, steps=2, schedule=schedule)
+    assert report.steps == 6
+    assert len(report.losses) == 6
+    assert report.ticket_size <= model.base_model.ticket_size("default")
+    if granularity == "element":
+        assert report.ticket_size == model.base_model.ticket_size("default")
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items() if n in before)
+
+
+def test_a_later_round_prunes_among_the_survivors_of_the_first():
+    from sfa_peft.ticket import rounds
+
+    survivors = []
+
+    original = rounds.Rounds.choose
+
+    def choose(self, training, size):
+        chosen = original(self, training, size)
+        survivors.append({f"{m}.{p}": set(t.tolist()) for m, own in chosen.items() for p, t in own.items()})
+        return chosen
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounds.Rounds, "choose", choose)
+        search(adapted(), rounds=3, steps=2)
+    sizes = [sum(map(len, s.values())) for s in survivors]
+    assert sizes == sorted(sizes, reverse=True)
+    for earlier, later in itertools.pairwise(survivors):
+        assert all(later[name] <= earlier[name] for name in later)
+    survivors.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounds.Rounds, "choose", choose)
+        search(adapted(), rounds=3, steps=2, schedule="grow")
+    for earlier, later in itertools.pairwise(survivors):
+        assert all(earlier[name] <= later[name] for name in later)
+
+
+def test_rewinding_to_an_early_step_starts_there():
+    model = adapted()
+    base = tiny.state(model)
+    search(model, rewind_step=2)
+    early = model.state_dict()
+    assert any(t.any() for n, t in early.items() if "sfa_internal" in n and not n.endswith("positions"))
+    changed = {n for n in base if n in early and not torch.equal(base[n], early[n]) and "sfa_internal" not in n}
+    assert changed
+    assert all("modules_to_save" in n or ".sfa_" in n for n in changed)
+    # Two steps of the same search end at those heads and external adapters.
+    seen = []
+    other = adapted()
+
+    def remember(inner, batch):
+        seen.append({n: p.detach().clone() for n, p in inner.named_parameters() if n in changed})
+        return inner(**batch).loss
+
+    search(other, loss_fn=remember)
+    assert all(torch.equal(seen[2][n], early[n]) for n in changed & seen[2].keys())
+
+
+@pytest.mark.parametrize(
+    ("match", "options"),
+    [
+        ("rounds=2: 'fisher' does not train", {"rounds": 2, "criterion": "fisher"}),
+        ("rounds=0", {"rounds": 0}),
+        ("schedule='shrink'", {"schedule": "shrink"}),
+        ("optimizer_state='disk'", {"optimizer_state": "disk"}),
+        (r"rewind_step=4 must be an int in \[0, 4\)", {"rewind_step": 4}),
+        ("Quotas.floor=0.9 cannot be kept", {"quotas": Quotas(floor=0.9)}),
+    ],
+)
+def test_bad_settings_of_the_search(match, options):
+    failing(match, error=ValueError, **options)
+
+
+# Quotas
+
+
+def test_quotas_spread_the_ticket():
+    report = search(adapted(), quotas=Quotas("layer", equal_density=True))
+    densities = [chosen / size for chosen, size, _ in report.counts("layer").values()]
+    assert max(densities) - min(densities) < 0.01
+    report = search(adapted(), quotas=Quotas("type", cap=0.2))
+    assert max(chosen for chosen, _, _ in report.counts("type").values()) <= 0.2 * report.ticket_size
+    report = search(adapted(internal_granularity="row"), quotas=Quotas("layer", equal_density=True))
+    densities = [chosen / size for chosen, size, _ in report.counts("layer").values()]
+    assert max(densities) - min(densities) < 0.1
+
+
+# Memory
+
+
+@pytest.mark.parametrize("state", ["cpu", "bf16"])
+def test_other_optimizer_states_find_nearly_the_same_ticket(state):
+    expected = search(adapted(), steps=8).ticket
+    found = search(adapted(), steps=8, optimizer_state=state).ticket
+    assert found.overlap(expected) > (0.999 if state == "cpu" else 0.8)
+
+
+def test_bf16_moments_do_not_lose_small_updates():
+    from sfa_peft.ticket.training import DenseTraining, Slot
+
+    p = nn.Parameter(torch.zeros(1000))
+    training = DenseTraining([Slot("p", p, 1e-3)], "bf16", 0)
+    for _ in range(1000):
+        p.grad = torch.full_like(p, 0.1)
+        training.update(training.slots[0])
+    second = training.slots[0].moments[1].float().mean()
+    assert second == pytest.approx(0.01 * (1 - 0.999**1000), rel=0.02)
+
+
+def test_gradients_do_not_pile_up():
+    """Each parameter's gradient is used and dropped inside backward."""
+    model = adapted(external_share=0.0)
+    parameters = [p for own in model.base_model.candidates("default").values() for p in own.values()]
+    held = []
+    for p in parameters:
+        p.requires_grad_(True)
+        p.register_hook(lambda g: held.append(sum(q.grad is not None for q in parameters)))
+    search(model, steps=1)
+    assert max(held) <= 1
+
+
+# Resuming
+
+
+def interrupted_at(step):
+    calls = []
+
+    def loss(model, batch):
+        calls.append(0)
+        if len(calls) > step:
+            raise KeyboardInterrupt
+        return model(**batch).loss
+
+    return loss
+
+
+class Images(Dataset):
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, i):
+        noise = torch.rand(()).item()  # an augmentation that draws from torch's stream
+        return {k: v[0] + noise if k == "pixel_values" else v[0] for k, v in tiny.batch(1, seed=i).items()}
+
+
+def test_a_stopped_search_goes_on_with_the_head_that_it_began_with(tmp_path):
+    """A new process makes another fresh head; the ticket must not depend on it."""
+
+    def make(seed):
+        torch.manual_seed(seed)
+        model = adapted(external_share=0.5)
+        for p in model.base_model.model.decode_head.parameters():
+            nn.init.normal_(p, std=0.1)
+        return model
+
+    options = {"rounds": 2, "steps": 3}
+    whole_model = make(1)
+    whole = search(whole_model, **options)
+    with pytest.raises(KeyboardInterrupt):
+        search(make(1), checkpoint=tmp_path / "s", checkpoint_every=2, loss_fn=interrupted_at(2), **options)
+    model = make(2)
+    again = search(model, checkpoint=tmp_path / "s", checkpoint_every=2, **options)
+    assert again.losses == whole.losses
+    assert tiny.same_state(flat(again), flat(whole))
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert all(torch.equal(p, trained[n]) for n, p in whole_model.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("stopped", [3, 4, 7])
+@pytest.mark.parametrize(
+    "options", [{}, {"rounds": 2, "rewind_step": 1}, {"criterion": "credit"}, {"optimizer_state": "bf16"}]
+)
+def test_a_search_that_was_stopped_goes_on_to_the_same_ticket(tmp_path, options, stopped):
+    steps = 8 // options.get("rounds", 1)
+    make = lambda: adapted(lambda: tiny.swin(drop_path_rate=0.3))  # noqa: E731
+    run = lambda model, **more: search(  # noqa: E731
+        model, DataLoader(Images(), batch_size=2, shuffle=True), steps=steps, seed=5, **options, **more
+    )
+    whole_model = make()
+    whole = run(whole_model)
+    file = tmp_path / "search.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        run(make(), checkpoint=file, checkpoint_every=2, loss_fn=interrupted_at(stopped))
+    assert file.exists()
+    model = make()
+    again = run(model, checkpoint=file, checkpoint_every=2)
+    assert tiny.same_state(flat(again), flat(whole))
+    assert again.losses == whole.losses
+    assert tiny.same_state(tiny.state(model), tiny.state(whole_model))
+    assert not file.exists()
+
+
+def test_progress_of_another_search_is_refused(tmp_path):
+    file = tmp_path / "search.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        search(adapted(), checkpoint=file, checkpoint_every=1, loss_fn=interrupted_at(2))
+    failing("learning_rate was 0.0005 and is 0.1", error=ValueError, checkpoint=file, learning_rate=0.1)
+    failing("target_modules was None", error=ValueError, checkpoint=file, model=adapted(target_modules=["fc1"]))
+    failing("budget was 0.1 and is 0.2", error=ValueError, checkpoint=file, model=adapted(budget=0.2))
+    failing("placement was 'uniform'", error=ValueError, checkpoint=file, model=auto(external_share=0.25, budget=0.1))
+    failing("is a folder", error=ValueError, checkpoint=tmp_path)
+    file.write_bytes(file.read_bytes()[:200])
+    failing("is damaged.*Delete the file", error=ValueError, checkpoint=file)
+
+
+# Placement
+
+
+def auto(**options):
+    return adapted(**{"external_placement": "auto", "external_share": 0.4, "budget": 0.2} | options)
+
+
+@pytest.mark.parametrize("places", [["mlp_parallel"], ["attention", "mlp", "mlp_parallel"]])
+def test_auto_placement_finds_widths_within_the_budget(places):
+    model = auto(external_places=places)
+    uniform = model.peft_config["default"].external_widths
+    frozen = {n: p.clone() for n, p in model.named_parameters() if "sfa_" not in n}
+    expected = tiny.output(model)
+    report = search(model, adapter_learning_rate=1e-2)
+    config = model.peft_config["default"]
+    assert len(places) == 1 or config.external_widths != uniform
+    assert report.ticket.widths == config.external_widths
+    trained = sum(p.numel() for n, p in model.named_parameters() if ".sfa_" in n and p.requires_grad)
+    assert trained == model.base_model.budget("default")
+    external = sum(p.numel() for n, p in model.named_parameters() if ".sfa_ext" in n or ".sfa_par" in n)
+    assert 0 < external <= model.base_model.external_allowance("default")
+    assert torch.equal(tiny.output(model), expected)
+    after = dict(model.named_parameters())
+    assert all(torch.equal(p, after[n]) for n, p in frozen.items() if n in after)
+    tiny.train(model)
+
+
+def test_an_adapter_with_a_found_placement_is_saved_and_loaded(tmp_path):
+    model = auto()
+    search(model)
+    tiny.train(model)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny.swin(), tmp_path)
+    assert torch.equal(tiny.output(again), tiny.output(model))
+
+
+def test_a_failed_placement_leaves_the_adapters_as_they_were():
+    failing("the loss was nan", model=auto(external_places=["attention", "mlp_parallel"]), loss_fn=nan_after(2))
+    failing("^$", error=KeyboardInterrupt, model=auto(), loss_fn=interrupt)
+
+
+def test_an_auto_share_is_one_of_several_within_the_budget():
+    model = auto(external_share="auto")
+    before = model.peft_config["default"].external_widths
+    assert before
+    search(model, adapter_learning_rate=1e-2)
+    external = sum(p.numel() for n, p in model.named_parameters() if ".sfa_ext" in n or ".sfa_par" in n)
+    trained = sum(p.numel() for n, p in model.named_parameters() if ".sfa_" in n)
+    budget = model.base_model.budget("default")
+    assert trained == budget
+    assert any(share * budget - 100 < external <= share * budget for share in (0.0, 0.1, 0.25, 0.5, 0.75))
+    failing("'fisher' does not train", error=ValueError, model=auto(external_share="auto"), criterion="fisher")
+    with pytest.raises(ValueError, match="external_share='auto' is not valid; it is found together"):
+        SFAConfig(external_share="auto")
+
+
+def test_auto_placement_alone():
+    model = auto(external_share=1.0)
+    report = search(model)
+    assert report.ticket_size == 0
+    assert report.ticket.widths
+    assert "No ticket" in str(report)
+
+
+def test_trained_external_adapters_are_not_dropped_by_a_placement():
+    model = tiny.train(auto(external_share=1.0))
+    with pytest.raises(ValueError, match="have been trained; a new placement would drop them"):
+        search(model)
+    with pytest.raises(ValueError, match="external_placement='auto' is not valid"):
+        SFAConfig(external_width=4, external_placement="auto")
+
+
+# What a first user found
+
+
+def test_several_active_adapters_stay_active():
+    model = adapted()
+    model.add_adapter("other", SFAConfig(budget=0.05))
+    model.base_model.set_adapter(["default", "other"])
+    search(model, criterion="magnitude", adapter_name="other")
+    assert model.base_model.active_adapters == ["default", "other"]
+    assert all(m.active_adapters == ["default", "other"] for m in model.modules() if isinstance(m, SFALayer))
+
+
+@pytest.mark.parametrize("placement", ["uniform", "auto"])
+def test_heads_are_rewound_to_the_early_step_with_any_placement(placement):
+    model = adapted(external_placement=placement, external_share=0.4, budget=0.2)
+    before = {n: p.clone() for n, p in model.named_parameters() if "modules_to_save" in n}
+    search(model, rewind_step=2)
+    after = dict(model.named_parameters())
+    assert any(not torch.equal(p, after[n]) for n, p in before.items())
+    values = [p for n, p in after.items() if ".sfa_internal." in n]
+    ups = [p for n, p in after.items() if ".up." in n]
+    assert any(p.any() for p in values)
+    assert any(p.any() for p in ups)
+
+
+def test_a_criterion_must_be_deterministic_and_cannot_harm_the_weights():
+    failing(
+        "must give the same scores every time",
+        criterion=lambda e: torch.rand_like(e.before),
+        model=adapted(external_share=0.0),
+    )
+    model = adapted()
+    before = {n.replace(".base_layer", ""): p.clone() for n, p in model.named_parameters() if "sfa_" not in n}
+
+    @criterion()
+    def in_place(e):
+        return e.before.abs_()
+
+    search(model, None, criterion=in_place)
+    after = {n.replace(".base_layer", ""): p for n, p in model.named_parameters()}
+    assert all(torch.equal(p, after[n]) for n, p in before.items())
+    failing("gave scores of type NoneType", criterion=lambda e: None)
+
+
+def test_an_auto_share_with_few_candidates_or_a_small_budget():
+    def net(**options):
+        torch.manual_seed(0)
+        return get_peft_model(
+            nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8), nn.Linear(8, 2)),
+            SFAConfig(
+                **{"budget": 200, "target_modules": ["3"], "external_modules": ["0", "2"]} | options,
+                external_share="auto",
+                external_placement="auto",
+            ),
+        )
+
+    data = [(torch.randn(5, 8), torch.randn(5, 2))]
+    loss = {"loss_fn": lambda m, b: nn.functional.mse_loss(m(b[0]), b[1])}
+    few = net()  # 18 candidates: no share leaves them the whole budget
+    search(few, data, **loss)
+    assert sum(p.numel() for n, p in few.named_parameters() if ".sfa_" in n) <= 200
+    small = net(budget=40, target_modules=["0", "2"])  # a quarter pays for no unit of 17
+    search(small, data, **loss)
+    assert sum(p.numel() for n, p in small.named_parameters() if ".sfa_" in n) <= 40
+
+
+def test_caps_hold_with_rounds_and_with_rows():
+    report = search(adapted(), rounds=3, steps=2, quotas=Quotas("layer", cap=0.3))
+    assert max(chosen for chosen, _, _ in report.counts("layer").values()) <= 0.3 * report.ticket_size + 1
+    quotas = Quotas("type", floor=0.09, cap=0.105)
+    for seed in range(5):
+        model = adapted(budget=600, external_share=0, internal_granularity="row")
+        report = search(model, None, criterion="random", seed=seed, quotas=quotas)
+        assert max(chosen for chosen, _, _ in report.counts("type").values()) <= 63
+
+
+def test_external_adapters_alone_have_no_density():
+    report = search(auto(external_share=1.0))
+    assert report.density == 0.0
+    failing("no internal targets", error=ValueError, model=auto(external_share=1.0), rounds=2)
+
+
+@pytest.mark.parametrize(
+    ("match", "error", "options"),
+    [
+        ("must be a sfa_peft.Quotas", TypeError, {"quotas": {"per": "layer"}}),
+        ("learning_rate='1e-3'", ValueError, {"learning_rate": "1e-3"}),
+        ("dataloader=5 must give batches", TypeError, {"data": 5}),
+        ("steps=True", ValueError, {"steps": True}),
+        ("seed=0.5", ValueError, {"seed": 0.5}),
+    ],
+)
+def test_odd_arguments(match, error, options):
+    failing(match, error=error, **options)
+
+
+def test_numpy_numbers_will_do(tmp_path):
+    import numpy as np
+
+    options = {
+        "steps": np.int64(4),
+        "seed": np.int64(3),
+        "rewind_step": np.int64(1),
+        "learning_rate": np.float32(5e-4),
+    }
+    search(adapted(), checkpoint=tmp_path / "s", checkpoint_every=np.int64(2), **options)
+
+
+def test_a_model_has_a_ticket_of_its_own():
+    model = adapted()
+    ticket = search(model).ticket
+    other = adapted()
+    install_ticket(other, ticket)
+    kept = {n: t.clone() for n, t in positions(other).items()}
+    with torch.no_grad():
+        for t in positions(model).values():
+            t.zero_()
+    assert tiny.same_state(positions(other), kept)
+    assert any(t.any() for own in ticket.positions.values() for t in own.values())
+
+
+def test_trained_external_adapters_are_not_dropped_by_a_ticket_from_elsewhere():
+    model = adapted(external_share=0.5)
+    ticket = search(model).ticket
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if ".up." in n).fill_(0.1)
+    with pytest.raises(ValueError, match="external adapters of adapter 'default' have been trained"):
+        install_ticket(model, ticket)

@@ -8,7 +8,16 @@ from .checkpoint import CheckpointError  # noqa: E402
 from .config import SFAConfig  # noqa: E402
 from .layer import SFALayer  # noqa: E402
 from .model import SFAModel  # noqa: E402
-from .ticket import TicketReport, TicketSearchError, search_ticket  # noqa: E402
+from .ticket import (  # noqa: E402
+    Evidence,
+    Quotas,
+    Ticket,
+    TicketReport,
+    TicketSearchError,
+    criterion,
+    install_ticket,
+    search_ticket,
+)
 
 register(SFAConfig, SFAModel)
 
@@ -19,6 +28,11 @@ __all__ = [
     "SFAModel",
     "SFALayer",
     "search_ticket",
+    "install_ticket",
+    "criterion",
+    "Evidence",
+    "Quotas",
+    "Ticket",
     "TicketReport",
     "TicketSearchError",
     "CheckpointError",

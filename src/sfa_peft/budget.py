@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 
 def external_cost(channels: int, width: int) -> int:
@@ -12,6 +13,22 @@ def external_cost(channels: int, width: int) -> int:
     A width of 0 is no adapter and costs nothing.
     """
     return width * (2 * channels + 1)
+
+
+@dataclass(frozen=True)
+class External:
+    """An external adapter to be made: by `place` on `module`, read from `mlp_input` if it is parallel."""
+
+    place: str
+    module: str
+    mlp_input: str | None
+    channels: int
+    channel_dim: int
+    width: int = 0
+
+    @property
+    def cost(self) -> int:
+        return external_cost(self.channels, self.width)
 
 
 def absolute_budget(budget: int | float, backbone_parameters: int) -> int:

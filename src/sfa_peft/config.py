@@ -12,12 +12,14 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from .external import ACTIVATIONS
-from .internal import GRANULARITIES
-from .ticket.criteria import DATA_FREE_CRITERIA
+from .granularity import GRANULARITIES, Granularity, make_granularity
+from .ticket.criteria import DATA_FREE
 
 FORMAT_VERSION = 1
 PLACES = ("attention", "mlp", "mlp_parallel")
+PLACEMENTS = ("uniform", "auto")
 DEFAULT_BUDGET = 0.02
+DEFAULT_SHARE = 0.25
 
 
 def _is_int(value: Any) -> bool:
@@ -39,13 +41,17 @@ class SFAConfig(PeftConfig):
         budget (`int` or `float`, *optional*):
             Adapter parameters that may be trained: a number, or a fraction in (0, 1) of the backbone (the base model
             without `modules_to_save`). With `element` granularity and internal adapters it is met exactly.
-        external_share (`float`, defaults to 0.25):
+        external_share (`float` or `"auto"`, defaults to 0.25):
             The part of the budget, in [0, 1], that external adapters may take; the ticket gets the exact rest. 1 is
             external adapters only, 0 internal only. Where one kind is switched off (`external_places=()` or
-            `external_modules=[]`, `target_modules=[]`), the other may take everything.
-        external_places (`tuple[str]`, defaults to `("attention", "mlp")`):
+            `external_modules=[]`, `target_modules=[]`), the other may take everything. `"auto"`: `search_ticket` finds
+            it together with the placement (`external_placement="auto"`); until then, the default.
+        external_places (`tuple[str]`, defaults to `("mlp_parallel",)`):
             Where external adapters sit in architectures that are known: `attention` (on the attention output), `mlp`
             (on the MLP output), `mlp_parallel` (from the MLP input, added to its output).
+        external_placement (`str`, defaults to `"uniform"`):
+            `uniform`: the same fraction of the channel width at every place. `auto`: `search_ticket` finds which
+            places deserve an adapter, and how wide; until then, uniform. Needs a budget.
         external_modules (`list[str]` or `str`, *optional*):
             Modules whose output gets an external adapter, instead of the architecture's places: a list of name
             endings or a regular expression, as in `target_modules`. `[]` for none. They must be leaves.
@@ -65,8 +71,10 @@ class SFAConfig(PeftConfig):
         internal_density (`float`, *optional*):
             Ticket density over the targets where no budget is given, in [0, 1]. 0 for none.
         internal_granularity (`str`, defaults to `"element"`):
-            The unit of selection: `element`, or `row` (one output neuron with its bias).
-        initial_ticket (`str`, defaults to `"random"`):
+            The unit of selection: `element`, `row` (one output neuron with its bias), `column` (one input of all
+            neurons) or `block` (a square tile of a weight).
+        internal_block_size (`int`, defaults to 16): The side of a block.
+        initial_ticket (`str`, defaults to `"magnitude"`):
             The data-free ticket that `get_peft_model` installs: `magnitude` or `random`.
         ticket_seed (`int`, defaults to 0): Seed of a random initial ticket.
         init_weights (`bool`, defaults to `True`):
@@ -81,11 +89,15 @@ class SFAConfig(PeftConfig):
     budget: int | float | None = field(
         default=None, metadata={"help": "Trainable adapter parameters: a number or a fraction of the backbone."}
     )
-    external_share: float = field(
-        default=0.25, metadata={"help": "Part of the budget that external adapters may take, in [0, 1]."}
+    external_share: float | str = field(
+        default=DEFAULT_SHARE,
+        metadata={"help": "Part of the budget that external adapters may take, in [0, 1], or `auto`."},
     )
     external_places: tuple[str, ...] | list[str] = field(
-        default=("attention", "mlp"), metadata={"help": f"Places of external adapters, of {PLACES}."}
+        default=("mlp_parallel",), metadata={"help": f"Places of external adapters, of {PLACES}."}
+    )
+    external_placement: str = field(
+        default="uniform", metadata={"help": f"How the external share is spread over the places, of {PLACEMENTS}."}
     )
     external_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Leaves whose output gets an external adapter, instead of the known places."}
@@ -117,10 +129,13 @@ class SFAConfig(PeftConfig):
     internal_density: float | None = field(
         default=None, metadata={"help": "Ticket density over the targets where no budget is given, in [0, 1]."}
     )
-    internal_granularity: str = field(default="element", metadata={"help": f"Unit of selection, of {GRANULARITIES}."})
+    internal_granularity: str = field(
+        default="element", metadata={"help": f"Unit of selection, of {sorted(GRANULARITIES)}."}
+    )
+    internal_block_size: int = field(default=16, metadata={"help": "Side of a block, of granularity `block`."})
     initial_ticket: str = field(
-        default="random",
-        metadata={"help": f"The data-free ticket installed at first, of {sorted(DATA_FREE_CRITERIA)}."},
+        default="magnitude",
+        metadata={"help": f"The data-free ticket installed at first, of {DATA_FREE}."},
     )
     ticket_seed: int = field(default=0, metadata={"help": "Seed of a random initial ticket."})
     init_weights: bool = field(default=True, metadata={"help": "Start as the identity."})
@@ -151,6 +166,11 @@ class SFAConfig(PeftConfig):
     def uses_budget(self) -> bool:
         return self.budget is not None
 
+    @property
+    def granularity(self) -> Granularity:
+        """The unit of selection as an object."""
+        return make_granularity(self.internal_granularity, self.internal_block_size)
+
     def _fail(self, name: str, allowed: str) -> None:
         raise ValueError(f"SFAConfig.{name}={getattr(self, name)!r} is not valid; {allowed}.")
 
@@ -169,10 +189,17 @@ class SFAConfig(PeftConfig):
             in_range = self.budget >= 1 if _is_int(self.budget) else _is_number(self.budget) and 0 < self.budget < 1
             self._check("budget", in_range, "use an int of at least 1, or a float in (0, 1)")
 
+        if self.external_placement == "auto" and (
+            self.external_width is not None or self.internal_density is not None or self.external_share == 0
+        ):
+            self._fail("external_placement", "it spreads the external share of a `budget`, and there is none")
         self._check_width()
         self._check_places()
         share = self.external_share
-        self._check("external_share", _is_number(share) and 0 <= share <= 1, "use a float in [0, 1]")
+        is_share = share == "auto" or (_is_number(share) and 0 <= share <= 1)
+        self._check("external_share", is_share, 'use a float in [0, 1], or "auto"')
+        if share == "auto" and self.external_placement != "auto":
+            self._fail("external_share", 'it is found together with the placement; set external_placement="auto"')
         density = self.internal_density
         self._check(
             "internal_density", density is None or (_is_number(density) and 0 <= density <= 1), "use a float in [0, 1]"
@@ -182,11 +209,14 @@ class SFAConfig(PeftConfig):
         scale = self.external_scale
         self._check("external_scale", _is_number(scale) and scale != 0, "use a finite number other than 0")
         self._check("ticket_seed", _is_int(self.ticket_seed), "use an int")
+        side = self.internal_block_size
+        self._check("internal_block_size", _is_int(side) and side >= 1, "use an int of at least 1")
         self._check("init_weights", isinstance(self.init_weights, bool), "use True or False")
         for name, choices in (
             ("external_activation", ACTIVATIONS),
+            ("external_placement", PLACEMENTS),
             ("internal_granularity", GRANULARITIES),
-            ("initial_ticket", DATA_FREE_CRITERIA),
+            ("initial_ticket", DATA_FREE),
         ):
             value = getattr(self, name)
             self._check(name, isinstance(value, str) and value in choices, f"choose one of {sorted(choices)}")

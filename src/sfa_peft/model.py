@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -12,12 +13,13 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from .budget import External
 from .checkpoint import CheckpointError, check_state_dict
 from .checkpoint.validation import POSITIONS
 from .config import SFAConfig
 from .external import ExternalAdapter
 from .layer import SFALayer, layer_class, sfa_layers
-from .plan import Plan, Planner, peft_verdict, ticket_sizes, without_empty
+from .plan import Plan, Planner, peft_verdict, ticket_sizes
 from .ticket.selection import Positions
 
 
@@ -89,15 +91,10 @@ class SFAModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = target
-        if not isinstance(layer, SFALayer):
-            layer = layer_class(target)(target, adapter_name)
-            layer.set_adapter(self.active_adapters)
+        layer = target if isinstance(target, SFALayer) else self._wrap(current_key, adapter_name)
         positions = self._plan.positions.get(current_key)
         if positions is not None:
-            layer.add_internal(
-                adapter_name, positions, peft_config.internal_granularity, init_weights=peft_config.init_weights
-            )
+            layer.add_internal(adapter_name, positions, peft_config.granularity, init_weights=peft_config.init_weights)
         for external in self._plan.externals.get(current_key, ()):
             adapter = ExternalAdapter(
                 external.channels,
@@ -111,10 +108,6 @@ class SFAModel(BaseTuner):
             container = None if external.mlp_input is None else self.model.get_submodule(external.mlp_input)
             layer.add_external(adapter_name, adapter, container)
         layer.finish_adapter(adapter_name, inference_mode=peft_config.inference_mode)
-        if layer is not target:
-            self._replace_module(parent, target_name, layer, target)
-            if target.training is False:
-                layer.eval()
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own copies `weight` from the replaced module as well, which a head without one does not have.
@@ -152,13 +145,25 @@ class SFAModel(BaseTuner):
         """What an adapter's ticket may choose from: for each module, its parameters by name, in model order."""
         return Planner(self.model, self.peft_config[adapter_name]).candidates()
 
+    def places(self, adapter_name: str) -> list[External]:
+        """Where an adapter may have external adapters, in model order, whatever their widths are."""
+        return Planner(self.model, self.peft_config[adapter_name]).places()
+
+    def budget(self, adapter_name: str) -> int:
+        """How many parameters an adapter may train."""
+        return Planner(self.model, self.peft_config[adapter_name]).budget()
+
+    def external_allowance(self, adapter_name: str) -> int:
+        """How many parameters of the budget an adapter's external adapters may take."""
+        return Planner(self.model, self.peft_config[adapter_name]).external_allowance()
+
     def ticket_size(self, adapter_name: str) -> int:
         """How many parameters an adapter's ticket may hold: what its external adapters leave of the budget."""
         config = self.peft_config[adapter_name]
-        if config.internal_granularity == "element":
-            return sum((config.ticket_sizes or {}).values())
-        # Rows seldom fill their part of the budget: another ticket may come closer to it.
         planner = Planner(self.model, config)
+        if not config.uses_budget and config.internal_granularity == "element":
+            return sum((config.ticket_sizes or {}).values())
+        # Larger units seldom fill their part of the budget: another ticket may come closer to it.
         candidates = planner.candidates()
         if not candidates:
             return 0
@@ -167,25 +172,36 @@ class SFAModel(BaseTuner):
         externals = [e for own in planner.recorded_externals().values() for e in own]
         return planner.budget() - sum(e.cost for e in externals)
 
-    def install_ticket(self, adapter_name: str, positions: Positions) -> None:
-        """Give an adapter another ticket, with values of zero; the old ticket's values are dropped.
+    def install(
+        self,
+        adapter_name: str,
+        positions: Positions | None = None,
+        externals: Sequence[External] | None = None,
+    ) -> None:
+        """Give an adapter another ticket, other external adapters, or both, all without effect at first.
+
+        What they replace is dropped, with its values.
 
         Args:
             adapter_name: The adapter.
-            positions: For each module and parameter, the sorted positions in the config's granularity.
+            positions: For each module and parameter, the sorted positions in the config's granularity. None keeps the
+                ticket.
+            externals: The external adapters; those of width 0 are left out. None keeps what is there.
         """
         config = self.peft_config[adapter_name]
         flags = [(p, p.requires_grad) for p in self.model.parameters()]
         own = [p for _, layer in sfa_layers(self.model) for p in layer.parameters_of(adapter_name)]
         upcast = all(p.dtype == torch.float32 for p in own)
         trainable = any(p.requires_grad for p in own)
-        positions = without_empty(positions)
+        plan = Plan.of(positions or {}, externals or ())
         for _, layer in sfa_layers(self.model):
-            if adapter_name in layer.sfa_internal:
-                del layer.sfa_internal[adapter_name]
-        self._plan = Plan(positions=positions)
+            if positions is not None:
+                layer.remove_internal(adapter_name)
+            if externals is not None:
+                layer.remove_externals(adapter_name)
+        self._plan = plan
         try:
-            for name in positions:
+            for name in sorted(plan.modules):
                 parent, _, child = name.rpartition(".")
                 self._create_and_replace(
                     config, adapter_name, self.model.get_submodule(name), child, self.model.get_submodule(parent), name
@@ -194,12 +210,46 @@ class SFAModel(BaseTuner):
             del self._plan
         unwrap_empty_layers(self.model)
         self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=upcast)
-        config.ticket_sizes = ticket_sizes(positions)
+        if positions is not None:
+            config.ticket_sizes = ticket_sizes(plan.positions)
+        if externals is not None:
+            config.external_widths = plan.external_widths
         for p, requires_grad in flags:
             p.requires_grad_(requires_grad)
+        kept = {id(p) for p, _ in flags}
         for _, layer in sfa_layers(self.model):
-            if adapter_name in layer.sfa_internal:
-                layer.sfa_internal[adapter_name].requires_grad_(trainable)
+            for p in layer.parameters_of(adapter_name):
+                if id(p) not in kept:
+                    p.requires_grad_(trainable)
+
+    @contextmanager
+    def other_externals(self, adapter_name: str, externals: Sequence[External]) -> Iterator[None]:
+        """Replace an adapter's external adapters for a while; afterwards its own are back, as they were."""
+        config = self.peft_config[adapter_name]
+        widths = config.external_widths
+        kept = {n: own for n, layer in sfa_layers(self.model) if (own := layer.externals_of(adapter_name))}
+        try:
+            self.install(adapter_name, externals=externals)
+            yield
+        finally:
+            layers = dict(sfa_layers(self.model))
+            for layer in layers.values():
+                layer.remove_externals(adapter_name)
+            for name, own in kept.items():
+                layer = layers.get(name) or self._wrap(name, adapter_name)
+                for adapter, container in own:
+                    layer.add_external(adapter_name, adapter, container)
+            config.external_widths = widths
+            unwrap_empty_layers(self.model)
+
+    def _wrap(self, name: str, adapter_name: str) -> SFALayer:
+        leaf = self.model.get_submodule(name)
+        layer = layer_class(leaf)(leaf, adapter_name)
+        layer.train(leaf.training)
+        layer.set_adapter(self.active_adapters)
+        parent, _, child = name.rpartition(".")
+        setattr(self.model.get_submodule(parent), child, layer)
+        return layer
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -235,7 +285,7 @@ class SFAModel(BaseTuner):
                 delta = layer.sfa_internal[adapter_name]
                 for p in delta.changed:
                     parameter = getattr(layer.get_base_layer(), p)
-                    units = parameter.shape[0] if delta.granularity == "row" else parameter.numel()
+                    units = delta.granularity.count(parameter.shape)
                     limits[f"{name}.sfa_internal.{adapter_name}.{p}{POSITIONS}"] = units
         found = {k: v for k, v in remapped.items() if re.search(r"\.sfa_(internal|external|parallel)\.", k)}
         check_state_dict(found, expected, limits)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import torch
@@ -12,28 +13,12 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from . import backbones
-from .budget import absolute_budget, external_cost, widths_within
+from .budget import External, absolute_budget, external_cost, widths_within
 from .checkpoint import CheckpointError
-from .config import SFAConfig
+from .config import DEFAULT_SHARE, SFAConfig
 from .layer import AddExternals, SFALayer, channels_of, internal_parameters, sfa_layers
-from .ticket.criteria import DATA_FREE_CRITERIA
-from .ticket.selection import Positions, choose
-
-
-@dataclass(frozen=True)
-class External:
-    """An external adapter to be made: by `place` on `module`, read from `mlp_input` if it is parallel."""
-
-    place: str
-    module: str
-    mlp_input: str | None
-    channels: int
-    channel_dim: int
-    width: int = 0
-
-    @property
-    def cost(self) -> int:
-        return external_cost(self.channels, self.width)
+from .ticket.criteria import CRITERIA, Evidence
+from .ticket.selection import Positions, choose, count_elements
 
 
 @dataclass
@@ -42,6 +27,15 @@ class Plan:
 
     externals: dict[str, list[External]] = field(default_factory=dict)
     positions: Positions = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, positions: Positions, externals: Iterable[External]) -> Plan:
+        """The plan of what is not empty."""
+        plan = cls(positions=without_empty(positions))
+        for external in externals:
+            if external.width:
+                plan.externals.setdefault(external.module, []).append(external)
+        return plan
 
     @property
     def modules(self) -> set[str]:
@@ -98,7 +92,7 @@ class Planner:
         self._check_heads()
         if self.config.ticket_sizes is not None:
             return self._recorded_plan()
-        places, candidates = self._places(), self.candidates()
+        places, candidates = self.places(), self.candidates()
         if not places and not candidates:
             raise ValueError(
                 "SFAConfig leaves nothing to adapt: neither external adapters nor internal targets. Give "
@@ -111,13 +105,10 @@ class Planner:
         positions = self._initial_ticket(candidates, size)
         if not externals and not any(len(p) for own in positions.values() for p in own.values()):
             raise ValueError(
-                "SFAConfig makes an adapter without any parameter: every width and the density are 0. Raise "
-                "`external_width`, `internal_density` or `budget`."
+                "SFAConfig makes an adapter without any parameter: every width and the density are 0, or too small "
+                "for one unit of `internal_granularity`. Raise `external_width`, `internal_density` or `budget`."
             )
-        plan = Plan(positions=without_empty(positions))
-        for external in externals:
-            plan.externals.setdefault(external.module, []).append(external)
-        return plan
+        return Plan.of(positions, externals)
 
     def _check_heads(self) -> None:
         names = [name for name, _ in self.model.named_modules()]
@@ -130,7 +121,8 @@ class Planner:
 
     # Where
 
-    def _places(self) -> list[External]:
+    def places(self) -> list[External]:
+        """Where external adapters may sit, in model order, of width 0."""
         config = self.config
         if self._share == 0 or (not config.uses_budget and not config.external_width):
             return []
@@ -205,7 +197,15 @@ class Planner:
                     f"SFAConfig.target_modules matches {name!r}, a {kind}: internal adapters work on nn.Linear, "
                     f"nn.Conv2d and nn.LayerNorm with parameters, and on subclasses that keep their forward."
                 )
-            candidates[name] = parameters
+            fitting = {n: p for n, p in parameters.items() if config.granularity.count(p.shape)}
+            if fitting:
+                candidates[name] = fitting
+        if names and not candidates:
+            raise ValueError(
+                f"SFAConfig.internal_granularity={config.internal_granularity!r} finds no unit in the weights of "
+                f"{names[:3]}{'...' if len(names) > 3 else ''}: what has one dimension has no columns and no blocks, "
+                f"and a weight smaller than `internal_block_size` has no block. Use `element` or `row`."
+            )
         return candidates
 
     @property
@@ -219,7 +219,9 @@ class Planner:
         )
         if no_external:
             return 0.0
-        return 1.0 if config.target_modules == set() else config.external_share
+        if config.target_modules == set():
+            return 1.0
+        return DEFAULT_SHARE if config.external_share == "auto" else float(config.external_share)
 
     def _refuse_foreign(self, name: str, field_name: str) -> None:
         module = self.leaves.get(name)
@@ -282,12 +284,15 @@ class Planner:
         budget = self.budget()
         externals: list[External] = []
         if places:
-            share = self._share if candidates else 1.0
-            assert share is not None
-            widths = widths_within([p.channels for p in places], int(share * budget))
-            externals = [_with_width(p, w) for p, w in zip(places, widths, strict=True) if w]
+            allowance = self.external_allowance() if candidates else budget
+            if config.external_share == "auto" and allowance < min(external_cost(p.channels, 1) for p in places):
+                places = []  # the search may find a share that pays for some
+            widths = widths_within([p.channels for p in places], allowance)
+            externals = [replace(p, width=w) for p, w in zip(places, widths, strict=True) if w]
         size = budget - sum(e.cost for e in externals) if candidates else 0
-        total = sum(p.numel() for own in candidates.values() for p in own.values())
+        total = count_elements(candidates)
+        if config.external_share == "auto":
+            size = min(size, total)  # the search may find a share that spends the rest
         if size > total:
             raise ValueError(
                 f"SFAConfig.budget={config.budget!r} leaves {size:,} parameters for the ticket, but the targets have "
@@ -309,7 +314,7 @@ class Planner:
                     return rule if isinstance(rule, int) else max(round(rule * place.channels), 1) if rule else 0
             return 0
 
-        externals = [_with_width(p, w) for p in places if (w := width_of(p))]
+        externals = [replace(p, width=w) for p in places if (w := width_of(p))]
         unused = [pattern for pattern in rules if pattern not in used]
         if places and unused:
             raise ValueError(
@@ -318,28 +323,31 @@ class Planner:
             )
         return externals, self.density_size(candidates)
 
+    def external_allowance(self) -> int:
+        """How many parameters of the budget external adapters may take."""
+        assert self._share is not None
+        return int(self._share * self.budget())
+
     def budget(self) -> int:
         assert self.config.budget is not None
         return absolute_budget(self.config.budget, backbone_parameters(self.model, self.config))
 
     def density_size(self, candidates: dict[str, dict[str, nn.Parameter]]) -> int:
-        total = sum(p.numel() for own in candidates.values() for p in own.values())
-        return int((self.config.internal_density or 0) * total)
+        return int((self.config.internal_density or 0) * count_elements(candidates))
 
     # Which
 
     def _initial_ticket(self, candidates: dict[str, dict[str, nn.Parameter]], size: int) -> Positions:
-        return choose(candidates, self._score, self.config.internal_granularity, size) if candidates else {}
+        return choose(candidates, self._score, self.config.granularity, size) if candidates else {}
 
     def _score(self, name: str, parameter: Tensor) -> Tensor:
-        return DATA_FREE_CRITERIA[self.config.initial_ticket](name, parameter, self.config.ticket_seed)
+        return CRITERIA[self.config.initial_ticket].score(Evidence(name, parameter, seed=self.config.ticket_seed))
 
     def _recorded_plan(self) -> Plan:
         """The plan of a config that an earlier injection filled in: its sizes, with the data-free ticket in them."""
         config = self.config
         assert config.ticket_sizes is not None
         plan = Plan(externals=self.recorded_externals())
-        rows = config.internal_granularity == "row"
         for full_name, size in config.ticket_sizes.items():
             module, _, name = full_name.rpartition(".")
             self._require(module)
@@ -348,13 +356,13 @@ class Planner:
             if name not in parameters:
                 raise CheckpointError(_OTHER_ARCHITECTURE.format(name=full_name, model=type(self.model).__name__))
             parameter = parameters[name]
-            units = parameter.shape[0] if rows else parameter.numel()
+            units = config.granularity.count(parameter.shape)
             if size > units:
                 raise CheckpointError(
                     f"the adapter's ticket has {size:,} units in {full_name!r}, which has only {units:,} in this "
                     f"model; load it into the model it was trained on."
                 )
-            plan.positions.setdefault(module, {})[name] = self._recorded_positions(module, name, parameter, size, rows)
+            plan.positions.setdefault(module, {})[name] = self._recorded_positions(module, name, parameter, size)
         return plan
 
     def recorded_externals(self) -> dict[str, list[External]]:
@@ -366,14 +374,15 @@ class Planner:
                 if place == "mlp_parallel" and (place, name) not in known:
                     raise CheckpointError(_OTHER_ARCHITECTURE.format(name=name, model=type(self.model).__name__))
                 external = self._external(place, name, known.get((place, name)))
-                externals.setdefault(name, []).append(_with_width(external, width))
+                externals.setdefault(name, []).append(replace(external, width=width))
         return externals
 
-    def _recorded_positions(self, module: str, name: str, parameter: Tensor, size: int, rows: bool) -> Tensor:
+    def _recorded_positions(self, module: str, name: str, parameter: Tensor, size: int) -> Tensor:
         if parameter.is_meta:
             return torch.arange(size, dtype=torch.int32)  # a placeholder; the loaded positions replace it
-        amount = size * (parameter[0].numel() if rows else 1)
-        chosen = choose({module: {name: parameter}}, self._score, self.config.internal_granularity, amount)
+        granularity = self.config.granularity
+        amount = size * granularity.size(parameter.shape)
+        chosen = choose({module: {name: parameter}}, self._score, granularity, amount)
         return chosen[module][name]
 
     def _require(self, name: str) -> None:
@@ -385,10 +394,6 @@ _OTHER_ARCHITECTURE = (
     "the adapter was saved for another architecture: it adapts {name!r}, which this {model} does not have in that "
     "form. Load it into the model it was trained on."
 )
-
-
-def _with_width(place: External, width: int) -> External:
-    return External(place.place, place.module, place.mlp_input, place.channels, place.channel_dim, width)
 
 
 def _shared_parameters(model: nn.Module) -> dict[int, list[str]]:

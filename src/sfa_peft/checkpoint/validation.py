@@ -49,12 +49,13 @@ def check_state_dict(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
                 f"{key!r} has dtype {tensor.dtype} in the checkpoint; expected one like {own.dtype}."
             )
         if key.endswith(POSITIONS):
-            _check_positions(key, tensor, limits[key])
+            check_positions(key, tensor, limits[key])
         elif tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
             raise CheckpointError(f"{key!r} holds values that are not finite; the checkpoint is damaged.")
 
 
-def _check_positions(key: str, positions: Tensor, limit: int) -> None:
+def check_positions(key: str, positions: Tensor, limit: int) -> None:
+    """Raise a `CheckpointError` unless positions are sorted, unique and in [0, limit)."""
     if not len(positions):
         return
     positions = positions.long()

@@ -1,32 +1,16 @@
-"""The report: where a ticket went, as a table by stage and by module type."""
+"""The report: where a ticket went, as tables and as a picture."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from .quotas import GROUPINGS
+from .ticket import Ticket
 
-@dataclass(frozen=True)
-class Share:
-    """How much of one parameter is in the ticket, in elements."""
-
-    name: str
-    chosen: int
-    size: int
-
-    @property
-    def stage(self) -> str:
-        """The layer's index in the model: of a Swin, the stage; of a plain transformer, the block."""
-        numbered = re.search(r"(?:^|\.)(\w+)\.(\d+)\.", self.name)
-        return f"{numbered[1]}.{numbered[2]}" if numbered else "other"
-
-    @property
-    def module_type(self) -> str:
-        """The last two parts of the module's name that are no index, such as ``mlp.fc1`` or ``norm1``."""
-        module = self.name.rpartition(".")[0]
-        parts = re.split(r"\.\d+\.", f".{module}")[-1].strip(".")
-        return ".".join(parts.split(".")[-2:])
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -34,49 +18,74 @@ class TicketReport:
     """Where a ticket went.
 
     Attributes:
-        shares: For each candidate parameter, how much of it was chosen.
-        criterion: The criterion that scored the positions.
-        granularity: The unit of selection.
-        steps: Training steps of the search.
+        ticket: The ticket itself: to be saved, compared with another, or given to another model.
+        steps: Training steps of the search, over all rounds.
         losses: The loss of each step.
     """
 
-    shares: tuple[Share, ...]
-    criterion: str
-    granularity: str
-    steps: int
-    losses: tuple[float, ...]
+    ticket: Ticket
+    steps: int = 0
+    losses: tuple[float, ...] = ()
 
     @property
     def ticket_size(self) -> int:
-        return sum(share.chosen for share in self.shares)
+        """Elements in the ticket."""
+        return self.ticket.size
 
     @property
     def density(self) -> float:
-        return self.ticket_size / sum(share.size for share in self.shares)
+        return self.ticket.density
+
+    def counts(self, per: str) -> dict[str, tuple[int, int, int]]:
+        """For each group: elements in the ticket, candidate elements, and the sum of its external widths.
+
+        Args:
+            per: ``layer``, ``type`` or ``module``.
+
+        Raises:
+            ValueError: If `per` is not known.
+        """
+        if per not in GROUPINGS:
+            raise ValueError(f"per={per!r} is not known; choose one of {sorted(GROUPINGS)}")
+        group_of = GROUPINGS[per]
+        elements = self.ticket.counts(group_of)
+        widths: dict[str, int] = {}
+        for modules in self.ticket.widths.values():
+            for module, width in modules.items():
+                widths[group_of(module)] = widths.get(group_of(module), 0) + width
+        return {g: (*elements.get(g, (0, 0)), widths.get(g, 0)) for g in dict.fromkeys((*elements, *widths))}
 
     def __str__(self) -> str:
-        head = (
-            f"Ticket of {self.ticket_size:,} positions, density {self.density:.2%}, "
-            f"granularity {self.granularity}, criterion {self.criterion} ({self.steps} steps"
-            + (f", loss {self.losses[0]:.3f} -> {self.losses[-1]:.3f})" if self.losses else ")")
+        ticket = self.ticket
+        loss = f", loss {self.losses[0]:.3f} -> {self.losses[-1]:.3f}" if self.losses else ""
+        what = (
+            f"Ticket of {ticket.size:,} positions, density {ticket.density:.2%}, granularity "
+            f"{ticket.granularity.name}, criterion {ticket.criterion}"
         )
-        by_stage = _table("stage", self.shares, lambda share: share.stage)
-        by_type = _table("module type", self.shares, lambda share: share.module_type)
-        return f"{head}\n\n{by_stage}\n\n{by_type}"
+        head = f"{what if ticket.shapes else 'No ticket'} ({self.steps} steps{loss})"
+        return "\n\n".join([head, self._table("layer", "layer"), self._table("module type", "type")])
 
+    def _table(self, title: str, per: str) -> str:
+        rows = self.counts(per)
+        total = self.ticket.size or 1
+        wide = max(map(len, (title, *rows)))
+        lines = [f"{title:<{wide}} {'positions':>10} {'of':>12} {'density':>8} {'share':>7} {'width':>6}"]
+        for name, (chosen, size, width) in rows.items():
+            density = f"{chosen / size:.2%}" if size else "-"
+            lines.append(
+                f"{name:<{wide}} {chosen:>10,} {size:>12,} {density:>8} {chosen / total:>7.1%} {width or '-':>6}"
+            )
+        return "\n".join(lines)
 
-def _table(title: str, shares: tuple[Share, ...], key: Callable[[Share], str]) -> str:
-    rows: dict[str, list[int]] = {}
-    for share in shares:
-        row = rows.setdefault(key(share), [0, 0])
-        row[0] += share.chosen
-        row[1] += share.size
-    total = sum(chosen for chosen, _ in rows.values()) or 1
-    width = max(len(title), *(len(name) for name in rows))
-    lines = [f"{title:<{width}} {'positions':>10} {'of':>12} {'density':>8} {'share':>7}"]
-    lines += [
-        f"{name:<{width}} {chosen:>10,} {size:>12,} {chosen / size:>8.2%} {chosen / total:>7.1%}"
-        for name, (chosen, size) in rows.items()
-    ]
-    return "\n".join(lines)
+    def picture(self, path: str | Path | None = None) -> Figure:
+        """Draw the density by layer and module type, and the widths of the external adapters beside it.
+
+        Args:
+            path: Where to write it, by its ending as PNG, PDF or SVG; nowhere unless given.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        from .picture import draw_ticket
+
+        return draw_ticket(self.ticket, path)

@@ -1,57 +1,67 @@
-"""The lottery-ticket search: train the candidates densely for a while, keep what moved most, rewind everything."""
+"""The ticket search: score the candidates, keep the best, rewind everything."""
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard, prepare_data_loader
-from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast, reduce, send_to_device
+from accelerate.utils import broadcast
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from ..layer import SFALayer, sfa_layers
-from . import criteria
-from .report import Share, TicketReport
-from .selection import Positions, choose
-
-State = AcceleratorState | PartialState
-
-CRITERIA = {"lottery": criteria.lottery}
-
-
-class TicketSearchError(RuntimeError):
-    """The search could not be finished. The model is as it was before it."""
+from .criteria import Criterion, Score, as_criterion
+from .install import searchable
+from .placement import SHARES, Chosen, Placement
+from .progress import SearchCheckpoint
+from .quotas import Quotas
+from .report import TicketReport
+from .rounds import SCHEDULES, Rounds
+from .selection import NotFiniteError, Positions, count_elements
+from .steps import Run, TicketSearchError, default_loss, endless, prepared, seeded
+from .ticket import Ticket, shapes_of
+from .training import STATES, DenseTraining, Slot
 
 
 def search_ticket(
     model: nn.Module,
-    dataloader: Iterable[Any],
+    dataloader: Iterable[Any] | None = None,
     *,
     steps: int = 200,
-    criterion: str = "lottery",
+    criterion: str | Criterion | Score = "lottery",
+    rounds: int = 1,
+    schedule: str = "prune",
+    rewind_step: int = 0,
+    quotas: Quotas | None = None,
     learning_rate: float = 5e-4,
-    adapter_learning_rate: float = 1e-3,
+    adapter_learning_rate: float = 2e-3,
     adapter_name: str | None = None,
     loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
     accelerator: Accelerator | None = None,
+    optimizer_state: str = "device",
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 50,
     seed: int = 0,
     progress: bool = True,
 ) -> TicketReport:
     """Find the ticket of an SFA adapter and install it.
 
-    The candidate parameters (those of `target_modules`) are trained densely with AdamW beside the external adapters
-    and the heads. Each position is scored by how far it moved, the exact global top k are kept, and every parameter,
-    buffer, `requires_grad` flag and training mode is put back to where it was, bit for bit. Then the ticket's values,
-    all zero, take the place of the old ones: **create the optimizer after the search**, and wrap the model for
-    distributed training after it.
+    The candidate parameters (those of `target_modules`) are trained densely with Adam beside the external adapters and
+    the heads, or only their gradients are taken, as the criterion needs. The criterion scores each position, the exact
+    global top k are kept, and every parameter, buffer, `requires_grad` flag and training mode is put back to where it
+    was, bit for bit. Then the ticket's values, all zero, take the place of the old ones: **create the optimizer after
+    the search**, and wrap the model for distributed training after it.
+
+    With `external_placement="auto"` wide external adapters are trained at every place meanwhile, their hidden units
+    are scored, and the best that the budget pays for are kept, with the weights they began with; see
+    `sfa_peft.ticket.placement`.
 
     With several processes, gradients are averaged over them, and all of them hold the ticket of the main process. The
     same model, data, seed and settings give the same ticket.
@@ -59,9 +69,19 @@ def search_ticket(
     Args:
         model: What `get_peft_model` returned.
         dataloader: Gives batches for `loss_fn`; begun again when it ends before `steps`. A `DataLoader` that
-            Accelerate has not prepared is prepared here.
-        steps: Training steps of the search, at least 1.
-        criterion: ``lottery``: Ansell et al., 2022, see `sfa_peft.ticket.criteria`.
+            Accelerate has not prepared is prepared here. None will do for criteria that need no data.
+        steps: Training steps of each round, at least 1.
+        criterion: A name in `sfa_peft.ticket.criteria.CRITERIA` (``lottery``, ``fisher``, ``gradient``, ``taylor``,
+            ``movement``, ``credit``, ``magnitude``, ``random``), or a function from `Evidence` to scores, which must
+            give the same scores each time it is called.
+        rounds: How often to train and select; more than 1 for criteria that train.
+        schedule: What a round leaves to the next. ``prune``: the survivors, fewer each time by the same factor, and
+            only they are trained again (Frankle & Carbin, 2019). ``grow``: what was chosen so far, an equal part of
+            the ticket each time, which keeps its trained values while the rest begins anew.
+        rewind_step: The step of the first round that everything is rewound to, between rounds and at the end (Frankle
+            et al., "Linear Mode Connectivity and the Lottery Ticket Hypothesis", 2020). With 0 the model is the
+            identity again; otherwise ticket, external adapters and heads start with their values of that step.
+        quotas: Limits on how the ticket spreads over layers or types; by default the selection is global.
         learning_rate: Of the candidate parameters.
         adapter_learning_rate: Of the external adapters and the heads.
         adapter_name: The adapter to search for; the active one unless given.
@@ -69,118 +89,227 @@ def search_ticket(
         accelerator: Gives the precision to run in (with fp16 the search runs without autocast, since it has no
             gradient scaler). Unless given, no autocast. Processes and device are Accelerate's in both cases; the model
             is moved to the device.
+        optimizer_state: Where Adam's moments are kept; the original weights are in CPU memory always. ``device``:
+            float32 beside the parameters. ``cpu``: in CPU memory. ``bf16``: on the device in half of the memory.
+        checkpoint: A file to keep the progress in. If it is there, the search goes on from it, to the same ticket as
+            without the stop; after the search it is removed. `dataloader` must give the same batches again.
+        checkpoint_every: Steps between two writes.
         seed: Seeds the search's own random state; the global one is put back afterwards.
         progress: Whether to show a progress bar on the main process.
 
     Returns:
-        Where the ticket went.
+        Where the ticket went; `report.ticket` is the ticket itself, to be saved or given to another model.
 
     Raises:
-        TypeError: If `model` is not what `get_peft_model` returned for an `SFAConfig`.
+        TypeError: If `model` is not what `get_peft_model` returned for an `SFAConfig`, or an argument is of another
+            type.
         ValueError: If an argument is not valid, the adapter has no internal targets, or has been trained already.
         TicketSearchError: If the data gives no batch or no loss, or the loss is no longer finite.
     """
-    tuner = _tuner_of(model)
-    if adapter_name is None:
-        active = tuner.active_adapters
-        if len(active) != 1:
-            raise ValueError(
-                f"adapter_name: {len(active)} adapters are active ({active}); name the one to search for."
-            )
-        adapter_name = active[0]
-    if adapter_name not in tuner.peft_config:
-        raise ValueError(f"adapter_name={adapter_name!r} does not exist; the model has {sorted(tuner.peft_config)}.")
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion={criterion!r} is not known; choose one of {sorted(CRITERIA)}.")
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps={steps!r} must be an int of at least 1.")
-    for name, rate in (("learning_rate", learning_rate), ("adapter_learning_rate", adapter_learning_rate)):
-        if not (math.isfinite(rate) and rate > 0):
-            raise ValueError(f"{name}={rate!r} must be a finite number above 0.")
+    tuner, adapter_name = searchable(model, adapter_name)
+    rule = as_criterion(criterion)
+    steps, rounds = _whole("steps", steps, 1), _whole("rounds", rounds, 1)
+    checkpoint_every, seed = _whole("checkpoint_every", checkpoint_every, 1), _whole("seed", seed)
+    rewind_step = _whole("rewind_step", rewind_step, 0)
+    learning_rate = _rate("learning_rate", learning_rate)
+    adapter_learning_rate = _rate("adapter_learning_rate", adapter_learning_rate)
+    if not (quotas is None or isinstance(quotas, Quotas)):
+        raise TypeError(f"quotas={quotas!r} must be a sfa_peft.Quotas, such as Quotas(per='layer', cap=0.5).")
+    if not (dataloader is None or isinstance(dataloader, Iterable)):
+        raise TypeError(f"dataloader={dataloader!r} must give batches: a DataLoader, or a list of batches.")
+    if checkpoint is not None and Path(checkpoint).is_dir():
+        raise ValueError(f"checkpoint={str(checkpoint)!r} is a folder; give the path of a file.")
+    for name, value, known in (("schedule", schedule, SCHEDULES), ("optimizer_state", optimizer_state, STATES)):
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is not known; choose one of {known}.")
+    if rounds > 1 and not rule.trains:
+        raise ValueError(f"rounds={rounds}: {rule.name!r} does not train the candidates; every round would be alike.")
+    if rewind_step >= steps:
+        raise ValueError(f"rewind_step={rewind_step!r} must be an int in [0, {steps}), the steps of a round.")
+    config = tuner.peft_config[adapter_name]
+    places_externals = config.external_placement == "auto"
     candidates = tuner.candidates(adapter_name)
-    size = tuner.ticket_size(adapter_name)
-    if not candidates or not size:
+    if rounds > 1 and not candidates:
+        raise ValueError(f"rounds={rounds}, but adapter {adapter_name!r} has no internal targets to choose from.")
+    finds_share = config.external_share == "auto" and bool(candidates)
+    if finds_share and not rule.trains:
         raise ValueError(
-            f"adapter {adapter_name!r} has no internal adapters (external_share=1, target_modules=[] or a density of "
-            f"0), so there is no ticket to search for."
+            f"external_share='auto' compares what training does; the criterion {rule.name!r} does not train."
         )
-    for _, layer in sfa_layers(model):
-        if layer.merged or layer.disable_adapters:
-            state = "merged: unmerge_adapter()" if layer.merged else "disabled: leave disable_adapter()"
-            raise ValueError(f"the model's adapters are {state} before the search.")
-        if any(p.is_meta for p in layer.parameters_of(adapter_name)):
-            raise ValueError(
-                f"adapter {adapter_name!r} has no weights yet (low_cpu_mem_usage=True); make it without that option."
-            )
-        if adapter_name in layer.sfa_internal and any(p.any() for p in layer.sfa_internal[adapter_name].parameters()):
-            raise ValueError(
-                f"the internal values of adapter {adapter_name!r} are not zero any more; a new ticket would drop "
-                f"them. Search before training, or for a new adapter."
-            )
+    needs_data = rule.needs_data or places_externals
+    if needs_data and dataloader is None:
+        raise ValueError(f"dataloader=None, but the criterion {rule.name!r} or the placement needs data.")
+    if rewind_step and not needs_data:
+        raise ValueError(f"rewind_step={rewind_step}: nothing is trained for the criterion {rule.name!r}.")
 
     # Not a new Accelerator: its precision would be fixed for the whole process, before the user says which.
     state = accelerator.state if accelerator is not None else PartialState()
     autocast = nullcontext if accelerator is None or accelerator.mixed_precision == "fp16" else accelerator.autocast
-    loader = _prepared(dataloader, state)
     model.to(state.device)
-    granularity = tuner.peft_config[adapter_name].internal_granularity
-    dense = [p for own in candidates.values() for p in own.values()]
-    others = _trained_beside(model, adapter_name)
-    with _rewound(tuner, adapter_name, [*dense, *others]) as before, _seeded(seed, state.device):
-        if state.num_processes > 1:
-            for p in others:  # heads and external adapters may have been made with another seed on each rank
-                p.data.copy_(broadcast(p.data))
-        # In half precision a small step would be rounded away: the optimizer works on float32 copies there.
-        trained = {p: p if p.dtype == torch.float32 else p.detach().float() for p in (*dense, *others)}
-        groups = [(dense, learning_rate), (others, adapter_learning_rate)]
-        optimizer = torch.optim.AdamW(
-            [{"params": [trained[p] for p in params], "lr": rate} for params, rate in groups if params],
-            weight_decay=0.0,
-        )
-        losses = _train(model, trained, optimizer, loader, steps, loss_fn or _default_loss, state, autocast, progress)
-        if all(torch.equal(trained[p], before[id(p)].float()) for p in dense):
-            raise TicketSearchError("no candidate was moved by training: the loss does not depend on the backbone.")
-        score_of = CRITERIA[criterion]
-        try:
-            positions = choose(candidates, lambda _, p: score_of(before[id(p)], trained[p]), granularity, size)
-        except ValueError as error:
-            raise TicketSearchError(f"the search diverged: {error}. Lower `learning_rate`.") from error
-        if state.num_processes > 1:
-            positions = _from_main_process(positions, state.device)
-    tuner.install_ticket(adapter_name, positions)
-
-    def elements(p: Tensor, chosen: Tensor) -> int:
-        return len(chosen) * (p[0].numel() if granularity == "row" else 1)
-
-    shares = tuple(
-        Share(f"{module}.{name}", elements(p, positions[module][name]), p.numel())
-        for module, own in candidates.items()
-        for name, p in own.items()
+    several = state.num_processes > 1
+    size = tuner.ticket_size(adapter_name)
+    if places_externals:  # what is left of the budget is known at the end
+        size = min(tuner.budget(adapter_name), count_elements(candidates))
+    selector = Rounds(
+        candidates,
+        config.granularity,
+        size,
+        rule,
+        quotas,
+        schedule,
+        rounds,
+        seed,
+        agree=(lambda positions: _from_main_process(positions, state.device))
+        if several
+        else lambda positions: positions,
     )
-    return TicketReport(shares, criterion, granularity, steps, tuple(losses))
-
-
-def _tuner_of(model: nn.Module) -> Any:
-    if hasattr(model, "module") and not hasattr(model, "install_ticket"):
-        raise TypeError(
-            f"search_ticket got a {type(model).__name__}: search before the model is wrapped for distributed training "
-            f"(before `accelerator.prepare(model)`); the search averages gradients over processes itself."
+    with ExitStack() as stack:
+        stack.enter_context(_rewound(tuner, adapter_name))
+        stack.enter_context(seeded(seed, state.device))
+        placement = stack.enter_context(Placement.probing(tuner, adapter_name)) if places_externals else None
+        beside = _trained_beside(model, adapter_name)
+        for p in (*(p for own in selector.candidates.values() for p in own.values()), *beside):
+            p.requires_grad_(True)
+        if several:
+            for p in beside:  # heads and external adapters may have been made with another seed on each rank
+                p.data.copy_(broadcast(p.data))
+        probed = placement.statistics() if placement else {}
+        others = [Slot(f"beside.{i}", p, adapter_learning_rate, probed.get(p, ())) for i, p in enumerate(beside)]
+        training = DenseTraining(
+            [*selector.make_slots(learning_rate, ("credit",) if finds_share else ()), *others],
+            optimizer_state,
+            seed,
+            masked=schedule == "prune",
         )
-    tuner = model if hasattr(model, "install_ticket") else getattr(model, "base_model", None)
-    if not hasattr(tuner, "install_ticket"):
-        raise TypeError(
-            f"search_ticket needs the model that get_peft_model(model, SFAConfig(...)) returns, got "
-            f"{type(model).__name__}."
-        )
-    return tuner
+        stack.callback(training.rewind, to_early=False)
+        run = Run(model, training, state, autocast, loss_fn or default_loss, seed)
+        if needs_data:
+            if checkpoint is not None:
+                settings = _settings(config) | {
+                    "criterion": rule.name,
+                    "steps": steps,
+                    "rounds": rounds,
+                    "schedule": schedule,
+                    "rewind_step": rewind_step,
+                    "quotas": repr(quotas),
+                    "learning_rate": learning_rate,
+                    "adapter_learning_rate": adapter_learning_rate,
+                    "optimizer_state": optimizer_state,
+                    "seed": seed,
+                    "model": training.fingerprint(),
+                }
+                run.resume(SearchCheckpoint(Path(checkpoint), settings))
+            batches = endless(prepared(dataloader, state), steps * rounds)
+            run.through(batches, steps, rounds, selector, rewind_step, checkpoint_every, progress)
+            if rule.needs_data and selector.slots and not training.has_evidence():
+                raise TicketSearchError(
+                    f"the criterion {rule.name!r} saw no change and no gradient in any candidate: the loss does not "
+                    f"depend on the backbone."
+                )
+        chosen = None
+        try:
+            if placement:
+                placement.score(training, broadcast if several else None)
+                shares = SHARES if finds_share else ()
+                chosen, positions = _best_split(tuner, adapter_name, placement, selector, training, shares)
+            else:
+                positions = selector.choose(training, selector.size)
+        except NotFiniteError as error:
+            raise TicketSearchError(f"the search diverged: {error}. Lower `learning_rate`.") from error
+        except ValueError as error:
+            raise TicketSearchError(f"the search gave no ticket: {error}") from error
+        early = selector.early_values(positions)
+        # Probes are gone after the search; what they leave is in `chosen`.
+        moved = [slot for slot in others if slot.begin is not slot.before and slot.parameter not in probed]
+        early_beside = [(slot.parameter, slot.begin) for slot in moved]
+    with seeded(seed, state.device):
+        tuner.install(adapter_name, positions, chosen.externals if chosen else None)
+    _begin(tuner, adapter_name, chosen, early, early_beside)
+    if run.checkpoint is not None and state.is_main_process:
+        run.checkpoint.remove()
+    widths = copy.deepcopy(config.external_widths or {})
+    found = Ticket(positions, shapes_of(candidates), config.granularity, widths, rule.name)
+    return TicketReport(found, len(run.losses), tuple(run.losses))
 
 
-def _prepared(dataloader: Iterable[Any], state: State) -> Iterable[Any]:
-    ready = isinstance(dataloader, DataLoaderShard | DataLoaderDispatcher)
-    if isinstance(dataloader, DataLoader) and not ready:
-        # Not accelerator.prepare: the caller's accelerator should not remember a loader that it was not given.
-        return prepare_data_loader(dataloader, state.device, put_on_device=True)
-    return dataloader
+def _best_split(
+    tuner: Any,
+    adapter_name: str,
+    placement: Placement,
+    selector: Rounds,
+    training: DenseTraining,
+    shares: Sequence[float],
+) -> tuple[Chosen, Positions]:
+    """External adapters and a ticket in one budget: of several shares, the split that is credited with most.
+
+    Without `shares`, the one of the config. Without candidates the ticket is empty.
+    """
+    budget = tuner.budget(adapter_name)
+    splits = []
+    for allowance in [int(share * budget) for share in shares] or [tuner.external_allowance(adapter_name)]:
+        chosen = placement.select(allowance)
+        positions = selector.choose(training, min(budget - chosen.cost, selector.total))
+        splits.append((chosen.credit + selector.credit(positions) if shares else 0.0, chosen, positions))
+    # The first of equals: fewer external parameters.
+    _, chosen, positions = max(splits, key=lambda split: split[0])
+    return chosen, positions
+
+
+def _begin(
+    tuner: Any,
+    adapter_name: str,
+    chosen: Chosen | None,
+    early: Mapping[str, Tensor],
+    early_beside: Iterable[tuple[nn.Parameter, Tensor]],
+) -> None:
+    """Give what was installed the values to begin with: a placement's, and those of the step that is rewound to."""
+    if chosen:
+        chosen.begin(tuner, adapter_name)
+    layers = dict(sfa_layers(tuner.model))
+    with torch.no_grad():
+        for name, values in early.items():
+            module, _, parameter = name.rpartition(".")
+            getattr(layers[module].sfa_internal[adapter_name], parameter).copy_(values)
+        for p, value in early_beside:
+            p.copy_(value)
+
+
+def _whole(name: str, value: int, least: int | None = None) -> int:
+    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not is_whole or (least is not None and value < least):
+        raise ValueError(f"{name}={value!r} must be an int{'' if least is None else f' of at least {least}'}.")
+    return int(value)
+
+
+def _rate(name: str, value: float) -> float:
+    if not (isinstance(value, Real) and math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}={value!r} must be a finite number above 0.")
+    return float(value)
+
+
+# Fields that say nothing of what a search does.
+OTHER_FIELDS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "external_widths",
+    "inference_mode",
+    "initial_ticket",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "task_type",
+    "ticket_seed",
+    "ticket_sizes",
+}
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """The config's part of what decides a search, as JSON gives it back."""
+    fields = {name: value for name, value in config.to_dict().items() if name not in OTHER_FIELDS}
+    return {
+        name: sorted(value) if isinstance(value, set) else list(value) if isinstance(value, tuple) else value
+        for name, value in fields.items()
+    }
 
 
 def _trained_beside(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
@@ -188,42 +317,37 @@ def _trained_beside(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
     found: list[nn.Parameter] = []
     for module in model.modules():
         if isinstance(module, SFALayer):
-            for adapters in (module.sfa_external, module.sfa_parallel):
-                if adapter_name in adapters:
-                    found += adapters[adapter_name].parameters()
+            found += [p for adapter, _ in module.externals_of(adapter_name) for p in adapter.parameters()]
         elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             found += module.modules_to_save[adapter_name].parameters()
     return found
 
 
 @contextmanager
-def _rewound(tuner: Any, adapter_name: str, trained: list[nn.Parameter]) -> Iterator[dict[int, Tensor]]:
-    """Open `trained` and nothing else for training, and put everything back at the end, whatever happens.
+def _rewound(tuner: Any, adapter_name: str) -> Iterator[None]:
+    """Freeze everything for a search, and put back at the end, whatever happens, all but the trained parameters.
 
-    The adapter is the one active meanwhile, without its internal part. Put back are the active adapters, the trained
-    parameters, all buffers, gradients, `requires_grad` flags and training modes. Gives the copies of the trained
-    parameters by their id.
+    The adapter is the one active meanwhile, without its internal part. Put back are the active adapters, all buffers,
+    gradients, `requires_grad` flags and training modes.
     """
     model, active = tuner.model, tuner.active_adapter
     state = [(p, p.grad, p.requires_grad) for p in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
-    copies = [(t, t.detach().clone()) for t in (*trained, *model.buffers())]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
     try:
         tuner.set_adapter(adapter_name)
         for p, _, _ in state:
             p.grad = None
             p.requires_grad_(False)
-        for p in trained:
-            p.requires_grad_(True)
         for _, layer in sfa_layers(model):
             layer.searching = True
         model.train()
-        yield {id(tensor): copy for tensor, copy in copies}
+        yield
     finally:
         tuner.set_adapter(active)
         with torch.no_grad():
-            for tensor, copy in copies:
-                tensor.copy_(copy)
+            for buffer, value in buffers:
+                buffer.copy_(value)
         for p, grad, requires_grad in state:
             p.grad = grad
             p.requires_grad_(requires_grad)
@@ -231,91 +355,6 @@ def _rewound(tuner: Any, adapter_name: str, trained: list[nn.Parameter]) -> Iter
             module.training = training
         for _, layer in sfa_layers(model):
             layer.searching = False
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """A random state of the search's own, also for the order in which a DataLoader shuffles."""
-    devices = [device] if device.type != "cpu" else []
-    with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
-        torch.manual_seed(seed)
-        yield
-
-
-def _endless(loader: Iterable[Any], steps: int) -> Iterator[Any]:
-    seen = 0
-    while True:
-        before = seen
-        for batch in loader:
-            seen += 1
-            yield batch
-        if seen == 0:
-            raise TicketSearchError("dataloader gave no batch; is its dataset empty, or its drop_last set?")
-        if seen == before:
-            raise TicketSearchError(
-                f"dataloader gave {seen} batches and cannot be begun again, but steps={steps}; pass a DataLoader or a "
-                f"list, or lower `steps` to {seen}."
-            )
-
-
-def _default_loss(model: nn.Module, batch: Any) -> Tensor:
-    if not isinstance(batch, Mapping):
-        raise TicketSearchError(
-            f"dataloader gave a batch of type {type(batch).__name__}; model(**batch) needs a dict. Pass `loss_fn` for "
-            f"other batches."
-        )
-    loss = getattr(model(**batch), "loss", None)
-    if loss is None:
-        raise TicketSearchError(
-            f"the model gave no loss for a batch with {sorted(batch)}; add the labels to the batches, or pass "
-            f"`loss_fn`."
-        )
-    return loss
-
-
-def _train(
-    model: nn.Module,
-    trained: dict[nn.Parameter, Tensor],
-    optimizer: torch.optim.Optimizer,
-    loader: Iterable[Any],
-    steps: int,
-    loss_fn: Callable[[nn.Module, Any], Tensor],
-    state: State,
-    autocast: Callable[[], AbstractContextManager[Any]],
-    progress: bool,
-) -> list[float]:
-    """Train the model's parameters, the keys of `trained`; the optimizer works on its values."""
-    losses: list[float] = []
-    batches = _endless(loader, steps)
-    bar = tqdm(range(steps), desc="ticket search", disable=not (progress and state.is_main_process))
-    for step in bar:
-        batch = send_to_device(next(batches), state.device)
-        with autocast():
-            loss = loss_fn(model, batch)
-        if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad):
-            raise TicketSearchError("loss_fn must return a tensor of one element with a gradient.")
-        mean = reduce(loss.detach().float(), reduction="mean").item()
-        if not math.isfinite(mean):
-            raise TicketSearchError(
-                f"the loss was {mean} at step {step} of the search; the model is as it was before. Lower "
-                f"`learning_rate`, or check the data."
-            )
-        loss.backward()
-        for p, target in trained.items():
-            grad = p.grad
-            if state.num_processes > 1:
-                grad = reduce(torch.zeros_like(p) if grad is None else grad, reduction="mean")
-            p.grad = None
-            target.grad = None if grad is None else grad.to(target.dtype)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for p, target in trained.items():
-                if p is not target:
-                    p.copy_(target)
-        losses.append(mean)
-        bar.set_postfix(loss=f"{mean:.3f}")
-    return losses
 
 
 def _from_main_process(positions: Positions, device: torch.device) -> Positions:

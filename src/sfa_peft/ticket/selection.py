@@ -1,169 +1,360 @@
 """Exact selection of the k positions with the highest scores among all parameters, in bounded memory.
 
-Non-negative float32 numbers order like the integers that their bits spell. So the k-th highest score is found as a
-radix selection does: one histogram of the upper 16 bits of all scores, one of the lower 16 bits inside the bin that
-holds the k-th, and the threshold is known exactly. A last pass takes what is above it, and of what equals it the first
-in position order. Scores are asked for once per pass and parameter. Memory beside one parameter's scores: two
-histograms of 65,536 counters, and the positions chosen.
+Float32 numbers order like the integers that their bits spell, once the negative ones are turned round. So the k-th
+highest score is found as a radix selection does: one histogram of the upper 16 bits of all scores, one of the lower 16
+bits inside the bin that holds the k-th, and the threshold is known exactly. A last pass takes what is above it, and of
+what equals it the first in position order. With quotas there is one histogram for each group, and groups that a limit
+binds have thresholds of their own.
+
+Scores are asked for once per pass and parameter, three times in all. Memory beside one parameter's scores: per group a
+histogram of 65,536 counters of 8 bytes (0.5 MB) and twice as much again while the threshold is found, buffers for
+`CHUNK` scores (under 16 MB), and the positions chosen, twice while they are handed out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..internal import position_dtype
+from ..granularity import Element, Granularity, position_dtype
 
 BINS = 1 << 16
+CHUNK = 1 << 19
+
+CHANGED = "were others when they were asked for again; a criterion must give the same scores every time"
 
 Scores = Callable[[], Iterable[tuple[str, Tensor]]]
+Parameters = Mapping[str, Mapping[str, Tensor]]
+Positions = dict[str, dict[str, Tensor]]
 
 
-def _bits(name: str, scores: Tensor) -> Tensor:
-    """The scores' bits as int32, which order like the scores; + 0.0 turns a negative zero into zero."""
-    flat = scores.detach().reshape(-1).to(device="cpu", dtype=torch.float32) + 0.0
-    bits = flat.view(torch.int32)
-    # inf and NaN are the largest of the positive floats, negative numbers the negative integers
-    if bits.numel() and (int(bits.max()) >= 0x7F800000 or int(bits.min()) < 0):
-        raise ValueError(f"scores of {name!r} must be finite and not negative")
-    return bits
+def count_elements(parameters: Parameters) -> int:
+    """The elements of all parameters together."""
+    return sum(p.numel() for own in parameters.values() for p in own.values())
 
 
-class Threshold(NamedTuple):
-    """Everything whose bits exceed `bits` is chosen, and the first `ties` of what equals it."""
+class NotFiniteError(ValueError):
+    """A score is infinite or no number."""
+
+
+class Limits(NamedTuple):
+    """How many positions a group must have and may have."""
+
+    low: int
+    high: int
+
+
+@dataclass
+class Threshold:
+    """A group's share of the choice: what exceeds `bits`, and of what equals it the first `ties`.
+
+    `spare` more of the equal ones may be taken, as long as the selection as a whole still lacks some.
+    """
 
     bits: int
     ties: int
+    spare: int = 0
 
 
-def find_threshold(scores: Scores, k: int) -> Threshold:
-    """The k-th highest score over all parameters, for 1 <= k <= number of scores."""
-    upper = torch.zeros(BINS, dtype=torch.int64)
-    for name, score in scores():
-        upper += torch.bincount(_bits(name, score) >> 16, minlength=BINS)
-    bin_, above = _bin_of(upper, k)
-    lower = torch.zeros(BINS, dtype=torch.int64)
-    for name, score in scores():
-        bits = _bits(name, score)
-        lower += torch.bincount(bits[bits >> 16 == bin_] & (BINS - 1), minlength=BINS)
-    low, above_low = _bin_of(lower, k - above)
-    return Threshold((bin_ << 16) | low, k - above - above_low)
+Bits = npt.NDArray[np.int32]
 
 
-def _bin_of(histogram: Tensor, k: int) -> tuple[int, int]:
-    """The bin that holds the k-th from the top, and how many lie in the bins above it."""
-    from_top = histogram.flip(0).cumsum(0)
-    i = int(torch.searchsorted(from_top, k))
-    return len(histogram) - 1 - i, int(from_top[i - 1]) if i else 0
+def _chunks(scores: Tensor) -> Iterator[Bits]:
+    """The scores as int32 numbers in the same order, flat, `CHUNK` at a time, on the CPU.
+
+    NumPy, since its bincount and nonzero are several times faster on a CPU than torch's.
+    """
+    for part in scores.detach().reshape(-1).split(CHUNK):
+        floats = part.to(device="cpu", dtype=torch.float32).numpy()
+        bits = floats.view(np.int32)
+        if len(bits) and bits.min() < 0:
+            bits = (floats + np.float32(0)).view(np.int32)  # turns -0.0 into 0.0
+            bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        yield bits
 
 
-def top_k(scores: Scores, k: int) -> dict[str, Tensor]:
+def _upper(bits: Bits) -> Bits:
+    return (bits >> 16) + (BINS >> 1)
+
+
+# The bins of infinities and NaNs, below and above the finite numbers.
+NOT_FINITE = (slice(0, 0x80), slice(BINS - 0x80, BINS))
+
+
+def top_k(
+    scores: Scores,
+    k: int,
+    group_of: Callable[[str], str] = lambda name: "",
+    limits: Mapping[str, Limits] | None = None,
+) -> dict[str, Tensor]:
     """Choose the `k` highest scores over all parameters; ties break by position.
 
     Args:
         scores: Called once per pass; gives ``(name, scores)`` for each parameter, always in the same order. Scores
-            are finite and not negative, of any shape, and are compared in float32.
+            are finite, of any shape, and are compared in float32.
         k: How many to choose, at most the number of scores.
+        group_of: The group of a parameter, for `limits`.
+        limits: For a group, how many of its positions must and may be chosen; without any for groups that are not
+            named. The choice is the one with the highest sum of scores that keeps to them.
 
     Returns:
         For every parameter the sorted flat indices chosen, 1-D int32 (int64 beyond 2**31 - 1 elements), maybe empty.
 
     Raises:
-        ValueError: If `k` is larger than the number of scores, or a score is negative or not finite.
+        ValueError: If `k` is larger than the number of scores, the limits cannot be kept, or a score is not finite.
     """
-    sizes = {name: score.numel() for name, score in scores()}
+    sizes: dict[str, int] = {}
+    histograms: dict[str, Tensor] = {}
+    for name, score in scores():
+        sizes[name] = score.numel()
+        histogram = histograms.setdefault(group_of(name), torch.zeros(BINS, dtype=torch.int64))
+        for bits in _chunks(score):
+            histogram += torch.from_numpy(np.bincount(_upper(bits), minlength=BINS))
+        if any(histogram[bins].any() for bins in NOT_FINITE):
+            raise NotFiniteError(f"scores of {name!r} must be finite")
     total = sum(sizes.values())
     if not 0 <= k <= total:
         raise ValueError(f"cannot choose {k:,} of {total:,} positions")
-    if k in (0, total):
+    if k in (0, total) and not limits:
         return {n: torch.arange(s if k else 0, dtype=position_dtype(s)) for n, s in sizes.items()}
-    threshold = find_threshold(scores, k)
-    ties = threshold.ties
-    chosen = {}
+
+    groups = list(histograms)
+    low, high = _bounds(groups, [int(h.sum()) for h in histograms.values()], limits or {}, k)
+    upper = _from_top(torch.stack(list(histograms.values())))
+    # The bin of the threshold that the groups share. A group that reaches its upper limit above it, or not its lower
+    # limit down to it, has as many as that limit says, and its own threshold elsewhere.
+    bin_, above, count = _level(upper, torch.zeros_like(low), low, high, k)
+    free = (above < high) & (count > low)
+    fixed = torch.where(above >= high, high, low)
+    bins = torch.where(free, bin_, torch.searchsorted(upper, fixed[:, None]).squeeze(1).clamp(max=BINS - 1))
+    bins_above = torch.where(bins > 0, upper.gather(1, (bins - 1).clamp(min=0)[:, None]).squeeze(1), 0)
+
+    lower = torch.zeros(len(groups), BINS, dtype=torch.int64)
     for name, score in scores():
-        bits = _bits(name, score)
-        above = bits > threshold.bits
-        if ties:
-            equal = (bits == threshold.bits).nonzero().squeeze(1)[:ties]
-            above[equal] = True
-            ties -= len(equal)
-        chosen[name] = above.nonzero().squeeze(1).to(position_dtype(sizes[name]))
-    return chosen
+        i = groups.index(group_of(name))
+        own = BINS - 1 - int(bins[i])
+        for bits in _chunks(score):
+            inside = bits[np.flatnonzero(_upper(bits) == own)]
+            lower[i] += torch.from_numpy(np.bincount(inside & (BINS - 1), minlength=BINS))
+    lower = _from_top(lower) + bins_above[:, None]
+
+    wanted, spare, shared = fixed.clone(), torch.zeros_like(fixed), 0
+    if bool(free.any()):
+        remaining = k - int(fixed[~free].sum())
+        shared, above, count = _level(lower[free], bins_above[free], low[free], high[free], remaining)
+        wanted[free] = above.clamp(low[free], high[free])
+        spare[free] = count.clamp(low[free], high[free]) - wanted[free]
+    thresholds: dict[str, Threshold] = {}
+    for i, group in enumerate(groups):
+        n, ties = int(wanted[i]), int(spare[i])
+        # With some to spare the group's own threshold is the shared one; otherwise it is where its n-th score lies.
+        j = shared if ties else int(torch.searchsorted(lower[i], n).clamp(max=BINS - 1))
+        higher = int(lower[i, j - 1]) if j else int(bins_above[i])
+        bits = (((BINS - 1 - int(bins[i])) - (BINS >> 1)) << 16) | (BINS - 1 - j)
+        thresholds[group] = Threshold(bits, n - higher, ties)
+    return _take(scores, sizes, group_of, thresholds, k, k - int(wanted.sum()))
 
 
-def top_units(scores: Mapping[str, Tensor], sizes: Mapping[str, int], budget: int) -> dict[str, Tensor]:
+def _from_top(histograms: Tensor) -> Tensor:
+    """Counts from the highest bin down, cumulated: of shape (groups, BINS), the highest bin first."""
+    return histograms.flip(1).cumsum(1)
+
+
+def _level(cumulated: Tensor, before: Tensor, low: Tensor, high: Tensor, k: int) -> tuple[int, Tensor, Tensor]:
+    """The first bin from the top down to which the groups together reach `k` within their limits.
+
+    `before` is what each group has above the highest bin; `cumulated` counts it in.
+
+    Returns:
+        The bin, and for each group how many it has above the bin and down to it, limits not applied.
+    """
+    total = torch.zeros(cumulated.shape[1], dtype=torch.int64)
+    for counts, least, most in zip(cumulated, low.tolist(), high.tolist(), strict=True):
+        total += counts.clamp(least, most)
+    i = min(int(torch.searchsorted(total, k)), len(total) - 1)
+    return i, cumulated[:, i - 1] if i else before, cumulated[:, i]
+
+
+def _bounds(groups: list[str], sizes: list[int], limits: Mapping[str, Limits], k: int) -> tuple[Tensor, Tensor]:
+    low = [min(limits[g].low, n) if g in limits else 0 for g, n in zip(groups, sizes, strict=True)]
+    high = [min(limits[g].high, n) if g in limits else n for g, n in zip(groups, sizes, strict=True)]
+    if not sum(low) <= k <= sum(high):
+        raise ValueError(
+            f"the limits ask for at least {sum(low):,} and allow at most {sum(high):,} positions, but {k:,} are to be "
+            f"chosen"
+        )
+    return torch.tensor(low), torch.tensor(high)
+
+
+def _take(
+    scores: Scores,
+    sizes: Mapping[str, int],
+    group_of: Callable[[str], str],
+    thresholds: dict[str, Threshold],
+    count: int,
+    left: int,
+) -> dict[str, Tensor]:
+    """The last pass: `count` positions. `left` of them are ties from what the groups can spare."""
+    # One buffer for all positions: many small arrays between large temporary ones would fragment the memory.
+    found = np.empty(count, dtype=np.int64 if max(sizes.values()) > np.iinfo(np.int32).max else np.int32)
+    ends: dict[str, int] = {}
+    end = 0
+    for name, score in scores():
+        threshold = thresholds[group_of(name)]
+        start = 0
+        for bits in _chunks(score):
+            above = bits > threshold.bits
+            if threshold.ties or (threshold.spare and left):
+                equal = np.flatnonzero(bits == threshold.bits)
+                sure = min(threshold.ties, len(equal))
+                extra = min(threshold.spare, left, len(equal) - sure)
+                above[equal[: sure + extra]] = True
+                threshold.ties -= sure
+                threshold.spare -= extra
+                left -= extra
+            positions = np.flatnonzero(above)
+            if end + len(positions) > count:
+                raise ValueError(f"scores of {name!r} {CHANGED}")
+            np.add(positions, start, out=found[end : end + len(positions)], casting="unsafe")
+            end += len(positions)
+            start += len(bits)
+        ends[name] = end
+    if end != count:
+        raise ValueError(f"scores {CHANGED}")
+    starts = [0, *ends.values()]
+    return {
+        name: torch.from_numpy(found[begin:end].copy()).to(position_dtype(sizes[name]))
+        for (name, end), begin in zip(ends.items(), starts, strict=False)
+    }
+
+
+def top_units(
+    scores: Mapping[str, Tensor],
+    sizes: Mapping[str, int],
+    budget: int,
+    group_of: Callable[[str], str] = lambda name: "",
+    limits: Mapping[str, Limits] | None = None,
+) -> dict[str, Tensor]:
     """Choose whole units, highest score first, whose elements together are at most `budget`; ties break by position.
 
     A unit that no longer fits is passed over for smaller ones behind it, so that less than the smallest unit left out
-    remains of the budget.
+    remains of the budget. Memory: a few numbers for each unit.
 
     Args:
         scores: For each name, one score per unit, 1-D.
         sizes: For each name, the elements in one of its units.
         budget: Elements that may be chosen.
+        group_of: The group of a name, for `limits`.
+        limits: For a group, how many elements it must have (as near as whole units come from below) and may have.
 
     Returns:
         For every name the sorted indices of the units chosen, 1-D int32, maybe empty.
     """
     if not scores:
         return {}
-    counts = [len(s) for s in scores.values()]
-    cost = torch.tensor([sizes[name] for name in scores]).repeat_interleave(torch.tensor(counts))
+    counts = torch.tensor([len(s) for s in scores.values()])
+    cost = torch.tensor([sizes[name] for name in scores]).repeat_interleave(counts)
     order = torch.sort(torch.cat(list(scores.values())), descending=True, stable=True).indices
     chosen = torch.zeros(len(order), dtype=torch.bool)
+    if limits:
+        names = {g: i for i, g in enumerate(dict.fromkeys(group_of(n) for n in scores))}
+        group = torch.tensor([names[group_of(name)] for name in scores]).repeat_interleave(counts)
+        allowed = torch.ones_like(chosen)
+        for name, i in names.items():
+            if name in limits:
+                own = order[group[order] == i]
+                spent = _fill(own, cost, min(limits[name].low, budget), chosen)
+                budget -= spent
+                within = torch.zeros_like(chosen)
+                _fill(own[~chosen[own]], cost, limits[name].high - spent, within)
+                allowed &= (group != i) | within
+        order = order[allowed[order] & ~chosen[order]]
+    _fill(order, cost, budget, chosen)
+    return {
+        name: part.nonzero().squeeze(1).to(torch.int32)
+        for name, part in zip(scores, chosen.split(counts.tolist()), strict=True)
+    }
+
+
+def _fill(order: Tensor, cost: Tensor, budget: int, chosen: Tensor) -> int:
+    """Mark units in `chosen`, in `order`, as long as they fit; return what they cost."""
+    spent = 0
     order = order[cost[order] <= budget]
     # Each round takes the longest prefix that fits, then drops the units that are too large for what is left.
     while len(order):
         total = cost[order].cumsum(0)
-        fit = int((total <= budget).sum())
+        fit = int((total <= budget - spent).sum())
         chosen[order[:fit]] = True
-        budget -= int(total[fit - 1])
+        spent += int(total[fit - 1])
         order = order[fit:]
-        order = order[cost[order] <= budget]
-    return {
-        name: part.nonzero().squeeze(1).to(torch.int32)
-        for name, part in zip(scores, chosen.split(counts), strict=True)
-    }
+        order = order[cost[order] <= budget - spent]
+    return spent
 
 
-Parameters = Mapping[str, Mapping[str, Tensor]]
-Positions = dict[str, dict[str, Tensor]]
-
-
-def choose(parameters: Parameters, score: Callable[[str, Tensor], Tensor], granularity: str, size: int) -> Positions:
+def choose(
+    parameters: Parameters,
+    score: Callable[[str, Tensor], Tensor],
+    granularity: Granularity,
+    size: int,
+    group_of: Callable[[str], str] = lambda name: "",
+    limits: Mapping[str, Limits] | None = None,
+) -> Positions:
     """Choose a ticket of `size` elements over all parameters of all modules.
 
     Args:
         parameters: For each module, its candidate parameters (``weight``, ``bias``), in model order.
         score: Gives the scores of ``"module.parameter"``, of the parameter's shape. Called once per pass.
-        granularity: ``element``, or ``row``: one output neuron with its bias, ranked by the mean of its scores.
-        size: Elements to choose. Met exactly with ``element``; with ``row`` not exceeded.
+        granularity: The unit of selection; a unit is ranked by the mean of its scores, a row together with its bias.
+        size: Elements to choose. Met exactly with elements; with larger units not exceeded.
+        group_of: The group of a module, for `limits`.
+        limits: How many elements a group must and may have.
 
     Returns:
-        For each module and parameter, the sorted positions: flat indices, or indices of rows.
+        For each module and parameter, the sorted positions.
+
+    Raises:
+        ValueError: If `size` or the limits cannot be met, or a score is not finite.
     """
-    if granularity == "row":
-        rows: dict[str, Tensor] = {}
-        sizes: dict[str, int] = {}
-        for module, own in parameters.items():
-            parts = []
-            for name, p in own.items():
-                full_name = f"{module}.{name}"
-                scores = score(full_name, p)
-                _bits(full_name, scores)
-                parts.append(scores.reshape(p.shape[0], -1).to(device="cpu", dtype=torch.float32))
-            together = torch.cat(parts, dim=1)
-            rows[module], sizes[module] = together.mean(1), together.shape[1]
-        chosen = top_units(rows, sizes, size)
-        return {module: dict.fromkeys(own, chosen[module]) for module, own in parameters.items()}
+    if isinstance(granularity, Element):
 
-    def scores() -> Iterable[tuple[str, Tensor]]:
-        for module, own in parameters.items():
-            for name, p in own.items():
-                yield f"{module}.{name}", score(f"{module}.{name}", p)
+        def scores() -> Iterable[tuple[str, Tensor]]:
+            for module, own in parameters.items():
+                for name, p in own.items():
+                    yield f"{module}.{name}", score(f"{module}.{name}", p)
 
-    flat = top_k(scores, size)
-    return {module: {name: flat[f"{module}.{name}"] for name in own} for module, own in parameters.items()}
+        flat = top_k(scores, size, lambda name: group_of(name.rpartition(".")[0]), limits)
+        return {module: {name: flat[f"{module}.{name}"] for name in own} for module, own in parameters.items()}
+
+    unit_scores: dict[str, Tensor] = {}
+    sizes: dict[str, int] = {}
+    members: dict[str, list[tuple[str, str]]] = {}
+    for module, own in parameters.items():
+        for name, p in own.items():
+            # A row and its bias are one unit: the module's; any other unit belongs to one parameter.
+            key = f"{module}." if granularity.joins_bias else f"{module}.{name}"
+            own_size = granularity.size(p.shape)
+            scored = score(f"{module}.{name}", p).detach().to(device="cpu", dtype=torch.float32)
+            require_finite(f"{module}.{name}", scored)
+            own_scores = granularity.unit_scores(scored) * own_size
+            unit_scores[key] = unit_scores[key] + own_scores if key in unit_scores else own_scores
+            sizes[key] = sizes.get(key, 0) + own_size
+            members.setdefault(key, []).append((module, name))
+    means = {key: s / sizes[key] for key, s in unit_scores.items()}
+    chosen = top_units(means, sizes, size, lambda key: group_of(key.rpartition(".")[0]), limits)
+    positions: Positions = {}
+    for key, own_members in members.items():
+        for module, name in own_members:
+            positions.setdefault(module, {})[name] = chosen[key].clone()
+    return positions
+
+
+def require_finite(name: str, scores: Tensor) -> None:
+    """Raise a `NotFiniteError` unless all scores are finite."""
+    if not torch.isfinite(scores).all():
+        raise NotFiniteError(f"scores of {name!r} must be finite")

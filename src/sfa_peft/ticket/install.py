@@ -1,0 +1,121 @@
+"""Which adapters can be given a ticket, and giving them one from elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+from ..layer import sfa_layers
+from .ticket import Ticket, shapes_of
+
+
+def install_ticket(model: nn.Module, ticket: Ticket, adapter_name: str | None = None) -> None:
+    """Give an SFA adapter the ticket of another run: its positions, and its external adapters' places and widths.
+
+    All values start without effect, as after a search: create the optimizer afterwards.
+
+    Args:
+        model: What `get_peft_model` returned for an `SFAConfig`.
+        ticket: Of the same base model; `TicketReport.ticket`, or `Ticket.load`.
+        adapter_name: The adapter; the active one unless given.
+
+    Raises:
+        TypeError: If `model` is not what `get_peft_model` returned for an `SFAConfig`.
+        ValueError: If the ticket does not fit the model, the config or its budget, or the adapter has been trained.
+    """
+    tuner, adapter_name = searchable(model, adapter_name, replaces_externals=True)
+    config = tuner.peft_config[adapter_name]
+    shapes = shapes_of(tuner.candidates(adapter_name))
+    if ticket.granularity != config.granularity:
+        raise ValueError(
+            f"the ticket is of granularity {ticket.granularity}, and adapter {adapter_name!r} of "
+            f"{config.granularity}; set `internal_granularity` (and `internal_block_size`) as in the search."
+        )
+    for name in ticket.shapes.keys() | shapes.keys():
+        if ticket.shapes.get(name) != shapes.get(name):
+            raise ValueError(
+                f"the ticket does not fit: {name!r} has the shape {ticket.shapes.get(name)} in the ticket's model and "
+                f"{shapes.get(name)} among this adapter's candidates; use the same base model and `target_modules`."
+            )
+    places = {(p.place, p.module): p for p in tuner.places(adapter_name)}
+    externals = []
+    for place, modules in ticket.widths.items():
+        for module, width in modules.items():
+            if (place, module) not in places:
+                raise ValueError(
+                    f"the ticket has an external adapter at {place!r} of {module!r}, which this adapter's config does "
+                    f"not allow; set `external_places` or `external_modules` as in the search."
+                )
+            externals.append(replace(places[place, module], width=width))
+    if config.uses_budget:
+        cost = ticket.size + sum(e.cost for e in externals)
+        if cost > tuner.budget(adapter_name):
+            raise ValueError(
+                f"the ticket with its external adapters takes {cost:,} parameters, but the budget of adapter "
+                f"{adapter_name!r} is {tuner.budget(adapter_name):,}; raise `budget`."
+            )
+    tuner.install(adapter_name, ticket.positions, externals)
+
+
+def searchable(model: nn.Module, adapter_name: str | None, replaces_externals: bool = False) -> tuple[Any, str]:
+    """The tuner and the name of an adapter that can be given a ticket, and other external adapters.
+
+    Raises:
+        TypeError, ValueError: If it cannot; see `search_ticket`.
+    """
+    tuner = _tuner_of(model)
+    if adapter_name is None:
+        active = tuner.active_adapters
+        if len(active) != 1:
+            raise ValueError(
+                f"adapter_name: {len(active)} adapters are active ({active}); name the one to search for."
+            )
+        adapter_name = active[0]
+    if adapter_name not in tuner.peft_config:
+        raise ValueError(f"adapter_name={adapter_name!r} does not exist; the model has {sorted(tuner.peft_config)}.")
+    config = tuner.peft_config[adapter_name]
+    if not (
+        config.external_placement == "auto" or (tuner.candidates(adapter_name) and tuner.ticket_size(adapter_name))
+    ):
+        raise ValueError(
+            f"adapter {adapter_name!r} has no internal adapters (external_share=1, target_modules=[] or a density of "
+            f"0) and no external_placement='auto', so there is nothing to search for."
+        )
+    for _, layer in sfa_layers(model):
+        if layer.merged or layer.disable_adapters:
+            state = "merged: unmerge_adapter()" if layer.merged else "disabled: leave disable_adapter()"
+            raise ValueError(f"the model's adapters are {state} before the search.")
+        if any(p.is_meta for p in layer.parameters_of(adapter_name)):
+            raise ValueError(
+                f"adapter {adapter_name!r} has no weights yet (low_cpu_mem_usage=True); make it without that option."
+            )
+        if adapter_name in layer.sfa_internal and any(p.any() for p in layer.sfa_internal[adapter_name].parameters()):
+            raise ValueError(
+                f"the internal values of adapter {adapter_name!r} are not zero any more; a new ticket would drop "
+                f"them. Search before training, or for a new adapter."
+            )
+        if (replaces_externals or config.external_placement == "auto") and layer.is_changed_by(adapter_name):
+            raise ValueError(
+                f"the external adapters of adapter {adapter_name!r} have been trained; a new placement would drop "
+                f"them. Search before training, or for a new adapter."
+            )
+    return tuner, adapter_name
+
+
+def _tuner_of(model: nn.Module) -> Any:
+    if hasattr(model, "module") and not isinstance(model, PeftModel):
+        raise TypeError(
+            f"search_ticket got a {type(model).__name__}: search before the model is wrapped for distributed training "
+            f"(before `accelerator.prepare(model)`); the search averages gradients over processes itself."
+        )
+    # The class decides: a PeftModel hands attributes of its tuner through.
+    tuner = model.base_model if isinstance(model, PeftModel) else model
+    if not hasattr(type(tuner), "other_externals"):
+        raise TypeError(
+            f"search_ticket needs the model that get_peft_model(model, SFAConfig(...)) returns, got "
+            f"{type(model).__name__}."
+        )
+    return tuner

@@ -1,0 +1,123 @@
+"""External selection: which places deserve an external adapter, and how wide.
+
+Wide adapters, the probes, are trained at every place beside the search. Each of their hidden units is scored by the
+part of the loss's decrease that is credited to its parameters, and the units with the most for what they cost are
+kept, as many as the external share of the budget pays for. A place may end up with none. The units that are kept begin
+with the weights that their probe began with, as a winning ticket does.
+
+The share of the budget is found alike: of a few shares, the one whose units and ticket are credited with most. Credit
+grows with the learning rate, so it is taken for a rate of 1 on both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..budget import External, external_cost, widths_within
+from ..external import ExternalAdapter
+from ..layer import SFALayer, sfa_layers
+from .selection import top_units
+from .training import DenseTraining
+
+PROBE_BUDGET = 3  # how many times the parameters of the adapters to be chosen the probes have
+SHARES = (0.0, 0.1, 0.25, 0.5, 0.75)  # what an external share of "auto" is chosen from
+STATISTIC = "credit"
+
+
+class Placement:
+    """The probes of one search.
+
+    Attributes:
+        probes: For each place, the adapter that is tried there.
+    """
+
+    def __init__(self, tuner: Any, adapter_name: str, places: list[External]) -> None:
+        self.tuner, self.adapter_name = tuner, adapter_name
+        layers = dict(sfa_layers(tuner.model))
+        self.probes = [(place, _adapter_at(layers[place.module], place, adapter_name)) for place in places]
+
+    @classmethod
+    @contextmanager
+    def probing(cls, tuner: Any, adapter_name: str) -> Iterator[Placement]:
+        """Put probes at every place for a while: together `PROBE_BUDGET` times as wide as the budget pays for."""
+        places = tuner.places(adapter_name)
+        channels = [place.channels for place in places]
+        shares = SHARES if tuner.peft_config[adapter_name].external_share == "auto" else ()
+        allowance = max(
+            [tuner.external_allowance(adapter_name), *(int(s * tuner.budget(adapter_name)) for s in shares)]
+        )
+        widths = widths_within(channels, PROBE_BUDGET * allowance)
+        tried = [replace(p, width=min(max(w, 2), p.channels)) for p, w in zip(places, widths, strict=True)]
+        with tuner.other_externals(adapter_name, tried):
+            yield cls(tuner, adapter_name, tried)
+
+    def statistics(self) -> dict[nn.Parameter, tuple[str, ...]]:
+        """What training has to sum up, and for which parameters."""
+        return {p: (STATISTIC,) for _, probe in self.probes for p in probe.parameters()}
+
+    def score(self, training: DenseTraining, agree: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Score the units of the probes that `training` has trained. `agree` makes all processes score alike."""
+        slots = {slot.parameter: slot for slot in training.slots}
+        self.costs = {str(i): external_cost(place.channels, 1) for i, (place, _) in enumerate(self.probes)}
+        self.credit: dict[str, Tensor] = {}
+        self.values: list[tuple[Tensor, Tensor, Tensor]] = []
+        for i, (_, probe) in enumerate(self.probes):
+            own = [slots[p] for p in (probe.down.weight, probe.down.bias, probe.up.weight)]
+            down, bias, up = (slot.sums[STATISTIC].float() / slot.rate for slot in own)
+            credit = (down.sum(1) + bias + up.sum(0)).to(probe.down.weight.device)
+            self.credit[str(i)] = (agree(credit) if agree else credit).cpu()
+            down, bias, up = (slot.begin for slot in own)
+            self.values.append((down, bias, up))
+
+    def select(self, allowance: int) -> Chosen:
+        """The best units that `allowance` parameters pay for."""
+        per_parameter = {name: credit / self.costs[name] for name, credit in self.credit.items()}
+        units = top_units(per_parameter, self.costs, allowance)
+        chosen = Chosen()
+        for i, (place, _) in enumerate(self.probes):
+            kept = units[str(i)].long()
+            down, bias, up = self.values[i]
+            at = kept.to(down.device)
+            chosen.externals.append(replace(place, width=len(kept)))
+            chosen.values.append((down[at], bias[at], up[:, at]))
+            chosen.credit += float(self.credit[str(i)][kept].double().sum())
+        return chosen
+
+
+class Chosen:
+    """The external adapters that a placement chose.
+
+    Attributes:
+        externals: One for each place, maybe of width 0.
+        values: The weights and biases that they begin with: down, bias and up.
+        credit: The decrease of the loss that is credited to them, for a learning rate of 1.
+    """
+
+    def __init__(self) -> None:
+        self.externals: list[External] = []
+        self.values: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.credit = 0.0
+
+    @property
+    def cost(self) -> int:
+        return sum(external.cost for external in self.externals)
+
+    @torch.no_grad()
+    def begin(self, tuner: Any, adapter_name: str) -> None:
+        """Give the installed adapters the values that their units began with."""
+        layers = dict(sfa_layers(tuner.model))
+        for external, values in zip(self.externals, self.values, strict=True):
+            if external.width:
+                adapter = _adapter_at(layers[external.module], external, adapter_name)
+                for p, value in zip((adapter.down.weight, adapter.down.bias, adapter.up.weight), values, strict=True):
+                    p.copy_(value)
+
+
+def _adapter_at(layer: SFALayer, external: External, adapter_name: str) -> ExternalAdapter:
+    return (layer.sfa_parallel if external.mlp_input else layer.sfa_external)[adapter_name]

@@ -1,0 +1,143 @@
+"""The rounds of a search: from evidence to scores, from scores to what is kept for the next round, to the ticket."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..granularity import Granularity
+from .criteria import Criterion
+from .quotas import Quotas
+from .selection import Limits, Positions, choose, count_elements, require_finite
+from .training import DenseTraining, Slot
+
+SCHEDULES = ("prune", "grow")
+
+
+class Rounds:
+    """Chooses among an adapter's candidates, round by round.
+
+    Args:
+        candidates: For each module, its parameters by name.
+        granularity: The unit of selection.
+        size: Elements in the ticket; at most, if that is found out by the search.
+        criterion: Scores the positions.
+        quotas: Limits on the spread of what is chosen.
+        schedule: What a round leaves to the next, of `SCHEDULES`.
+        count: How many rounds there are.
+        seed: Of the search.
+        agree: Makes all processes choose alike.
+    """
+
+    def __init__(
+        self,
+        candidates: Mapping[str, Mapping[str, nn.Parameter]],
+        granularity: Granularity,
+        size: int,
+        criterion: Criterion,
+        quotas: Quotas | None,
+        schedule: str,
+        count: int,
+        seed: int,
+        agree: Callable[[Positions], Positions] = lambda positions: positions,
+    ) -> None:
+        self.candidates, self.granularity = candidates, granularity
+        self.total = count_elements(candidates)
+        self.size = size
+        self.criterion, self.quotas, self.schedule, self.count, self.seed = criterion, quotas, schedule, count, seed
+        self.sizes = {m: sum(p.numel() for p in own.values()) for m, own in self.candidates.items()}
+        self.agree = agree
+        if quotas:
+            quotas.check(self.sizes, size)
+        self.slots: dict[str, Slot] = {}
+
+    def make_slots(self, rate: float, also: tuple[str, ...] = ()) -> list[Slot]:
+        """A slot for each candidate, trained at `rate` if the criterion trains; `also` are further statistics."""
+        statistics = tuple(dict.fromkeys((*self.criterion.statistics, *also)))
+        self.slots = {
+            f"{module}.{name}": Slot(f"{module}.{name}", p, rate if self.criterion.trains else 0.0, statistics, True)
+            for module, own in self.candidates.items()
+            for name, p in own.items()
+        }
+        return list(self.slots.values())
+
+    def limits(self, size: int) -> dict[str, Limits] | None:
+        return self.quotas.limits(self.sizes, size) if self.quotas else None
+
+    def choose(self, training: DenseTraining, size: int) -> Positions:
+        """The best `size` elements, by the evidence so far.
+
+        Raises:
+            ValueError: If a score is not finite, or of another shape than its parameter.
+        """
+
+        def score(name: str, parameter: Tensor) -> Tensor:
+            slot = self.slots[name]
+            scores = self.criterion.score(training.evidence(slot, self.criterion, self.seed))
+            if not isinstance(scores, Tensor) or scores.shape != parameter.shape:
+                given = (
+                    f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"type {type(scores).__name__}"
+                )
+                raise ValueError(
+                    f"criterion {self.criterion.name!r} gave scores of {given} for {name!r} of shape "
+                    f"{tuple(parameter.shape)}"
+                )
+            if slot.kept is None:
+                return scores
+            require_finite(name, scores)
+            # Survivors of pruning before the rest; what has grown already before what has not.
+            last = torch.finfo(torch.float32)
+            if self.schedule == "prune":
+                return torch.where(slot.kept, scores.float(), last.min)
+            return torch.where(slot.kept, last.max, scores.float())
+
+        group_of = self.quotas.group_of if self.quotas else lambda module: ""
+        return self.agree(choose(self.candidates, score, self.granularity, size, group_of, self.limits(size)))
+
+    def end(self, round_: int, training: DenseTraining) -> None:
+        """Keep what the next round needs of round `round_` (from 1), and rewind the rest."""
+        part = round_ / self.count
+        pruned = round(self.total * (self.size / self.total) ** part)
+        size = pruned if self.schedule == "prune" else round(self.size * part)
+        limits = self.limits(size)
+        if limits:  # a cap that the ticket keeps to may be too low for what a round keeps of small groups
+            size = min(size, sum(limit.high for limit in limits.values()))
+        chosen = self.choose(training, size)
+        for module, own in chosen.items():
+            for name, positions in own.items():
+                slot = self.slots[f"{module}.{name}"]
+                kept = torch.zeros(slot.parameter.shape, dtype=torch.bool, device=slot.parameter.device)
+                at = positions.to(kept.device).long()
+                values = torch.ones(self.granularity.values_shape(kept.shape, len(at)), dtype=torch.bool)
+                self.granularity.write(kept, at, values.to(kept.device))
+                slot.kept = kept
+        if self.schedule == "prune":
+            training.rewind()
+            return
+        for slot in self.slots.values():
+            start = slot.begin.to(slot.value)
+            slot.set(slot.value.clone() if slot.kept is None else torch.where(slot.kept, slot.value, start))
+            slot.forget()
+
+    def credit(self, positions: Positions) -> float:
+        """The decrease of the loss that is credited to a ticket, for a learning rate of 1."""
+        total = 0.0
+        for module, own in positions.items():
+            for name, at in own.items():
+                slot = self.slots[f"{module}.{name}"]
+                credit = slot.sums["credit"].float() / slot.rate
+                total += float(self.granularity.read(credit, at.to(credit.device).long()).double().sum())
+        return total
+
+    def early_values(self, positions: Positions) -> dict[str, Tensor]:
+        """How far each chosen position had come at the step that the search rewinds to."""
+        values = {}
+        for module, own in positions.items():
+            for name, at in own.items():
+                slot = self.slots[f"{module}.{name}"]
+                if slot.early is not None and len(at):
+                    moved = (slot.early.float() - slot.before.float()).to(slot.parameter.device)
+                    values[f"{module}.{name}"] = self.granularity.read(moved.contiguous(), at.to(moved.device).long())
+        return values

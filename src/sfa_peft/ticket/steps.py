@@ -1,0 +1,191 @@
+"""The steps of a search: batches, losses, updates, and where it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard, prepare_data_loader
+from accelerate.state import AcceleratorState
+from accelerate.utils import reduce, send_to_device
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from .progress import Progress, SearchCheckpoint
+from .rounds import Rounds
+from .training import DenseTraining
+
+State = AcceleratorState | PartialState
+
+
+class TicketSearchError(RuntimeError):
+    """The search could not be finished. The model is as it was before it."""
+
+
+class Run:
+    """The steps of one search, and where it is.
+
+    Attributes:
+        losses: The loss of each step done, the mean over all processes.
+        checkpoint: Where the progress is kept, if it is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        training: DenseTraining,
+        state: State,
+        autocast: Callable[[], AbstractContextManager[Any]],
+        loss_fn: Callable[[nn.Module, Any], Tensor],
+        seed: int,
+    ) -> None:
+        self.model, self.training, self.state = model, training, state
+        self.autocast, self.loss_fn, self.seed = autocast, loss_fn, seed
+        self.losses: list[float] = []
+        self.checkpoint: SearchCheckpoint | None = None
+
+    def resume(self, checkpoint: SearchCheckpoint) -> None:
+        """Go on from the progress in a file, if there is any, and keep later progress there."""
+        self.checkpoint = checkpoint
+        progress = checkpoint.load()
+        if progress is None:
+            return
+        self.losses = progress.losses
+        self.training.load_state_dict(progress.tensors)
+        with torch.no_grad():
+            for name, buffer in self._buffers():
+                buffer.copy_(progress.tensors[f"buffer:{name}"])
+
+    def _buffers(self) -> list[tuple[str, Tensor]]:
+        """All buffers but the positions of tickets, which play no part in a search."""
+        return [(name, b) for name, b in self.model.named_buffers() if ".sfa_internal." not in name]
+
+    def _save(self) -> None:
+        if self.checkpoint is not None and self.state.is_main_process:
+            buffers = {f"buffer:{name}": buffer for name, buffer in self._buffers()}
+            self.checkpoint.save(Progress(self.losses, self.training.state_dict() | buffers))
+
+    def through(
+        self,
+        batches: Iterator[Any],
+        steps: int,
+        rounds: int,
+        selector: Rounds,
+        rewind_step: int,
+        checkpoint_every: int,
+        progress: bool,
+    ) -> None:
+        """All steps that are left of all rounds."""
+        start, total = len(self.losses), steps * rounds
+        for _ in range(start):
+            next(batches)
+        # Several processes average their gradients first, so they cannot use them inside backward.
+        updating = self.training.inside_backward() if self.state.num_processes == 1 else nullcontext()
+        with (
+            updating,
+            tqdm(
+                range(start, total),
+                initial=start,
+                total=total,
+                desc="ticket search",
+                disable=not (progress and self.state.is_main_process),
+            ) as bar,
+        ):
+            for step in bar:
+                if step and step % steps == 0:
+                    selector.end(step // steps, self.training)
+                self._step(step, batches)
+                if step + 1 == rewind_step:
+                    self.training.remember()
+                bar.set_postfix(loss=f"{self.losses[-1]:.3f}")
+                if (step + 1) % checkpoint_every == 0:
+                    self._save()
+
+    def _step(self, step: int, batches: Iterator[Any]) -> None:
+        several = self.state.num_processes > 1
+        loss = failure = None
+        data_stream = torch.get_rng_state()
+        try:
+            batch = send_to_device(next(batches), self.state.device)
+            # The model draws from a stream of its own for each step, so that the data's stream does not depend on it,
+            # and a search that goes on from a file sees the same batches and drops out the same units.
+            data_stream = torch.get_rng_state()
+            torch.manual_seed((self.seed * 1_000_003 + step) % (1 << 63))
+            with self.autocast():
+                loss = self.loss_fn(self.model, batch)
+            if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad):
+                raise TicketSearchError("loss_fn must return a tensor of one element with a gradient.")
+        except Exception as error:
+            if not several:
+                raise
+            failure = error  # the other processes wait for this one's loss: they get a NaN
+        value = torch.tensor(float("nan"), device=self.state.device) if failure else loss.detach().float()
+        mean = reduce(value, reduction="mean").item()
+        if failure:
+            raise failure
+        if not math.isfinite(mean):
+            raise TicketSearchError(
+                f"the loss was {mean} at step {step} of the search{' on a process' if several else ''}; the model is "
+                f"as it was before. Lower `learning_rate`, or check the data."
+            )
+        loss.backward()
+        if several:
+            for slot in self.training.slots:
+                p = slot.parameter
+                p.grad = reduce(torch.zeros_like(p) if p.grad is None else p.grad, reduction="mean")
+                self.training.update(slot)
+        torch.set_rng_state(data_stream)
+        self.losses.append(mean)
+
+
+def prepared(dataloader: Iterable[Any], state: State) -> Iterable[Any]:
+    ready = isinstance(dataloader, DataLoaderShard | DataLoaderDispatcher)
+    if isinstance(dataloader, DataLoader) and not ready:
+        # Not accelerator.prepare: the caller's accelerator should not remember a loader that it was not given.
+        return prepare_data_loader(dataloader, state.device, put_on_device=True)
+    return dataloader
+
+
+def endless(loader: Iterable[Any], steps: int) -> Iterator[Any]:
+    seen = 0
+    while True:
+        before = seen
+        for batch in loader:
+            seen += 1
+            yield batch
+        if seen == 0:
+            raise TicketSearchError("dataloader gave no batch; is its dataset empty, or its drop_last set?")
+        if seen == before:
+            raise TicketSearchError(
+                f"dataloader gave {seen} batches and cannot be begun again, but steps={steps}; pass a DataLoader or a "
+                f"list, or lower `steps` to {seen}."
+            )
+
+
+def default_loss(model: nn.Module, batch: Any) -> Tensor:
+    if not isinstance(batch, Mapping):
+        raise TicketSearchError(
+            f"dataloader gave a batch of type {type(batch).__name__}; model(**batch) needs a dict. Pass `loss_fn` for "
+            f"other batches."
+        )
+    loss = getattr(model(**batch), "loss", None)
+    if loss is None:
+        raise TicketSearchError(
+            f"the model gave no loss for a batch with {sorted(batch)}; add the labels to the batches, or pass "
+            f"`loss_fn`."
+        )
+    return loss
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """A random state of the search's own, also for the order in which a DataLoader shuffles."""
+    devices = [device] if device.type != "cpu" else []
+    with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
+        torch.manual_seed(seed)
+        yield

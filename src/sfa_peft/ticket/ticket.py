@@ -1,0 +1,174 @@
+"""The ticket as a thing of its own: to be saved, looked at, compared, and given to another run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..checkpoint import CheckpointError
+from ..checkpoint.files import write_whole
+from ..checkpoint.validation import check_positions
+from ..granularity import GRANULARITIES, Granularity, make_granularity, position_dtype
+from .quotas import GROUPINGS
+from .selection import Parameters, Positions
+
+FORMAT = "sfa_peft ticket 1"
+
+G = TypeVar("G")
+
+
+def shapes_of(candidates: Parameters) -> dict[str, tuple[int, ...]]:
+    """The shape of each candidate, by ``"module.parameter"``."""
+    return {f"{module}.{name}": tuple(p.shape) for module, own in candidates.items() for name, p in own.items()}
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """Which positions the internal adapters may change, and how wide each external adapter is.
+
+    Attributes:
+        positions: For each module and parameter, the sorted indices of its units, 1-D integers.
+        shapes: For each candidate parameter, ``"module.parameter"``, its shape, also where nothing was chosen.
+        granularity: What the positions count.
+        widths: For each place, the width of the external adapter on each module.
+        criterion: The criterion that found it.
+    """
+
+    positions: Positions
+    shapes: dict[str, tuple[int, ...]]
+    granularity: Granularity
+    widths: dict[str, dict[str, int]] = field(default_factory=dict)
+    criterion: str = ""
+
+    def chosen(self, name: str) -> Tensor:
+        """The positions in one parameter, ``"module.parameter"``; empty if there are none."""
+        module, _, parameter = name.rpartition(".")
+        return self.positions.get(module, {}).get(parameter, torch.empty(0, dtype=torch.int32))
+
+    def elements(self, name: str) -> int:
+        """How many elements of one parameter are in the ticket."""
+        return len(self.chosen(name)) * self.granularity.size(self.shapes[name]) if len(self.chosen(name)) else 0
+
+    def counts(self, group_of: Callable[[str], G]) -> dict[G, tuple[int, int]]:
+        """Elements in the ticket, and candidate elements, of each group; `group_of` gives a module's group."""
+        found: dict[G, tuple[int, int]] = {}
+        for name, shape in self.shapes.items():
+            group = group_of(name.rpartition(".")[0])
+            chosen, size = found.get(group, (0, 0))
+            found[group] = (chosen + self.elements(name), size + prod(shape))
+        return found
+
+    @property
+    def size(self) -> int:
+        """Elements in the ticket."""
+        return sum(self.elements(name) for name in self.shapes)
+
+    @property
+    def density(self) -> float:
+        """The part of the candidates that is in the ticket; 0 without candidates."""
+        return self.size / max(sum(prod(shape) for shape in self.shapes.values()), 1)
+
+    def overlap(self, other: Ticket, per: str | None = None) -> float | dict[str, float]:
+        """The intersection over union (IoU) of two tickets' positions: 1 if they are the same, 0 if disjoint.
+
+        Two random tickets of density d have about ``d / (2 - d)``.
+
+        Args:
+            other: A ticket of the same model and granularity.
+            per: None for the whole, or ``layer``, ``type`` or ``module`` for one number each, NaN where neither has
+                any.
+
+        Raises:
+            ValueError: If the tickets are of different models or granularities, or `per` is not known.
+        """
+        if per is not None and per not in GROUPINGS:
+            raise ValueError(f"per={per!r} is not known; choose one of {sorted(GROUPINGS)} or None")
+        ious = self.overlaps(other, GROUPINGS[per] if per else lambda module: "")
+        return ious if per else ious.get("", float("nan"))
+
+    def overlaps(self, other: Ticket, group_of: Callable[[str], G]) -> dict[G, float]:
+        """The intersection over union within each group of modules; `group_of` gives a module's group."""
+        if self.granularity != other.granularity or self.shapes != other.shapes:
+            raise ValueError(
+                f"tickets can be compared on the same candidates only: these are of {len(self.shapes)} and "
+                f"{len(other.shapes)} parameters, granularity {self.granularity.name} and {other.granularity.name}"
+            )
+        counts: dict[G, list[int]] = {}
+        for name, shape in self.shapes.items():
+            a, b = self.chosen(name), other.chosen(name)
+            both = int(torch.isin(a, b, assume_unique=True).sum()) if len(a) and len(b) else 0
+            unit = self.granularity.size(shape) if len(a) or len(b) else 0
+            row = counts.setdefault(group_of(name.rpartition(".")[0]), [0, 0])
+            row[0] += both * unit
+            row[1] += (len(a) + len(b) - both) * unit
+        return {group: both / either if either else float("nan") for group, (both, either) in counts.items()}
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file: the positions, and the rest as metadata. An old file is replaced as a whole."""
+        tensors = {f"{m}.{p}": t for m, own in self.positions.items() for p, t in own.items()}
+        described = {
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "granularity": self.granularity.name,
+            "block_size": getattr(self.granularity, "side", 0),
+            "widths": self.widths,
+            "criterion": self.criterion,
+        }
+        write_whole(Path(path), tensors, {"format": FORMAT, "ticket": json.dumps(described)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Ticket:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            CheckpointError: If the file is no ticket, or damaged.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no ticket at {str(path)!r}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise CheckpointError(f"{str(path)!r} is no safetensors file, or damaged: {error}") from error
+        if metadata.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{str(path)!r} is no ticket that this version of sfa_peft reads: its format is "
+                f"{metadata.get('format')!r}, not {FORMAT!r}"
+            )
+        try:
+            return cls._from_file(json.loads(metadata["ticket"]), tensors)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, CheckpointError):
+                raise CheckpointError(f"{str(path)!r}: {error}") from error
+            raise CheckpointError(f"{str(path)!r}: the ticket's description is damaged ({error})") from error
+
+    @classmethod
+    def _from_file(cls, described: Mapping, tensors: dict[str, Tensor]) -> Ticket:
+        name = described["granularity"]
+        if name not in GRANULARITIES:
+            raise CheckpointError(f"the granularity {name!r} is not known")
+        granularity = make_granularity(name, int(described["block_size"]))
+        shapes = {name: tuple(int(n) for n in shape) for name, shape in described["shapes"].items()}
+        positions: Positions = {}
+        for name, tensor in tensors.items():
+            if name not in shapes:
+                raise CheckpointError(f"positions of {name!r}, whose shape is not in the description")
+            if tensor.dim() != 1 or tensor.dtype not in (torch.int32, torch.int64):
+                raise CheckpointError(f"{name!r} must be positions, 1-D integers; it is {tensor.dtype}")
+            units = granularity.count(shapes[name])
+            check_positions(name, tensor, units)
+            module, _, parameter = name.rpartition(".")
+            positions.setdefault(module, {})[parameter] = tensor.to(position_dtype(units))
+        widths = {
+            str(place): {str(m): int(w) for m, w in modules.items()} for place, modules in described["widths"].items()
+        }
+        return cls(positions, shapes, granularity, widths, str(described["criterion"]))

@@ -1,0 +1,232 @@
+"""Dense training for a search: an optimizer with a small footprint that watches how parameters move.
+
+Full fine-tuning with AdamW holds four tensors of the model's size: weights, gradients, two moments. A search needs
+the original weights as well, which it keeps in CPU memory. Instead of all gradients it holds one: it updates each
+parameter inside backward, as soon as its gradient is there, and drops the gradient. Averaging gradients over several
+processes has to wait for the end of backward, as it does in distributed full fine-tuning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .criteria import STATISTICS, Criterion, Evidence, Step
+
+BETAS = (0.9, 0.999)
+EPS = 1e-8
+STATES = ("device", "cpu", "bf16")
+
+
+@dataclass
+class Slot:
+    """One parameter in training, and what is kept for it.
+
+    Attributes:
+        name: ``"module.parameter"`` of a candidate, a running name for what is trained beside.
+        parameter: The model's own, changed in place.
+        rate: Its learning rate; 0 leaves it where it is.
+        statistics: What is summed up for its criterion; empty for what is trained beside the candidates.
+        is_candidate: Whether the ticket may choose from it, or it is trained beside the candidates.
+        before: Its value when the search began.
+        master: A float32 copy to work on, for parameters in half precision: a step of 5e-4 would be rounded away.
+        kept: What earlier rounds chose, as a mask; None before the first has ended.
+        start: What a resumed search began with, for what is trained beside: a head may have been made anew since.
+        early: A copy of an early step to rewind to.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    rate: float
+    statistics: tuple[str, ...] = ()
+    is_candidate: bool = False
+    before: Tensor = field(init=False)
+    master: Tensor | None = field(init=False, default=None)
+    moments: tuple[Tensor, Tensor] | None = field(init=False, default=None)
+    sums: dict[str, Tensor] = field(init=False, default_factory=dict)
+    steps: int = field(init=False, default=0)
+    kept: Tensor | None = field(init=False, default=None)
+    start: Tensor | None = field(init=False, default=None)
+    early: Tensor | None = field(init=False, default=None)
+
+    @property
+    def value(self) -> Tensor:
+        return self.parameter.detach() if self.master is None else self.master
+
+    @torch.no_grad()
+    def set(self, value: Tensor) -> None:
+        self.parameter.copy_(value)
+        if self.master is not None:
+            self.master.copy_(value)
+
+    @property
+    def begin(self) -> Tensor:
+        """What the parameter is rewound to."""
+        if self.early is not None:
+            return self.early
+        return self.before if self.start is None else self.start
+
+    def forget(self) -> None:
+        self.steps = 0
+        for tensor in (*(self.moments or ()), *self.sums.values()):
+            tensor.zero_()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a resumed search needs of this slot."""
+        named: dict[str, Tensor | None] = {"value": self.value, "kept": self.kept, "early": self.early}
+        named["steps"] = torch.tensor(self.steps)
+        if not self.is_candidate:
+            named["start"] = self.before if self.start is None else self.start
+        if self.moments:
+            named |= {"first": self.moments[0], "second": self.moments[1]}
+        named |= {f"sum.{name}": total for name, total in self.sums.items()}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        self.set(tensors["value"])
+        self.steps = int(tensors["steps"])
+        self.kept, self.early, self.start = (tensors.get(name) for name in ("kept", "early", "start"))
+        if self.kept is not None:
+            self.kept = self.kept.to(self.parameter.device)
+        if self.moments:
+            for own, saved in zip(self.moments, (tensors["first"], tensors["second"]), strict=True):
+                own.copy_(saved)
+        for name, total in self.sums.items():
+            total.copy_(tensors[f"sum.{name}"])
+
+
+class DenseTraining:
+    """Adam (Kingma & Ba, 2015) over `Slot`s, one parameter at a time.
+
+    Args:
+        slots: What is trained.
+        state: Where moments and sums are kept: ``device``, as float32 beside the parameters; ``cpu``; or
+            ``bf16``, on the device in half the memory, rounded stochastically so that small updates are not lost.
+        seed: Of the stochastic rounding.
+        masked: Whether only what earlier rounds kept is trained.
+    """
+
+    def __init__(self, slots: Sequence[Slot], state: str, seed: int, masked: bool = True) -> None:
+        self.slots = list(slots)
+        self.state = state
+        self.dtype = torch.bfloat16 if state == "bf16" else torch.float32
+        self.rounding = torch.Generator().manual_seed(seed)
+        self.masked = masked
+        for slot in self.slots:
+            p = slot.parameter
+            slot.before = p.detach().to("cpu", copy=True) if slot.rate else p.detach()
+            slot.master = None if p.dtype == torch.float32 else p.detach().float()
+            slot.sums = {name: self._zeros(p) for name in slot.statistics}
+            if slot.rate:
+                slot.moments = (self._zeros(p), self._zeros(p))
+
+    def _zeros(self, p: Tensor) -> Tensor:
+        return torch.zeros(p.shape, dtype=self.dtype, device="cpu" if self.state == "cpu" else p.device)
+
+    @contextmanager
+    def inside_backward(self) -> Iterator[None]:
+        """Update each parameter as soon as its gradient is there, and drop the gradient."""
+        handles = [
+            slot.parameter.register_post_accumulate_grad_hook(lambda p, slot=slot: self.update(slot))
+            for slot in self.slots
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def update(self, slot: Slot) -> None:
+        """One step of one parameter, from its gradient, which is dropped. No gradient is no step."""
+        gradient, slot.parameter.grad = slot.parameter.grad, None
+        if gradient is None:
+            return
+        gradient = gradient.float()
+        if self.masked and slot.kept is not None:
+            gradient = gradient * slot.kept
+        first = second = move = None
+        if slot.moments is not None:
+            first, second = (m.to(gradient.device, torch.float32) for m in slot.moments)
+            if "credit" in slot.sums and slot.steps:
+                move = self._move(slot, first, second)
+        for name, total in slot.sums.items():
+            new = total.to(gradient.device, torch.float32)
+            STATISTICS[name](new, Step(slot.value, gradient, move))
+            self._write(total, new)
+        if first is None or second is None:
+            return
+        slot.steps += 1
+        first.lerp_(gradient, 1 - BETAS[0])
+        second.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+        slot.value.add_(self._move(slot, first, second))
+        if slot.master is not None:
+            slot.parameter.copy_(slot.master)
+        for own, new in zip(slot.moments, (first, second), strict=True):
+            self._write(own, new)
+
+    @staticmethod
+    def _move(slot: Slot, first: Tensor, second: Tensor) -> Tensor:
+        """Adam's update, from the moments of step `slot.steps`."""
+        denominator = (second / (1 - BETAS[1] ** slot.steps)).sqrt_().add_(EPS)
+        return (first / denominator).mul_(-slot.rate / (1 - BETAS[0] ** slot.steps))
+
+    def _write(self, kept: Tensor, new: Tensor) -> None:
+        if kept is new:
+            return
+        if kept.dtype == torch.bfloat16:
+            # A bfloat16 is the upper half of a float32: adding a random lower half before cutting it off rounds up as
+            # often as the value is near to the next one. Rounding to nearest would lose every change under 0.4 %.
+            noise = torch.randint(0, 1 << 16, new.shape, generator=self.rounding, dtype=torch.int32).to(new.device)
+            new = ((new.contiguous().view(torch.int32) + noise) & ~0xFFFF).view(torch.float32)
+        kept.copy_(new)
+
+    def rewind(self, to_early: bool = True) -> None:
+        """Put every parameter back, and forget moments and sums: to where the search rewinds, or to what it was."""
+        for slot in self.slots:
+            slot.set(slot.begin if to_early else slot.before)
+            slot.forget()
+
+    def remember(self) -> None:
+        """Keep the present values to rewind to."""
+        for slot in self.slots:
+            slot.early = slot.value.to(slot.before.device, copy=True)
+
+    def evidence(self, slot: Slot, criterion: Criterion, seed: int) -> Evidence:
+        """What is known of one parameter now, in copies: a criterion may work in place."""
+        device = slot.parameter.device
+        return Evidence(
+            slot.name,
+            slot.before.to(device, copy=True),
+            slot.value.clone() if criterion.trains else None,
+            {name: total.to(device, torch.float32, copy=True) for name, total in slot.sums.items()},
+            seed,
+        )
+
+    def fingerprint(self) -> list[float]:
+        """Numbers that tell the candidates of one model from those of another."""
+        values = [slot.before.double() for slot in self.slots if slot.is_candidate]
+        return [len(values), sum(v.numel() for v in values), float(sum(v.abs().sum() for v in values))]
+
+    def has_evidence(self) -> bool:
+        """Whether any candidate has moved, or has had a gradient."""
+        return any(
+            not torch.equal(slot.value, slot.before.to(slot.value)) or any(total.any() for total in slot.sums.values())
+            for slot in self.slots
+            if slot.is_candidate
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that a stopped training needs to go on, by slot."""
+        state = {f"{slot.name}:{key}": tensor for slot in self.slots for key, tensor in slot.tensors().items()}
+        return state | {"rounding": self.rounding.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for slot in self.slots:
+            prefix = f"{slot.name}:"
+            slot.restore({key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)})
+        self.rounding.set_state(state["rounding"])
