@@ -58,6 +58,8 @@ def methods(budget: int) -> dict[str, Callable[[nn.Module], nn.Module]]:
         "SHiRA r=8": lambda model: get_peft_model(model, ShiraConfig(r=8, target_modules=LINEARS)),
         "SFA internal": sfa(0.0),
         "SFA internal, rows": sfa(0.0, "row"),
+        "SFA internal, columns": sfa(0.0, "column"),
+        "SFA internal, blocks": sfa(0.0, "block"),
         "SFA external": sfa(1.0),
         "SFA both": sfa(0.5),
         "full fine-tuning": lambda model: model,
@@ -86,6 +88,10 @@ class SavedBytes:
         return sum(self.seen.values())
 
 
+def loss_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return sum(f.float().square().mean() for f in model(x).feature_maps)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="dinov2-s")
@@ -104,9 +110,6 @@ def main() -> None:
     saved: dict[str, int] = {}
     one = torch.randn(1, 3, 224, 224, device=device)
     batch = torch.randn(args.batch_size, 3, 224, 224, device=device)
-
-    def loss_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return sum(f.float().square().mean() for f in model(x).feature_maps)
 
     for name, adapt in methods(budget).items():
         torch.manual_seed(0)
