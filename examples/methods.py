@@ -32,7 +32,7 @@ class Rates:
 
 
 RATES = {
-    "sfa": Rates(backbone=2e-3, internal=8e-3, head=2e-3),
+    "sfa": Rates(backbone=1e-2, internal=1.2e-2, head=2e-3),
     "lora": Rates(backbone=5e-3, head=2e-3),
     "full": Rates(backbone=5e-4, head=2e-3),
     "head": Rates(backbone=0.0, head=2e-3),

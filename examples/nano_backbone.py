@@ -19,28 +19,38 @@ from scenes import CLASSES, HEIGHT, WIDTH, make_scenes
 
 VERSION = 1
 STEPS = 190
+SCENES = 400
 BATCH_SIZE = 8
 
 
-def cache_folder() -> Path:
+def cache_folder(size: tuple[int, int], scenes: int, steps: int) -> Path:
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "sfa_peft" / f"swin-nano-dusk-{VERSION}"
+    return Path(root) / "sfa_peft" / f"swin-nano-dusk-{VERSION}-{size[0]}x{size[1]}-{scenes}-{steps}"
 
 
-def pretrained_nano_backbone(accelerator: Accelerator) -> str:
-    """The folder of the nano backbone; pretrained now, in under a minute on two cores, if it is not cached."""
-    folder = cache_folder()
+def pretrained_nano_backbone(
+    accelerator: Accelerator, size: tuple[int, int] = (HEIGHT, WIDTH), scenes: int = SCENES, steps: int = STEPS
+) -> str:
+    """The folder of the nano backbone; pretrained now, by default in under a minute on two cores, if not cached.
+
+    Args:
+        accelerator: Says where; one process pretrains.
+        size: Height and width of the images.
+        scenes: How many different ones.
+        steps: Training steps, of 8 images.
+    """
+    folder = cache_folder(size, scenes, steps)
     with accelerator.main_process_first():
         if not (folder / "config.json").exists():
             accelerator.print(f"Pretraining a nano Swin on dusk scenes, once; it is kept in {folder}")
-            _pretrain(folder, accelerator.device)
+            _pretrain(folder, accelerator.device, size, scenes, steps)
     return str(folder)
 
 
-def _pretrain(folder: Path, device: torch.device) -> None:
+def _pretrain(folder: Path, device: torch.device, size: tuple[int, int], count: int, steps: int) -> None:
     set_seed(0)
     config = SwinConfig(
-        image_size=(HEIGHT, WIDTH),
+        image_size=size,
         patch_size=4,
         embed_dim=48,
         depths=[2, 2, 2],
@@ -58,14 +68,14 @@ def _pretrain(folder: Path, device: torch.device) -> None:
     use_fast_attention(model, device)
     model.to(device).train()
 
-    scenes = make_scenes(400, seed=1, style="dusk")
-    data = Segmentation({"train": scenes, "validation": scenes.select([0])}, dict(enumerate(CLASSES)), (HEIGHT, WIDTH))
+    scenes = make_scenes(count, seed=1, style="dusk")
+    data = Segmentation({"train": scenes, "validation": scenes.select([0])}, dict(enumerate(CLASSES)), size)
     loader = DataLoader(data.train, batch_size=BATCH_SIZE, shuffle=True, drop_last=True, collate_fn=data.train_batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=STEPS)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
     step = 0
-    with tqdm(total=STEPS, desc="pretraining") as bar:
-        while step < STEPS:
+    with tqdm(total=steps, desc="pretraining") as bar:
+        while step < steps:
             for batch in loader:
                 loss = model(**{k: v.to(device) for k, v in batch.items()}).loss
                 loss.backward()
@@ -75,7 +85,7 @@ def _pretrain(folder: Path, device: torch.device) -> None:
                 bar.update()
                 bar.set_postfix(loss=f"{loss.item():.3f}")
                 step += 1
-                if step == STEPS:
+                if step == steps:
                     break
 
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -117,6 +117,9 @@ def main() -> None:
             model, training_loader(args.seed + 1), steps=args.search_steps, accelerator=accelerator, seed=args.seed
         )
         accelerator.print(f"\n{report}\n")
+        if accelerator.is_main_process:
+            report.picture(args.output_dir / "ticket.png")
+            report.ticket.save(args.output_dir / "ticket.safetensors")
 
     default = RATES[args.method]
     rates = Rates(
@@ -171,6 +174,8 @@ def main() -> None:
             "bytes": sizes,
         }
         (args.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        if (args.output_dir / "ticket.png").exists():
+            print(f"the ticket: {args.output_dir / 'ticket.png'}")
         print(f"picture: {picture}\nnumbers: {args.output_dir / 'results.json'}")
     accelerator.end_training()
 
