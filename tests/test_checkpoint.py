@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from sfa_peft import CheckpointError, SFAConfig, SFALayer, search_ticket
+from sfa_peft.checkpoint.coding import encode_positions
 
 CONFIGS = {
     "both": {"budget": 0.1},
@@ -120,48 +121,139 @@ def test_sizes_are_known_before_weights_are_read(tmp_path):
     saved(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    positions = {k: v for k, v in tensors.items() if k.endswith("_positions")}
-    assert len(positions) == len(config["ticket_sizes"])
-    for key, tensor in positions.items():
+    codes = {k: v for k, v in tensors.items() if k.endswith("_positions")}
+    assert len(codes) == len(config["ticket_sizes"])
+    for key, code in codes.items():
         module, _, name = key.removeprefix("base_model.model.").removesuffix("_positions").rpartition(".")
-        assert config["ticket_sizes"][f"{module.removesuffix('.sfa_internal')}.{name}"] == len(tensor)
-        assert tensor.dtype == torch.int32
+        size = config["ticket_sizes"][f"{module.removesuffix('.sfa_internal')}.{name}"]
+        assert size == len(tensors[key.removesuffix("_positions")])
+        assert code.dtype == torch.uint8
     downs = [v for k, v in tensors.items() if k.endswith("down.bias")]
     widths = [w for place in config["external_widths"].values() for w in place.values()]
     assert sorted(len(d) for d in downs) == sorted(widths)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_values_and_heads_are_saved_in_another_dtype(tmp_path, dtype):
+    model = saved(tmp_path / "plain")
+    config = model.peft_config["default"]
+    config.values_dtype, config.heads_dtype = dtype, dtype
+    model.save_pretrained(tmp_path / "small")
+    tensors = load_file(tmp_path / "small" / "adapter_model.safetensors")
+    floats = {t.dtype for t in tensors.values() if t.is_floating_point()}
+    assert floats == {getattr(torch, dtype)}
+    sizes = [(tmp_path / n / "adapter_model.safetensors").stat().st_size for n in ("small", "plain")]
+    assert sizes[0] < 0.75 * sizes[1]
+    for options in ({}, {"low_cpu_mem_usage": True}):
+        again = PeftModel.from_pretrained(tiny.swin(), tmp_path / "small", **options)
+        assert all(p.dtype == torch.float32 for p in again.parameters())
+        assert torch.allclose(tiny.output(again), tiny.output(model), atol=0.05)
+    config.heads_dtype = None
+    model.save_pretrained(tmp_path / "mixed")
+    tensors = load_file(tmp_path / "mixed" / "adapter_model.safetensors")
+    assert {t.dtype for k, t in tensors.items() if "decode_head" in k and t.is_floating_point()} == {torch.float32}
+
+
+def test_values_that_the_dtype_cannot_hold_are_refused_before_anything_is_written(tmp_path):
+    model = saved(tmp_path)
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if ".sfa_internal." in n).fill_(1e6)
+    model.peft_config["default"].values_dtype = "float16"
+    with pytest.raises(ValueError, match="cannot hold"):
+        model.save_pretrained(tmp_path)
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_a_pretrained_head_is_adapted_instead_of_saved_whole(tmp_path):
+    whole = saved(tmp_path / "whole", search=False)
+    options = {"target_heads": ["decode_head"], "modules_to_save": ["classifier", "batch_norm"]}
+    model = saved(tmp_path / "adapted", **options)
+    adapted = [n for n in model.peft_config["default"].ticket_sizes if n.startswith("decode_head.")]
+    assert adapted
+    assert not any(n.startswith("decode_head.classifier") for n in adapted)
+    again = PeftModel.from_pretrained(tiny.swin(), tmp_path / "adapted")
+    assert torch.equal(tiny.output(again), tiny.output(model))
+    assert not torch.equal(tiny.output(again), tiny.output(tiny.swin()))
+
+    def head_bytes(folder):
+        tensors = load_file(tmp_path / folder / "adapter_model.safetensors")
+        return sum(t.numel() * t.element_size() for k, t in tensors.items() if "decode_head" in k)
+
+    assert head_bytes("adapted") < 0.5 * head_bytes("whole")
+    assert torch.equal(tiny.output(whole), tiny.output(PeftModel.from_pretrained(tiny.swin(), tmp_path / "whole")))
+
+
+def test_target_heads_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match=r"target_heads.*running statistics.*modules_to_save"):
+        get_peft_model(tiny.swin(), SFAConfig(budget=0.1, target_heads=["decode_head"]))
+    with pytest.raises(ValueError, match="target_heads"):
+        get_peft_model(tiny.swin(), SFAConfig(budget=0.1, target_heads=["no_head"]))
+    with pytest.raises(ValueError, match="target_heads"):
+        SFAConfig(target_heads="decode_head")
+    with pytest.raises(ValueError, match="target_heads"):
+        SFAConfig(target_heads=["decode_head"], target_modules=["fc1"])
+
+
+def test_saving_twice_gives_the_same_bytes(tmp_path):
+    model = saved(tmp_path / "a", target_modules=["fc1", "fc2", "q_proj"])
+    model.save_pretrained(tmp_path / "b")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_pickle_is_neither_written_nor_read(tmp_path):
+    model = trained(search=False)
+    with pytest.raises(ValueError, match="safe_serialization"):
+        model.save_pretrained(tmp_path, safe_serialization=False)
+    assert not list(tmp_path.iterdir())
+    model.save_pretrained(tmp_path)
+    torch.save(load_file(tmp_path / "adapter_model.safetensors"), tmp_path / "adapter_model.bin")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    base = tiny.swin()
+    before = tiny.state(base)
+    with pytest.raises(CheckpointError, match=r"has no adapter_model.safetensors"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert tiny.same_state(tiny.state(base), before)
+
+
 def broken(folder, change):
+    """Change the tensors, and take the seal and its digest away, as if another program had written the file."""
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((folder / "adapter_config.json").read_text())
+    del config["weights_digest"]
+    (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
 def longest_positions(tensors):
     return max((k for k in tensors if k.endswith("_positions")), key=lambda k: len(tensors[k]))
 
 
-def swap(t):
-    k = longest_positions(t)
-    t[k] = t[k].flip(0).contiguous()
-
-
-def repeat(t):
-    k = longest_positions(t)
-    t[k][1] = t[k][0]
+def flipped(t):
+    t[longest_positions(t)][2] ^= 0xFF
 
 
 def beyond(t):
-    t[longest_positions(t)][-1] = 2**30
-
-
-def negative(t):
-    t[longest_positions(t)][0] = -1
+    k = longest_positions(t)
+    count = len(t[k.removesuffix("_positions")])
+    t[k] = encode_positions(torch.arange(count) + 2**30)
 
 
 def shorter(t):
     k = longest_positions(t)
+    t[k] = t[k][:-1].clone()
+
+
+def longer(t):
+    k = longest_positions(t)
+    t[k] = torch.cat([t[k], torch.zeros(1, dtype=torch.uint8)])
+
+
+def fewer_values(t):
+    k = longest_positions(t).removesuffix("_positions")
     t[k] = t[k][:-1].clone()
 
 
@@ -181,6 +273,10 @@ def lost(t):
     del t[longest_positions(t)]
 
 
+def lost_head(t):
+    del t[next(k for k in t if "classifier" in k)]
+
+
 def added(t):
     t["base_model.model.backbone.sfa_internal.weight"] = torch.zeros(3)
 
@@ -188,26 +284,29 @@ def added(t):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (swap, "must be sorted"),
-        (repeat, "without repeats"),
-        (beyond, "in \\[0, "),
-        (negative, "must be sorted"),
-        (shorter, "has shape"),
+        (flipped, "is not the code"),
+        (beyond, "positions up to"),
+        (shorter, "is not the code"),
+        (longer, "left over"),
+        (fewer_values, "has shape"),
         (not_finite, "not finite"),
         (bad_head, "not finite"),
-        (floats, "dtype"),
-        (lost, "lacks"),
-        (added, "does not"),
+        (floats, "coded positions"),
+        (lost, "does not have"),
+        (lost_head, "incomplete"),
+        (added, "does not announce"),
     ],
 )
 def test_a_broken_file_is_refused_and_leaves_the_model_as_it_was(tmp_path, change, match):
     saved(tmp_path)
     broken(tmp_path, change)
     base = tiny.swin()
-    before = tiny.state(base)
+    before, flags = tiny.state(base), [p.requires_grad for p in base.parameters()]
     with pytest.raises(CheckpointError, match=match):
         PeftModel.from_pretrained(base, tmp_path)
     assert tiny.same_state(tiny.state(base), before)
+    assert [p.requires_grad for p in base.parameters()] == flags
+    assert not hasattr(base, "peft_config")
 
     model = get_peft_model(tiny.swin(), SFAConfig(budget=0.05))
     before, expected = tiny.state(model), tiny.output(model)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from sfa_peft import CheckpointError, SFAConfig, Ticket, install_ticket, search_ticket
+from sfa_peft.checkpoint.coding import encode_positions
 from test_search import BATCHES, adapted, auto, flat, positions, search
 
 
@@ -145,12 +146,12 @@ def first(tensors):
     return next(name for name, t in tensors.items() if len(t) > 1)
 
 
-def reverse(tensors, _):
-    tensors[first(tensors)] = tensors[first(tensors)].flip(0).contiguous()
+def flipped(tensors, _):
+    tensors[first(tensors)][2] ^= 0xFF
 
 
-def out_of_range(tensors, _):
-    tensors[first(tensors)][-1] = 1 << 30
+def out_of_range(tensors, described):
+    tensors[first(tensors)] = encode_positions(torch.arange(described["sizes"][first(tensors)]) + 2**30)
 
 
 def as_floats(tensors, _):
@@ -172,9 +173,9 @@ def another_granularity(_, described):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (reverse, "must be sorted"),
-        (out_of_range, "must be sorted, without repeats, and in"),
-        (as_floats, "1-D integers"),
+        (flipped, "is not the code"),
+        (out_of_range, "positions up to"),
+        (as_floats, "coded positions"),
         (stranger, "nobody.weight"),
         (without_shapes, "description is damaged"),
         (another_granularity, "'crumb' is not known"),

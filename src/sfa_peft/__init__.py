@@ -4,8 +4,11 @@ from .registration import add_peft_type, register
 
 add_peft_type()
 
+from . import integration  # noqa: E402, F401
 from .checkpoint import CheckpointError  # noqa: E402
+from .checkpoint.fingerprint import BaseMismatchWarning  # noqa: E402
 from .config import SFAConfig  # noqa: E402
+from .hub import describe_adapter  # noqa: E402
 from .layer import SFALayer  # noqa: E402
 from .model import SFAModel  # noqa: E402
 from .ticket import (  # noqa: E402
@@ -17,6 +20,7 @@ from .ticket import (  # noqa: E402
     criterion,
     install_ticket,
     search_ticket,
+    ticket_of,
 )
 
 register(SFAConfig, SFAModel)
@@ -29,6 +33,8 @@ __all__ = [
     "SFALayer",
     "search_ticket",
     "install_ticket",
+    "ticket_of",
+    "describe_adapter",
     "criterion",
     "Evidence",
     "Quotas",
@@ -36,4 +42,5 @@ __all__ = [
     "TicketReport",
     "TicketSearchError",
     "CheckpointError",
+    "BaseMismatchWarning",
 ]

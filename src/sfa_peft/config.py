@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import math
 import re
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
+from .checkpoint import CheckpointError
+from .checkpoint.fingerprint import Fingerprint
+from .checkpoint.seal import CONFIG, DIGEST, WEIGHTS, read
+from .checkpoint.validation import check_sizes
 from .external import ACTIVATIONS
 from .granularity import GRANULARITIES, Granularity, make_granularity
 from .ticket.criteria import DATA_FREE
@@ -20,6 +32,19 @@ PLACES = ("attention", "mlp", "mlp_parallel")
 PLACEMENTS = ("uniform", "auto")
 DEFAULT_BUDGET = 0.02
 DEFAULT_SHARE = 0.25
+PICKLE = "adapter_model.bin"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What a saved file must agree in with its config, since it decides what the adapter computes.
+SEALED = (
+    "external_activation",
+    "external_scale",
+    "external_widths",
+    "format_version",
+    "internal_block_size",
+    "internal_granularity",
+    "modules_to_save",
+    "ticket_sizes",
+)
 
 
 def _is_int(value: Any) -> bool:
@@ -79,10 +104,20 @@ class SFAConfig(PeftConfig):
         ticket_seed (`int`, defaults to 0): Seed of a random initial ticket.
         init_weights (`bool`, defaults to `True`):
             Start as the identity. With False the adapters start random (for tests).
+        target_heads (`list[str]`, *optional*):
+            Modules outside the known backbone, such as a *pretrained* decode head, whose `nn.Linear`, `nn.Conv2d` and
+            `nn.LayerNorm` leaves join what the ticket may choose from where `target_modules` is None. For a fresh
+            head use `modules_to_save`; both may name parts of one head.
+        values_dtype (`str`, *optional*):
+            The dtype of internal values and external adapters in a saved file: `float32`, `bfloat16` or `float16`.
+            None keeps that of training. The model is not touched, and loads them in its own dtype.
+        heads_dtype (`str`, *optional*): The same for the heads.
         external_widths (`dict`, *optional*):
             Filled in at injection: for each place, the width for each module. Sizes a checkpoint before it is read.
         ticket_sizes (`dict`, *optional*):
             Filled in at injection and by the search: for each parameter, the number of its units in the ticket.
+        base_fingerprint (`dict`, *optional*): Filled in at injection: tells the base model's weights from others.
+        weights_digest (`str`, *optional*): Filled in by saving: the digest of the tensors saved along.
         format_version (`int`): Version of the checkpoint format.
     """
 
@@ -139,11 +174,26 @@ class SFAConfig(PeftConfig):
     )
     ticket_seed: int = field(default=0, metadata={"help": "Seed of a random initial ticket."})
     init_weights: bool = field(default=True, metadata={"help": "Start as the identity."})
+    target_heads: list[str] | None = field(
+        default=None, metadata={"help": "Pretrained heads whose leaves the ticket may choose from as well."}
+    )
+    values_dtype: str | None = field(
+        default=None, metadata={"help": f"Dtype of adapter values in a file, of {sorted(DTYPES)}; None: as trained."}
+    )
+    heads_dtype: str | None = field(
+        default=None, metadata={"help": f"Dtype of heads in a file, of {sorted(DTYPES)}; None: as trained."}
+    )
     external_widths: dict[str, dict[str, int]] | None = field(
         default=None, metadata={"help": "Filled in at injection: place -> module -> width."}
     )
     ticket_sizes: dict[str, int] | None = field(
         default=None, metadata={"help": "Filled in at injection and by the search: parameter -> units in the ticket."}
+    )
+    base_fingerprint: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Filled in at injection: tells the base model's weights from others."}
+    )
+    weights_digest: str | None = field(
+        default=None, metadata={"help": "Filled in by saving: the digest of the tensors saved along."}
     )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the checkpoint format."})
 
@@ -170,6 +220,97 @@ class SFAConfig(PeftConfig):
     def granularity(self) -> Granularity:
         """The unit of selection as an object."""
         return make_granularity(self.internal_granularity, self.internal_block_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, with sets as sorted lists, so that the same config is saved as the same bytes."""
+        fields = super().to_dict()
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """Read the fields of an `adapter_config.json`.
+
+        Raises:
+            CheckpointError: If it is no JSON object, or not of SFA.
+        """
+        try:
+            fields = super().from_json_file(path_json_file, **kwargs)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{str(path_json_file)!r} is no JSON file, or damaged: {error}") from error
+        if not isinstance(fields, dict) or fields.get("peft_type") != PeftType.SFA:  # type: ignore[attr-defined]
+            raise CheckpointError(f"{str(path_json_file)!r} is not the config of an SFA adapter, or damaged.")
+        return fields
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **kwargs: Any
+    ) -> SFAConfig:
+        """Load the config of a saved adapter, and check the weights that lie beside it, if any do.
+
+        Args:
+            pretrained_model_name_or_path: A folder, or a repository on the Hub.
+            subfolder: A folder in it.
+            kwargs: `revision`, `token`, `cache_dir` and others of `huggingface_hub.hf_hub_download`.
+
+        Raises:
+            CheckpointError: If the config or the weights are damaged, or do not belong together.
+            ValueError: If there is no config.
+        """
+        name = str(pretrained_model_name_or_path)
+        try:
+            config = super().from_pretrained(name, subfolder=subfolder, **kwargs)
+        except CheckpointError:
+            raise
+        except (ValueError, TypeError, AttributeError, OverflowError) as error:
+            if isinstance(error, ValueError) and error.__cause__ is not None:
+                raise  # PEFT could not find the config
+            raise CheckpointError(f"{CONFIG} of {name!r} is not valid: {error}") from error
+        weights = weights_of(name, subfolder, **kwargs)
+        if weights is not None:
+            return config._checked(weights)
+        folder = Path(name, subfolder or "")
+        if not folder.is_dir() or (folder / PICKLE).exists():
+            raise CheckpointError(f"{name!r} has no {WEIGHTS}. SFA reads nothing else: a pickle can run code.")
+        return config
+
+    def _checked(self, weights: Path) -> SFAConfig:
+        """This config, or the one that belongs to the weights where another save was interrupted."""
+        file = read(weights)
+        config = self
+        if file.config is None:
+            if self.weights_digest not in (None, file.digest):
+                raise CheckpointError(
+                    f"the tensors of {str(weights)!r} are not those that {CONFIG} was saved with: {DIGEST} differs. "
+                    f"The file is damaged, or was changed. Remove {DIGEST} from {CONFIG} if that was meant."
+                )
+        elif self.weights_digest == file.digest:
+            self._check_sealed(file.config)
+        else:
+            warnings.warn(
+                f"{CONFIG} beside {str(weights)!r} was saved with other weights, by a save that did not come to its "
+                f"end. The config that these weights carry is used instead.",
+                stacklevel=3,
+            )
+            try:
+                config = type(self)(**file.config)
+            except (ValueError, TypeError) as error:
+                raise CheckpointError(f"the config sealed in {str(weights)!r} is not valid: {error}") from error
+        try:
+            units = {name: config.granularity.count(shape) for name, shape in file.shapes.items()}
+        except (IndexError, TypeError, ZeroDivisionError) as error:
+            raise CheckpointError(f"the shapes sealed in {str(weights)!r} are not valid: {error}") from error
+        check_sizes(file.tensors, config.ticket_sizes or {}, config.external_widths or {}, units)
+        config.weights_digest = None
+        return config
+
+    def _check_sealed(self, sealed: Mapping[str, Any]) -> None:
+        own = json.loads(json.dumps(self.to_dict()))
+        for name in SEALED:
+            if own[name] != sealed.get(name):
+                raise CheckpointError(
+                    f"{CONFIG} says {name}={_short(own[name])}, and the weights were saved with "
+                    f"{_short(sealed.get(name))}. It was changed or is damaged: set the field back, or save again."
+                )
 
     def _fail(self, name: str, allowed: str) -> None:
         raise ValueError(f"SFAConfig.{name}={getattr(self, name)!r} is not valid; {allowed}.")
@@ -220,8 +361,16 @@ class SFAConfig(PeftConfig):
         ):
             value = getattr(self, name)
             self._check(name, isinstance(value, str) and value in choices, f"choose one of {sorted(choices)}")
+        for name in ("values_dtype", "heads_dtype"):
+            value = getattr(self, name)
+            self._check(name, value is None or value in DTYPES, f"choose one of {sorted(DTYPES)}, or None")
         for name in ("target_modules", "exclude_modules", "external_modules"):
             self._check_names(name)
+        targets = self.target_heads
+        are_names = isinstance(targets, list | tuple) and all(isinstance(t, str) and t for t in targets)
+        self._check("target_heads", targets is None or are_names, "use a list of module names")
+        if targets and self.target_modules is not None:
+            self._fail("target_heads", "it adds to the architecture's targets; with `target_modules`, name all there")
         heads = self.modules_to_save
         is_list = isinstance(heads, list | tuple | set) and all(isinstance(h, str) and h for h in heads)
         self._check("modules_to_save", heads is None or is_list, "use a list of module names")
@@ -296,8 +445,42 @@ class SFAConfig(PeftConfig):
                 for place, modules in widths.items()
             )
             self._check("external_widths", is_valid, "it maps places to {module: width}; injection fills it in")
+        self._check(
+            "weights_digest", self.weights_digest is None or isinstance(self.weights_digest, str), "saving fills it in"
+        )
+        if self.base_fingerprint is not None:
+            try:
+                Fingerprint.from_dict(self.base_fingerprint)
+            except ValueError as error:
+                self._fail("base_fingerprint", f"injection fills it in ({error})")
         if (sizes is None) != (widths is None):
             raise ValueError(
                 "SFAConfig.ticket_sizes and SFAConfig.external_widths go together: injection fills in both. "
                 "Leave out both, or load the whole adapter_config.json."
             )
+
+
+def weights_of(name: str, subfolder: str | None = None, **kwargs: Any) -> Path | None:
+    """The weights file of a saved adapter, in a folder or from the Hub; None if there is none.
+
+    Args:
+        name: A folder, or a repository on the Hub.
+        subfolder: A folder in it.
+        kwargs: Of those, the arguments of `huggingface_hub.hf_hub_download` are used.
+    """
+    folder = Path(name, subfolder) if subfolder else Path(name)
+    if (folder / WEIGHTS).is_file():
+        return folder / WEIGHTS
+    if folder.is_dir():
+        return None
+    known = inspect.signature(hf_hub_download).parameters
+    options = {key: value for key, value in kwargs.items() if key in known}
+    try:
+        return Path(hf_hub_download(name, WEIGHTS, subfolder=subfolder, **options))
+    except EntryNotFoundError:
+        return None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -13,9 +13,18 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from .base import check_base
 from .budget import External
-from .checkpoint import CheckpointError, check_state_dict
-from .checkpoint.validation import POSITIONS
+from .checkpoint import CheckpointError
+from .checkpoint.coding import encode_positions
+from .checkpoint.validation import (
+    INTERNAL,
+    POSITIONS,
+    check_finite,
+    decode_state_dict,
+    is_adapter_key,
+    is_positions_key,
+)
 from .config import SFAConfig
 from .external import ExternalAdapter
 from .layer import SFALayer, layer_class, sfa_layers
@@ -54,8 +63,10 @@ class SFAModel(BaseTuner):
         if not sfa_layers(model):
             self._original_flags = [(p, p.requires_grad) for p in model.parameters()]
         plan = Planner(model, config).plan()
+        check_base(model, adapter_name, config, plan.modules)
         config.external_widths = plan.external_widths
         config.ticket_sizes = ticket_sizes(plan.positions)
+        config.weights_digest = None
         self.peft_config[adapter_name] = config
         self._plan = plan
         try:
@@ -256,27 +267,34 @@ class SFAModel(BaseTuner):
         return re.sub(rf"(\.sfa_(?:internal|external|parallel))\.{re.escape(adapter_name)}\.", r"\1.", key)
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: SFAConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return {key: encode_positions(t) if is_positions_key(key) else t for key, t in own.items()}
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SFAConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         try:
-            cls._check(model, adapter_name, remapped)
+            decoded = cls._decoded(model, adapter_name, remapped)
         except CheckpointError:
-            # PEFT injects an adapter before it reads its file. One that waited for this file goes again.
-            if config.awaits_weights and not any(layer.is_changed_by(adapter_name) for _, layer in sfa_layers(model)):
-                discard_adapter(model, adapter_name)
-                model.peft_config.pop(adapter_name, None)
-                if not sfa_layers(model):
-                    for p, requires_grad in getattr(getattr(model, "base_model", None), "_original_flags", ()):
-                        p.requires_grad_(requires_grad)
+            forsake_adapter(model, adapter_name)
             raise
         config.awaits_weights = False
-        return remapped
+        return decoded
 
     @classmethod
-    def _check(cls, model: nn.Module, adapter_name: str, remapped: dict[str, Tensor]) -> None:
-        expected, limits = {}, {}
+    def _decoded(cls, model: nn.Module, adapter_name: str, remapped: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a checkpoint as the model takes them, after all checks."""
+        expected, units = {}, {}
         for name, layer in sfa_layers(model):
             for key, tensor in layer.state_dict(prefix=f"{name}.").items():
                 if cls._remove_adapter_name_from_key(key, adapter_name) != key:
@@ -284,20 +302,38 @@ class SFAModel(BaseTuner):
             if adapter_name in layer.sfa_internal:
                 delta = layer.sfa_internal[adapter_name]
                 for p in delta.changed:
-                    parameter = getattr(layer.get_base_layer(), p)
-                    units = delta.granularity.count(parameter.shape)
-                    limits[f"{name}.sfa_internal.{adapter_name}.{p}{POSITIONS}"] = units
-        found = {k: v for k, v in remapped.items() if re.search(r"\.sfa_(internal|external|parallel)\.", k)}
-        check_state_dict(found, expected, limits)
+                    count = delta.granularity.count(getattr(layer.get_base_layer(), p).shape)
+                    units[f"{name}{INTERNAL}{adapter_name}.{p}{POSITIONS}"] = count
+        adapter = decode_state_dict({k: t for k, t in remapped.items() if is_adapter_key(k)}, expected, units)
         own = model.state_dict()
+        heads = {}
         for key, tensor in remapped.items():
+            if key in adapter:
+                continue
             if key in own and own[key].shape != tensor.shape:
                 raise CheckpointError(
                     f"{key!r} has shape {tuple(tensor.shape)} in the checkpoint and {tuple(own[key].shape)} in the "
                     f"model; build the base model with the head that the adapter was trained with (num_labels)."
                 )
-            if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
-                raise CheckpointError(f"{key!r} holds values that are not finite; the checkpoint is damaged.")
+            check_finite(key, tensor)
+            heads[key] = tensor.to(own[key].dtype) if key in own else tensor
+        return adapter | heads
+
+
+def forsake_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter out again whose weights failed to come: PEFT injects an adapter before it reads its file.
+
+    One that has been given weights, or was made without waiting for any, stays.
+    """
+    config = model.peft_config.get(adapter_name)
+    awaits = getattr(config, "awaits_weights", False)
+    if not awaits or any(layer.is_changed_by(adapter_name) for _, layer in sfa_layers(model)):
+        return
+    discard_adapter(model, adapter_name)
+    model.peft_config.pop(adapter_name)
+    if not sfa_layers(model):
+        for p, requires_grad in getattr(getattr(model, "base_model", None), "_original_flags", ()):
+            p.requires_grad_(requires_grad)
 
 
 def discard_adapter(model: nn.Module, adapter_name: str) -> None:

@@ -9,14 +9,14 @@ from types import SimpleNamespace
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from . import backbones
+from .base import backbone_parameters, in_module, modules_outside_adapters
 from .budget import External, absolute_budget, external_cost, widths_within
 from .checkpoint import CheckpointError
 from .config import DEFAULT_SHARE, SFAConfig
-from .layer import AddExternals, SFALayer, channels_of, internal_parameters, sfa_layers
+from .layer import AddExternals, SFALayer, channels_of, internal_parameters
 from .ticket.criteria import CRITERIA, Evidence
 from .ticket.selection import Positions, choose, count_elements
 
@@ -84,7 +84,7 @@ class Planner:
         # Leaves inside an SFA layer belong to it; other tuners' layers are not adapted.
         self.leaves = {
             name: module
-            for name, module in _modules_outside_adapters(model)
+            for name, module in modules_outside_adapters(model)
             if isinstance(module, BaseTunerLayer) or next(module.children(), None) is None
         }
 
@@ -177,7 +177,7 @@ class Planner:
         if self._share == 1:
             return {}
         if config.target_modules is None:
-            names = [n for n in backbones.known_targets(self.model) if self._is_allowed(n)]
+            names = [n for n in (*backbones.known_targets(self.model), *self._head_leaves()) if self._is_allowed(n)]
             if not names:
                 raise ValueError(
                     f"{type(self.model).__name__} has no block of a known architecture ({', '.join(backbones.KNOWN)})"
@@ -207,6 +207,28 @@ class Planner:
                 f"and a weight smaller than `internal_block_size` has no block. Use `element` or `row`."
             )
         return candidates
+
+    def _head_leaves(self) -> list[str]:
+        """The leaves in `target_heads` that a ticket may choose from, in model order."""
+        leaves = []
+        for head in self.config.target_heads or ():
+            own = [n for n, m in self.leaves.items() if internal_parameters(m) and in_module(n, [head])]
+            if not any(self._is_allowed(n) for n in own):
+                raise ValueError(
+                    f"SFAConfig.target_heads: no nn.Linear, nn.Conv2d or nn.LayerNorm of {type(self.model).__name__} "
+                    f"lies in a module {head!r} outside `modules_to_save`."
+                )
+            leaves += own
+        for name, module in self.leaves.items():
+            tracks = getattr(_unwrapped(module), "track_running_stats", False)
+            if tracks and in_module(name, self.config.target_heads or ()) and self._is_allowed(name):
+                raise ValueError(
+                    f"SFAConfig.target_heads reaches {name!r}, a {type(module).__name__}: its running statistics "
+                    f"change while training, and would not be saved. Name it in `modules_to_save` (a few numbers), as "
+                    f"{name.rpartition('.')[2]!r}."
+                )
+        backbone = set(backbones.known_targets(self.model))
+        return [name for name in self.leaves if name in set(leaves) - backbone]
 
     @property
     def _share(self) -> float | None:
@@ -255,7 +277,7 @@ class Planner:
         patterns = getattr(self.config, field_name)
         if patterns == set():
             return []
-        every = [name for name, _ in _modules_outside_adapters(self.model) if name]
+        every = [name for name, _ in modules_outside_adapters(self.model) if name]
         if patterns == "all-linear":
             matched = [n for n in every if isinstance(_unwrapped(self.leaves.get(n)), nn.Linear)]
         else:
@@ -412,33 +434,3 @@ def _matches(name: str, patterns: set[str] | str) -> bool:
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     return any(name == p or name.endswith(f".{p}") for p in patterns)
-
-
-def _modules_outside_adapters(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The base model's modules by their own names; tuner layers stand for what they wrap, without their insides."""
-    found: list[tuple[str, nn.Module]] = []
-    inside: list[str] = []
-    for name, module in model.named_modules():
-        if any(name.startswith(prefix) for prefix in inside):
-            continue
-        found.append((name, module))
-        if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
-            inside.append(f"{name}.")
-    return found
-
-
-def backbone_parameters(model: nn.Module, config: SFAConfig) -> int:
-    """Parameters of the base model outside the heads (`modules_to_save`); tied ones count once, other adapters not."""
-    heads = config.modules_to_save or []
-
-    def in_head(name: str) -> bool:
-        return any(re.match(rf"(^|.*\.){head}($|\..*)", name) for head in heads)
-
-    adapters = {
-        id(p) for _, layer in sfa_layers(model) for name in layer.adapter_names for p in layer.parameters_of(name)
-    }
-    copies = {
-        id(p) for m in model.modules() if isinstance(m, ModulesToSaveWrapper) for p in m.modules_to_save.parameters()
-    }
-    sizes = {id(p): p.numel() for name, p in model.named_parameters() if not in_head(name)}
-    return sum(size for key, size in sizes.items() if key not in adapters | copies)

@@ -1,10 +1,14 @@
-"""Makes SFA known to PEFT. The one place that reaches into PEFT beyond what it offers to extensions.
+"""Makes SFA known to PEFT. The one place that reaches into other libraries beyond what they offer to extensions.
 
 `peft.utils.register_peft_method` is public, but takes only names that are in the `PeftType` enum, and there is no
 public way to add one; `aenum.extend_enum` does.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import peft
 from aenum import extend_enum
@@ -56,3 +60,45 @@ def register(config_cls: type, model_cls: type) -> None:
         register_peft_method(name=NAME.lower(), config_cls=config_cls, model_cls=model_cls)
     except Exception as error:
         raise _error(error) from error
+
+
+def extend(cls: type, methods: Mapping[str, Callable[..., Any]], applies: Callable[[Any], bool]) -> None:
+    """Let methods of another library's class run in SFA's way where SFA is concerned, and as they were elsewhere.
+
+    Args:
+        cls: The class.
+        methods: By the method's name, SFA's own. It is called with the class's own, bound to its object, then the
+            object (the class itself, for a class method), and then the arguments of the call.
+        applies: Whether SFA's own is to run for an object; a class method always does.
+
+    Raises:
+        PeftTooDifferentError: If the class has no such method.
+    """
+    for name, own in methods.items():
+        if not hasattr(cls, name):
+            raise _error(f"{cls.__name__} has no {name}")
+        found = vars(cls).get(name, getattr(cls, name))
+        original = getattr(found, "sfa_original", found)  # set by an earlier import of this package
+        method = _class_method(own, original) if isinstance(original, classmethod) else _method(own, original, applies)
+        method.sfa_original = original  # type: ignore[attr-defined]
+        setattr(cls, name, method)
+
+
+def _method(
+    own: Callable[..., Any], original: Callable[..., Any], applies: Callable[[Any], bool]
+) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not applies(self):
+            return original(self, *args, **kwargs)
+        return own(functools.partial(original, self), self, *args, **kwargs)
+
+    return method
+
+
+def _class_method(own: Callable[..., Any], original: Any) -> Any:
+    @functools.wraps(original.__func__)
+    def method(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return own(functools.partial(original.__func__, cls), cls, *args, **kwargs)
+
+    return classmethod(method)

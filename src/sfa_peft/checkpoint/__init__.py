@@ -1,5 +1,5 @@
-"""What an adapter's file may hold, checked before anything of it reaches a model."""
+"""A saved adapter: how positions are coded, what its files may hold, and how they are written and checked."""
 
-from .validation import CheckpointError, check_state_dict
+from .validation import CheckpointError
 
-__all__ = ["CheckpointError", "check_state_dict"]
+__all__ = ["CheckpointError"]

@@ -1,21 +1,71 @@
-"""Writes safetensors files whole or not at all."""
+"""Writes files so that a kill at any moment leaves the old ones or the new ones."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 from safetensors.torch import save_file
 from torch import Tensor
+
+_STAGE = ".sfa-save-"
 
 
 def write_whole(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file, and its folder if need be. An old file is replaced as a whole, or stays as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    with staged(path.parent) as stage:
+        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, stage / path.name, metadata)
+
+
+@contextmanager
+def staged(folder: Path, last: Sequence[str] = ()) -> Iterator[Path]:
+    """A folder to write to; what is in it afterwards takes its place in `folder`, each file at once.
+
+    Files are synced to the disk first and then renamed, in the order of their names, but those named in `last` in that
+    order after all others. Other files in `folder` stay. An error inside leaves `folder` as it was. Leftovers of
+    killed processes are removed.
+
+    Args:
+        folder: Where the files are to be; made if need be.
+        last: Names of files, without their folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder)
+    # The name tells a later save whether this one still runs.
+    stage = Path(tempfile.mkdtemp(prefix=f"{_STAGE}{socket.gethostname()}-{os.getpid()}-", dir=folder))
     try:
-        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, unfinished, metadata)
-        os.replace(unfinished, path)
+        yield stage
+        files = sorted(p.relative_to(stage) for p in stage.rglob("*") if p.is_file())
+        files.sort(key=lambda file: last.index(file.name) if file.name in last else -1)
+        for file in files:
+            _sync(stage / file)
+        for file in files:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(stage / file, folder / file)
+            # A rename is kept only once its folder is: or a later file could survive a power cut without it.
+            _sync((folder / file).parent)
     finally:
-        unfinished.unlink(missing_ok=True)
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for stage in folder.glob(f"{_STAGE}*"):
+        host, _, pid = stage.name.removeprefix(_STAGE).rpartition("-")[0].rpartition("-")
+        if host == socket.gethostname() and pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return  # Windows keeps renames by itself, and opens no folders
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

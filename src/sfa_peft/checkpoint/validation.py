@@ -1,31 +1,115 @@
-"""Checks of a checkpoint's tensors against what the config announced and the model has."""
+"""Checks of a checkpoint's tensors against what its config announced and what the model has."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
+from .coding import CodeError, decode_positions
+
 
 class CheckpointError(ValueError):
-    """A checkpoint does not fit the model or contradicts itself. Nothing of it was loaded."""
+    """A checkpoint does not fit the model, contradicts itself, or is damaged. Nothing of it was loaded."""
 
 
+INTERNAL = ".sfa_internal."
 POSITIONS = "_positions"
+# Where the units of a parameter are not known, positions may be up to here: more than any memory holds.
+ANY_UNITS = 1 << 42
 
 
-def check_state_dict(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], limits: Mapping[str, int]) -> None:
-    """Check an adapter's tensors; change nothing.
+def is_adapter_key(key: str) -> bool:
+    """Whether a tensor of a checkpoint is SFA's own, not a head's."""
+    return any(f".sfa_{kind}." in key for kind in ("internal", "external", "parallel"))
+
+
+def is_positions_key(key: str) -> bool:
+    return INTERNAL in key and key.endswith(POSITIONS)
+
+
+def check_sizes(
+    tensors: Mapping[str, Tensor],
+    ticket_sizes: Mapping[str, int],
+    external_widths: Mapping[str, Mapping[str, int]],
+    units: Mapping[str, int],
+) -> dict[str, Tensor]:
+    """Check a checkpoint by itself, without a model: that its tensors are those that its config announces.
 
     Args:
-        found: The tensors of the file.
-        expected: The tensors that the injected adapter has, by the same keys; read for shape and kind of dtype.
-        limits: For each key of positions, the number of units that the parameter has.
+        tensors: The tensors of the file.
+        ticket_sizes: For each parameter, the number of its units in the ticket.
+        external_widths: For each place, the width of the external adapter on each module.
+        units: For each parameter that it is known of, the number of units that it has.
+
+    Returns:
+        The positions by the tensors' names, decoded.
 
     Raises:
-        CheckpointError: If keys are missing or too many, a shape differs, a value is not finite, or positions are not
-            sorted, unique and in range. The message names the first key concerned and what to do.
+        CheckpointError: If tensors are missing, too many, or of another shape, or positions or values are damaged.
+    """
+    own = {key.removeprefix("base_model.model."): key for key in tensors if is_adapter_key(key)}
+    announced: set[str] = set()
+    positions: dict[str, Tensor] = {}
+
+    def take(name: str) -> tuple[str, Tensor]:
+        if name not in own:
+            raise CheckpointError(
+                f"adapter_config.json announces {name!r}, which adapter_model.safetensors does not have; the two are "
+                f"not of one save, or damaged."
+            )
+        announced.add(name)
+        return own[name], tensors[own[name]]
+
+    def shaped(name: str, shape: tuple[int, ...]) -> None:
+        key, tensor = take(name)
+        if tuple(tensor.shape[: len(shape)]) != shape:
+            raise CheckpointError(
+                f"{key!r} has shape {tuple(tensor.shape)} in the checkpoint, and adapter_config.json makes it "
+                f"{shape}; the two are not of one save, or damaged."
+            )
+
+    for full_name, size in ticket_sizes.items():
+        module, _, parameter = full_name.rpartition(".")
+        shaped(f"{module}{INTERNAL}{parameter}", (size,))
+        key, code = take(f"{module}{INTERNAL}{parameter}{POSITIONS}")
+        positions[key] = decoded(key, code, size, units.get(full_name, ANY_UNITS))
+    for place, modules in external_widths.items():
+        kind = "sfa_parallel" if place == "mlp_parallel" else "sfa_external"
+        for module, width in modules.items():
+            _, up = take(f"{module}.{kind}.up.weight")
+            channels = up.shape[0] if up.dim() == 2 else 0
+            shaped(f"{module}.{kind}.up.weight", (channels, width))
+            shaped(f"{module}.{kind}.down.weight", (width, channels))
+            shaped(f"{module}.{kind}.down.bias", (width,))
+    unexpected = own.keys() - announced
+    if unexpected:
+        raise CheckpointError(
+            f"adapter_model.safetensors has {sorted(unexpected)[0]!r} ({len(unexpected)} such), which "
+            f"adapter_config.json does not announce; the two are not of one save, or damaged."
+        )
+    for key, tensor in tensors.items():
+        check_finite(key, tensor)
+    return positions
+
+
+def decode_state_dict(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], units: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """Check an adapter's tensors against an injected adapter, and decode its positions; change nothing.
+
+    Args:
+        found: The tensors of the file, by the model's keys.
+        expected: The tensors that the injected adapter has, by the same keys; read for shape and dtype.
+        units: For each key of positions, the number of units that the parameter has.
+
+    Returns:
+        The tensors in the model's dtypes, with positions as sorted, unique indices.
+
+    Raises:
+        CheckpointError: If keys are missing or too many, a shape differs, a value is not finite, or positions cannot
+            be decoded. The message names the first key concerned and what to do.
     """
     missing, unexpected = expected.keys() - found.keys(), found.keys() - expected.keys()
     if missing or unexpected:
@@ -36,30 +120,49 @@ def check_state_dict(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
             f"first. Otherwise adapter_config.json and adapter_model.safetensors are not of one save, or it was saved "
             f"for another architecture."
         )
+    return dict(_decoded_items(found, expected, units))
+
+
+def _decoded_items(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], units: Mapping[str, int]
+) -> Iterator[tuple[str, Tensor]]:
     for key, tensor in found.items():
         own = expected[key]
+        if key in units:
+            yield key, decoded(key, tensor, len(own), units[key]).to(dtype=own.dtype, device=tensor.device)
+            continue
         if tensor.shape != own.shape:
             raise CheckpointError(
                 f"{key!r} has shape {tuple(tensor.shape)} in the checkpoint, but adapter_config.json and the model "
                 f"make it {tuple(own.shape)}. Load it into the model it was trained on; for another ticket use "
                 f"PeftModel.from_pretrained(base, path, is_trainable=True), or run the same search first."
             )
-        if tensor.is_floating_point() != own.is_floating_point() or tensor.is_complex():
+        if not tensor.is_floating_point():
             raise CheckpointError(
                 f"{key!r} has dtype {tensor.dtype} in the checkpoint; expected one like {own.dtype}."
             )
-        if key.endswith(POSITIONS):
-            check_positions(key, tensor, limits[key])
-        elif tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
-            raise CheckpointError(f"{key!r} holds values that are not finite; the checkpoint is damaged.")
+        check_finite(key, tensor)
+        yield key, tensor.to(own.dtype)
 
 
-def check_positions(key: str, positions: Tensor, limit: int) -> None:
-    """Raise a `CheckpointError` unless positions are sorted, unique and in [0, limit)."""
-    if not len(positions):
-        return
-    positions = positions.long()
-    if int(positions[0]) < 0 or int(positions[-1]) >= limit or not bool((positions[1:] > positions[:-1]).all()):
+def decoded(key: str, code: Tensor, count: int, units: int) -> Tensor:
+    """The positions of a coded tensor, or a `CheckpointError` that names it."""
+    if code.dtype != torch.uint8 or code.dim() != 1:
         raise CheckpointError(
-            f"{key!r} must be sorted, without repeats, and in [0, {limit}); the checkpoint is damaged."
+            f"{key!r} must be coded positions, a 1-D tensor of dtype torch.uint8; it is {code.dtype} of shape "
+            f"{tuple(code.shape)}."
         )
+    try:
+        return decode_positions(code, count, units)
+    except CodeError as error:
+        raise CheckpointError(
+            f"{key!r} is not the code of {count:,} positions ({error}). The checkpoint is damaged, or has another "
+            f"ticket than adapter_config.json; for another ticket use PeftModel.from_pretrained(base, path, "
+            f"is_trainable=True), or run the same search first."
+        ) from error
+
+
+def check_finite(key: str, tensor: Tensor) -> None:
+    """Raise a `CheckpointError` unless all values are finite."""
+    if tensor.is_complex() or (tensor.is_floating_point() and not torch.isfinite(tensor.float()).all()):
+        raise CheckpointError(f"{key!r} holds values that are not finite; the checkpoint is damaged.")

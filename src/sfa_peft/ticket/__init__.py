@@ -1,7 +1,7 @@
 """The ticket: which positions of the frozen weights the internal adapters may change, and how they are found."""
 
 from .criteria import Evidence, criterion
-from .install import install_ticket
+from .install import install_ticket, ticket_of
 from .quotas import Quotas
 from .report import TicketReport
 from .search import search_ticket
@@ -17,4 +17,5 @@ __all__ = [
     "criterion",
     "install_ticket",
     "search_ticket",
+    "ticket_of",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -60,22 +61,36 @@ def install_ticket(model: nn.Module, ticket: Ticket, adapter_name: str | None = 
     tuner.install(adapter_name, ticket.positions, externals)
 
 
+def ticket_of(model: nn.Module, adapter_name: str | None = None) -> Ticket:
+    """The ticket that an adapter has, however it came by it: to be saved, drawn, or compared with another.
+
+    Args:
+        model: What `get_peft_model` returned for an `SFAConfig`, or what `PeftModel.from_pretrained` loaded.
+        adapter_name: The adapter; the active one unless given.
+
+    Raises:
+        TypeError: If `model` is none of these.
+        ValueError: If there is no such adapter.
+    """
+    tuner, adapter_name = adapter_of(model, adapter_name)
+    config = tuner.peft_config[adapter_name]
+    positions = {
+        name: {p: delta.positions(p) for p in delta.changed}
+        for name, layer in sfa_layers(tuner.model)
+        if adapter_name in layer.sfa_internal
+        for delta in (layer.sfa_internal[adapter_name],)
+    }
+    shapes = shapes_of(tuner.candidates(adapter_name))
+    return Ticket(positions, shapes, config.granularity, copy.deepcopy(config.external_widths or {}))
+
+
 def searchable(model: nn.Module, adapter_name: str | None, replaces_externals: bool = False) -> tuple[Any, str]:
     """The tuner and the name of an adapter that can be given a ticket, and other external adapters.
 
     Raises:
         TypeError, ValueError: If it cannot; see `search_ticket`.
     """
-    tuner = _tuner_of(model)
-    if adapter_name is None:
-        active = tuner.active_adapters
-        if len(active) != 1:
-            raise ValueError(
-                f"adapter_name: {len(active)} adapters are active ({active}); name the one to search for."
-            )
-        adapter_name = active[0]
-    if adapter_name not in tuner.peft_config:
-        raise ValueError(f"adapter_name={adapter_name!r} does not exist; the model has {sorted(tuner.peft_config)}.")
+    tuner, adapter_name = adapter_of(model, adapter_name)
     config = tuner.peft_config[adapter_name]
     if not (
         config.external_placement == "auto" or (tuner.candidates(adapter_name) and tuner.ticket_size(adapter_name))
@@ -105,17 +120,36 @@ def searchable(model: nn.Module, adapter_name: str | None, replaces_externals: b
     return tuner, adapter_name
 
 
+def adapter_of(model: nn.Module, adapter_name: str | None) -> tuple[Any, str]:
+    """The tuner and the name of an adapter; the active one unless named.
+
+    Raises:
+        TypeError: If `model` is not what `get_peft_model` returned for an `SFAConfig`.
+        ValueError: If there is no such adapter.
+    """
+    tuner = _tuner_of(model)
+    if adapter_name is None:
+        active = tuner.active_adapters
+        if len(active) != 1:
+            raise ValueError(
+                f"adapter_name: {len(active)} adapters are active ({active}); name the one that is meant."
+            )
+        adapter_name = active[0]
+    if adapter_name not in tuner.peft_config:
+        raise ValueError(f"adapter_name={adapter_name!r} does not exist; the model has {sorted(tuner.peft_config)}.")
+    return tuner, adapter_name
+
+
 def _tuner_of(model: nn.Module) -> Any:
     if hasattr(model, "module") and not isinstance(model, PeftModel):
         raise TypeError(
-            f"search_ticket got a {type(model).__name__}: search before the model is wrapped for distributed training "
-            f"(before `accelerator.prepare(model)`); the search averages gradients over processes itself."
+            f"a {type(model).__name__} is no adapted model: search before the model is wrapped for distributed "
+            f"training (before `accelerator.prepare(model)`); the search averages gradients over processes itself."
         )
     # The class decides: a PeftModel hands attributes of its tuner through.
     tuner = model.base_model if isinstance(model, PeftModel) else model
     if not hasattr(type(tuner), "other_externals"):
         raise TypeError(
-            f"search_ticket needs the model that get_peft_model(model, SFAConfig(...)) returns, got "
-            f"{type(model).__name__}."
+            f"expected the model that get_peft_model(model, SFAConfig(...)) returns, got {type(model).__name__}."
         )
     return tuner

@@ -34,11 +34,10 @@ def draw_ticket(ticket: Ticket, path: str | Path | None = None) -> Figure:
         ),
         ("external width", widths, "{:.0f}", "magma"),
     ]
-    title = (
-        f"{ticket.criterion} ticket: {ticket.size:,} positions, density {ticket.density:.2%}"
-        if ticket.shapes
-        else "external adapters"
-    )
+    title = "external adapters"
+    if ticket.shapes:
+        kind = f"{ticket.criterion} ticket" if ticket.criterion else "ticket"
+        title = f"{kind}: {ticket.size:,} positions, density {ticket.density:.2%}"
     return _draw([p for p in panels if p[1]], layers, title, path)
 
 

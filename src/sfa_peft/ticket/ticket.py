@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..checkpoint import CheckpointError
+from ..checkpoint.coding import encode_positions
 from ..checkpoint.files import write_whole
-from ..checkpoint.validation import check_positions
+from ..checkpoint.validation import decoded
 from ..granularity import GRANULARITIES, Granularity, make_granularity, position_dtype
 from .quotas import GROUPINGS
 from .selection import Parameters, Positions
@@ -47,6 +48,14 @@ class Ticket:
     granularity: Granularity
     widths: dict[str, dict[str, int]] = field(default_factory=dict)
     criterion: str = ""
+
+    def by_name(self) -> dict[str, Tensor]:
+        """The positions in each parameter that has any, by ``"module.parameter"``."""
+        return {
+            f"{module}.{name}": own
+            for module, parameters in self.positions.items()
+            for name, own in parameters.items()
+        }
 
     def chosen(self, name: str) -> Tensor:
         """The positions in one parameter, ``"module.parameter"``; empty if there are none."""
@@ -112,15 +121,20 @@ class Ticket:
         return {group: both / either if either else float("nan") for group, (both, either) in counts.items()}
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file: the positions, and the rest as metadata. An old file is replaced as a whole."""
-        tensors = {f"{m}.{p}": t for m, own in self.positions.items() for p, t in own.items()}
+        """Write one safetensors file: the coded positions, and the rest as metadata.
+
+        An old file is replaced as a whole.
+        """
+        positions = self.by_name()
         described = {
+            "sizes": {name: len(own) for name, own in positions.items()},
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "granularity": self.granularity.name,
             "block_size": getattr(self.granularity, "side", 0),
             "widths": self.widths,
             "criterion": self.criterion,
         }
+        tensors = {name: encode_positions(own) for name, own in positions.items()}
         write_whole(Path(path), tensors, {"format": FORMAT, "ticket": json.dumps(described)})
 
     @classmethod
@@ -162,12 +176,10 @@ class Ticket:
         for name, tensor in tensors.items():
             if name not in shapes:
                 raise CheckpointError(f"positions of {name!r}, whose shape is not in the description")
-            if tensor.dim() != 1 or tensor.dtype not in (torch.int32, torch.int64):
-                raise CheckpointError(f"{name!r} must be positions, 1-D integers; it is {tensor.dtype}")
             units = granularity.count(shapes[name])
-            check_positions(name, tensor, units)
+            own = decoded(name, tensor, int(described["sizes"][name]), units)
             module, _, parameter = name.rpartition(".")
-            positions.setdefault(module, {})[parameter] = tensor.to(position_dtype(units))
+            positions.setdefault(module, {})[parameter] = own.to(position_dtype(units))
         widths = {
             str(place): {str(m): int(w) for m, w in modules.items()} for place, modules in described["widths"].items()
         }

@@ -1,0 +1,127 @@
+"""The seal: what an adapter's weights file knows of itself, so that a damaged or mixed checkpoint is told from a good.
+
+`adapter_model.safetensors` carries in its metadata, under one key, the digest of its tensors and a copy of the
+`adapter_config.json` that was saved with it. `adapter_config.json` carries the same digest. A save replaces the
+weights first and the config next: whoever is killed in between leaves a config with another digest, and the copy is
+the config that belongs to the weights. docs/checkpoint-format.md has the layout.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .validation import CheckpointError, is_positions_key
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+KEY = "sfa_peft"
+DIGEST = "weights_digest"
+# Above what any config takes; a seal that says more is not unpacked.
+MAX_SEAL = 1 << 26
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What a weights file holds.
+
+    Attributes:
+        tensors: The tensors by their names.
+        digest: The digest of the tensors.
+        config: The config that was saved with them; None where the file has no seal, as from another program.
+        shapes: For each parameter that the ticket could choose from, its shape, as far as the file says.
+    """
+
+    tensors: dict[str, Tensor]
+    digest: str
+    config: dict[str, Any] | None
+    shapes: dict[str, tuple[int, ...]]
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of all tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def seal(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype_of: Callable[[str], torch.dtype | None]) -> None:
+    """Seal an adapter that was just saved to `folder`, after casting its floating-point tensors.
+
+    Args:
+        folder: With `adapter_config.json` and `adapter_model.safetensors`, which are written anew.
+        shapes: For each parameter that the ticket could choose from, its shape.
+        dtype_of: For the name of a tensor, the dtype that it is to have in the file; None to keep its own.
+
+    Raises:
+        ValueError: If a value is finite in its own dtype and not in the file's.
+    """
+    file = read(folder / WEIGHTS)
+    tensors = {name: _cast(name, tensor, dtype_of(name)) for name, tensor in file.tensors.items()}
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config[DIGEST] = digest_of(tensors)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    sealed = {"config": config, "shapes": {name: list(shape) for name, shape in shapes.items()}}
+    packed = zlib.compress(json.dumps(sealed, sort_keys=True, separators=(",", ":")).encode(), 9)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", KEY: base64.b85encode(packed).decode()})
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None or not tensor.is_floating_point() or is_positions_key(name):
+        return tensor
+    cast = tensor.to(dtype)
+    if not torch.isfinite(cast).all() and torch.isfinite(tensor).all():
+        raise ValueError(
+            f"{name!r} holds values up to {tensor.abs().max():.3g}, which {dtype} cannot hold; save it in bfloat16 or "
+            f"float32 (`values_dtype`, `heads_dtype`)."
+        )
+    return cast
+
+
+def read(path: Path) -> AdapterFile:
+    """Read a weights file with all its tensors.
+
+    Raises:
+        CheckpointError: If it is no safetensors file, or its seal is damaged or does not fit its tensors.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, RuntimeError, OverflowError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{str(path)!r} is no safetensors file, or damaged: {error}") from error
+    digest = digest_of(tensors)
+    if KEY not in metadata:
+        return AdapterFile(tensors, digest, None, {})
+    try:
+        unpacker = zlib.decompressobj()
+        text = unpacker.decompress(base64.b85decode(metadata[KEY]), MAX_SEAL)
+        if not unpacker.eof or unpacker.unused_data:
+            raise ValueError("too long or too short")
+        sealed = json.loads(text)
+        config = dict(sealed["config"])
+        shapes = {str(name): tuple(int(n) for n in shape) for name, shape in sealed["shapes"].items()}
+        expected = config[DIGEST]
+    except (binascii.Error, zlib.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"the seal of {str(path)!r} is damaged ({error}); download or save it again.") from error
+    if expected != digest:
+        raise CheckpointError(
+            f"the tensors of {str(path)!r} are not those that were saved: their digest is {digest[:16]}..., and the "
+            f"file's seal says {str(expected)[:16]}.... It is damaged, or was changed; download or save it again."
+        )
+    return AdapterFile(tensors, digest, config, shapes)

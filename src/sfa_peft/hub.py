@@ -1,0 +1,306 @@
+"""The model card of an adapter, and its way to the Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, EvalResult, HfApi, ModelCard
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RevisionNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from peft import PeftModel
+from torch import nn
+
+from .checkpoint.seal import CONFIG, WEIGHTS, digest_of
+from .config import SFAConfig
+from .layer import sfa_layers
+from .ticket import Ticket, ticket_of
+from .ticket.install import adapter_of
+from .ticket.picture import draw_ticket
+
+CARD = "README.md"
+PICTURE = "ticket.png"
+BEGIN, END = (
+    "<!-- sfa_peft: begin; what is between these lines is written anew by each save -->",
+    "<!-- sfa_peft: end -->",
+)
+
+# The endings of transformers' class names, and the Hub's tasks.
+TASKS = {
+    "ForSemanticSegmentation": "image-segmentation",
+    "ForUniversalSegmentation": "image-segmentation",
+    "ForInstanceSegmentation": "image-segmentation",
+    "ForObjectDetection": "object-detection",
+    "ForDepthEstimation": "depth-estimation",
+    "ForImageClassification": "image-classification",
+}
+
+
+@dataclass
+class Evaluation:
+    """What a card says of an adapter's training and quality; see `describe_adapter`."""
+
+    task: str | None = None
+    dataset: str | None = None
+    split: str | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def describe_adapter(
+    model: nn.Module,
+    *,
+    task: str | None = None,
+    dataset: str | None = None,
+    split: str | None = None,
+    metrics: Mapping[str, float] | None = None,
+    adapter_name: str | None = None,
+) -> None:
+    """Say what the model card of an adapter is to tell beside what the adapter itself tells.
+
+    Args:
+        model: What `get_peft_model` returned for an `SFAConfig`.
+        task: The Hub's name of the task, such as ``image-segmentation``; found from the base model's class unless
+            given.
+        dataset: The dataset that it was trained and evaluated on, by its name on the Hub or any other.
+        split: The split that the metrics are of.
+        metrics: By the metric's name as on the Hub (such as ``mean_iou``), its value.
+        adapter_name: The adapter; the active one unless given.
+
+    Raises:
+        TypeError: If `model` is something else, or a metric is no number.
+        ValueError: If there is no such adapter, or metrics come without a dataset.
+    """
+    tuner, name = adapter_of(model, adapter_name)
+    if metrics and not dataset:
+        raise ValueError("metrics say nothing without `dataset`: name the one that they were measured on.")
+    try:
+        values = {str(metric): float(value) for metric, value in (metrics or {}).items()}
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"metrics={metrics!r} must map names to numbers: {error}") from error
+    tuner.peft_config[name].evaluation = Evaluation(task, dataset, split, values)
+
+
+def begin_card(model: PeftModel, folder: Path) -> list[str]:
+    """Begin a model card where there is none, in place of PEFT's long form; give the tags of one that is there."""
+    path = folder / CARD
+    if path.is_file():
+        return list(ModelCard.load(path).data.tags or ())
+    base = model.get_base_model()
+    name = hub_id(getattr(base, "name_or_path", None)) or type(base).__name__
+    ModelCard(f"---\nlibrary_name: peft\n---\n\n# Selective Feature Adapter for {name}\n").save(path)
+    return []
+
+
+def update_card(model: PeftModel, folder: Path, source: str, is_repo: bool = False, tags: Sequence[str] = ()) -> None:
+    """Write what is to be said of the adapters saved in `folder` into its model card; all other text stays.
+
+    Args:
+        model: The model that they were saved from.
+        folder: With one adapter in itself, or others in folders of their names.
+        source: What the adapters are going to be loaded from: a folder, or a repository.
+        is_repo: Whether it is a repository.
+        tags: More tags.
+    """
+    folders = {name: folder if name == "default" else folder / name for name in model.peft_config}
+    saved = {name: own for name, own in folders.items() if (own / CONFIG).is_file()}
+    card = ModelCard.load(folder / CARD)
+    if not saved:
+        card.data.tags = sorted({*(card.data.tags or ()), *tags})
+        card.save(folder / CARD)
+        return
+    base = model.get_base_model()
+    first = next(iter(saved))
+    evaluation: Evaluation = getattr(model.peft_config[first], "evaluation", Evaluation())
+    card.data.library_name = "peft"
+    card.data.pipeline_tag = evaluation.task or card.data.pipeline_tag or task_of(base)
+    base_id = hub_id(getattr(base, "name_or_path", "") or model.peft_config[first].base_model_name_or_path)
+    if base_id:
+        card.data.base_model = base_id
+    elif not hub_id(card.data.base_model):
+        card.data.base_model = None
+    own_tags = {"sfa", "peft", *tags, *([f"base_model:adapter:{base_id}"] if base_id else [])}
+    others = [t for t in card.data.tags or () if not (t.startswith("base_model:adapter:") and t not in own_tags)]
+    card.data.tags = sorted({*others, *own_tags})
+    if evaluation.dataset and hub_id(evaluation.dataset):
+        card.data.datasets = sorted({*_as_list(card.data.datasets), evaluation.dataset})
+    if evaluation.metrics:
+        card.data.metrics = sorted({*_as_list(card.data.metrics), *evaluation.metrics})
+        card.data.model_name = source.rpartition("/")[2] if is_repo else card.data.model_name or "sfa-adapter"
+        card.data.eval_results = [
+            EvalResult(
+                task_type=card.data.pipeline_tag or "other",
+                dataset_type=evaluation.dataset,
+                dataset_name=evaluation.dataset,
+                dataset_split=evaluation.split,
+                metric_type=name,
+                metric_value=value,
+            )
+            for name, value in evaluation.metrics.items()
+        ]
+    sections = []
+    for name, own in saved.items():
+        picture = (own / PICTURE).relative_to(folder).as_posix()
+        drawn = _draw(ticket_of(model, name), model.peft_config[name], own / PICTURE)
+        size = (own / WEIGHTS).stat().st_size
+        sections += [
+            _summary(model, name, base_id, size),
+            *([f"![Where the adapter sits in the backbone]({picture})"] if drawn else []),
+            f"```python\n{_snippet(model, name, source, is_repo)}\n```",
+        ]
+    text = "\n\n".join([BEGIN, *sections, END])
+    card.text = _with_section(card.text, text)
+    card.save(folder / CARD)
+
+
+def task_of(base: nn.Module) -> str | None:
+    """The Hub's name of the task that a model of transformers is for."""
+    return next((task for ending, task in TASKS.items() if type(base).__name__.endswith(ending)), None)
+
+
+def hub_id(name: Any) -> str | None:
+    """The name, if it can be one on the Hub and is no folder here."""
+    if not isinstance(name, str) or not name or os.path.exists(name):
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def _as_list(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())
+
+
+def _with_section(text: str, section: str) -> str:
+    found = re.search(re.escape(BEGIN) + ".*?" + re.escape(END), text, re.DOTALL)
+    if found:
+        return text[: found.start()] + section + text[found.end() :]
+    before, heading, after = text.partition("### Framework versions")
+    return f"{before.rstrip()}\n\n{section}\n\n{heading}{after}"
+
+
+def _summary(model: PeftModel, name: str, base_id: str | None, size: int) -> str:
+    config = model.peft_config[name]
+    base = model.get_base_model()
+    evaluation: Evaluation = getattr(config, "evaluation", Evaluation())
+    counts = parameter_counts(model, name)
+    ticket = ticket_of(model, name)
+    widths = [w for modules in (config.external_widths or {}).values() for w in modules.values()]
+    spread = f"{min(widths)}" if len(set(widths)) == 1 else f"{min(widths)} to {max(widths)}" if widths else ""
+    budget = "none (widths and density given)" if config.budget is None else _number(config.budget)
+    rows = {
+        "Base model": f"`{base_id}` ({type(base).__name__})" if base_id else type(base).__name__,
+        "Task": evaluation.task or task_of(base),
+        "Dataset": evaluation.dataset,
+        "Budget": budget,
+        "Trained parameters": f"{counts['internal'] + counts['external']:,}, and {counts['heads']:,} in heads",
+        "External adapters": f"{len(widths)} at {', '.join(config.external_widths or {})}, width {spread}"
+        if widths
+        else "none",
+        "Ticket": f"{ticket.size:,} positions, density {ticket.density:.2%}, granularity {ticket.granularity.name}"
+        if ticket.size
+        else "none",
+        "Heads": ", ".join(config.modules_to_save or ()) or "none",
+        "Weights": f"{size:,} bytes",
+    }
+    lines = [f"## Selective Feature Adapter{'' if name == 'default' else f' `{name}`'}", "", "| | |", "| --- | --- |"]
+    lines += [f"| {title} | {value} |" for title, value in rows.items() if value]
+    if evaluation.metrics:
+        split = f" ({evaluation.split})" if evaluation.split else ""
+        lines += ["", "| Metric | Value |", "| --- | --- |"]
+        lines += [f"| {m} on {evaluation.dataset}{split} | {v:.4g} |" for m, v in evaluation.metrics.items()]
+    return "\n".join(lines)
+
+
+def _number(budget: int | float) -> str:
+    return f"{budget:,}" if isinstance(budget, int) else f"{budget:.4g} of the backbone"
+
+
+def parameter_counts(model: PeftModel, name: str) -> dict[str, int]:
+    """How many parameters an adapter has: `internal`, `external`, and in its `heads`."""
+    layers = [layer for _, layer in sfa_layers(model)]
+    internal = sum(layer.sfa_internal[name].num_values for layer in layers if name in layer.sfa_internal)
+    every = sum(p.numel() for layer in layers for p in layer.parameters_of(name))
+    heads = [p for key, p in model.named_parameters() if f".modules_to_save.{name}." in key]
+    return {"internal": internal, "external": every - internal, "heads": sum(p.numel() for p in heads)}
+
+
+def _draw(ticket: Ticket, config: SFAConfig, path: Path) -> bool:
+    """Draw the ticket's picture; False where matplotlib is not installed.
+
+    The picture of the same ticket is kept on the config, since drawing takes longer than saving.
+    """
+    key = digest_of(ticket.by_name()) + json.dumps(ticket.widths, sort_keys=True)
+    drawn_of, picture = getattr(config, "drawn", (None, b""))
+    if drawn_of == key:
+        path.write_bytes(picture)
+        return True
+    try:
+        draw_ticket(ticket, path)
+    except ImportError:
+        return False
+    config.drawn = (key, path.read_bytes())  # type: ignore[attr-defined]
+    return True
+
+
+def _snippet(model: PeftModel, name: str, source: str, is_repo: bool) -> str:
+    """Code that loads the adapter, to be pasted."""
+    base = model.get_base_model()
+    config = model.peft_config[name]
+    options = ""
+    num_labels = getattr(getattr(base, "config", None), "num_labels", None)
+    if config.modules_to_save and isinstance(num_labels, int):
+        options = f", num_labels={num_labels}, ignore_mismatched_sizes=True"
+    base_name = getattr(base, "name_or_path", "") or config.base_model_name_or_path
+    cls = type(base)
+    if base_name and (hub_id(base_name) or not is_repo):
+        library = cls.__module__.partition(".")[0]
+        imports = f"from {library if library == 'transformers' else cls.__module__} import {cls.__name__}\n"
+        make = f'base = {cls.__name__}.from_pretrained("{base_name}"{options})'
+    else:
+        imports, make = "", f"base = ...  # the {cls.__name__} that the adapter was trained on"
+    subfolder = "" if name == "default" else f', subfolder="{name}"'
+    return (
+        f"import sfa_peft  # makes SFA known to PEFT\nfrom peft import PeftModel\n{imports}\n{make}\n"
+        f"model = PeftModel.from_pretrained(base, {json.dumps(source)}{subfolder}).eval()"
+    )
+
+
+@dataclass
+class Push:
+    """An upload to the Hub: of a folder, in one commit."""
+
+    repo_id: str
+    private: bool | None = None
+    token: bool | str | None = None
+    revision: str | None = None
+    create_pr: bool = False
+
+    def __post_init__(self) -> None:
+        self.api = HfApi(token=self.token)
+        self.repo_id = self.api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id
+
+    def fetch_card(self, folder: Path) -> None:
+        """Bring the card that the branch has, if it has one, so that what is written there stays."""
+        if self.revision and not self.create_pr and not self.revision.startswith("refs/"):
+            self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
+        with suppress(EntryNotFoundError, RevisionNotFoundError):  # a repository may have no commit yet
+            shutil.copy(self.api.hf_hub_download(self.repo_id, CARD, revision=self.revision), folder / CARD)
+
+    def upload(self, folder: Path, message: str, description: str | None) -> CommitInfo:
+        return self.api.upload_folder(
+            repo_id=self.repo_id,
+            folder_path=folder,
+            commit_message=message,
+            commit_description=description,
+            revision=self.revision,
+            create_pr=self.create_pr,
+        )
