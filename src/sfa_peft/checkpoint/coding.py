@@ -103,8 +103,8 @@ class _Reader:
     def planes(self, count: int, planes: int) -> Ints:
         """`count` numbers of `planes` bits each."""
         numbers = np.zeros(count, dtype=np.int64)
-        for plane in range(planes):
-            numbers |= self.bits(count).astype(np.int64) << plane
+        for i, plane in enumerate(self.bits(count * planes).reshape(planes, count)):
+            numbers |= plane.astype(np.int64) << i
         return numbers
 
     def unary(self, count: int, most: int) -> Ints:
@@ -121,8 +121,12 @@ def _bits(bits: NDArray[np.bool_] | Bytes) -> Bytes:
     return np.packbits(bits, bitorder="little")
 
 
-def _planes(numbers: Ints, planes: int) -> list[Bytes]:
-    return [_bits(numbers >> plane & 1) for plane in range(planes)]
+def _planes(numbers: Ints, planes: int) -> Bytes:
+    """The lowest bits of all numbers, then the next ones, and so on, without padding between them."""
+    bits = np.empty((planes, len(numbers)), dtype=np.uint8)
+    for i in range(planes):
+        bits[i] = numbers >> i & 1
+    return _bits(bits.reshape(-1))
 
 
 def _unary(numbers: Ints, multiple: int = 1) -> Bytes:
@@ -145,8 +149,8 @@ def _encode_gaps(gaps: Ints) -> list[Bytes]:
     rank_bits = np.unpackbits(ranks.astype("<u8").view(np.uint8).reshape(-1, 8), axis=1, bitorder="little")
     return [
         np.frombuffer(header.to_bytes(4, "little"), dtype=np.uint8),
-        *_planes(gaps, low_bits),
-        *_planes(codes, rice),
+        _planes(gaps, low_bits),
+        _planes(codes, rice),
         _bits(_unary(codes >> rice)),
         _bits(rank_bits[_in_rank(ones)]),
     ]

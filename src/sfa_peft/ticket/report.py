@@ -57,12 +57,16 @@ class TicketReport:
 
     def __str__(self) -> str:
         ticket = self.ticket
-        loss = f", loss {self.losses[0]:.3f} -> {self.losses[-1]:.3f}" if self.losses else ""
-        what = (
-            f"Ticket of {ticket.size:,} positions, density {ticket.density:.2%}, granularity "
-            f"{ticket.granularity.name}, criterion {ticket.criterion}"
-        )
-        head = f"{what if ticket.shapes else 'No ticket'} ({self.steps} steps{loss})"
+        head = "No ticket"
+        if ticket.shapes:
+            head = (
+                f"Ticket of {ticket.size:,} positions, density {ticket.density:.2%}, granularity "
+                f"{ticket.granularity.name}"
+            )
+            if ticket.criterion:
+                head += f", criterion {ticket.criterion}"
+        if self.losses:
+            head += f" ({self.steps} steps, loss {self.losses[0]:.3f} -> {self.losses[-1]:.3f})"
         return "\n\n".join([head, self._table("layer", "layer"), self._table("module type", "type")])
 
     def _table(self, title: str, per: str) -> str:

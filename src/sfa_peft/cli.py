@@ -1,0 +1,319 @@
+"""The `sfa-peft` command: look at saved adapters, check them, fold them into their base, compare them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import HfHubHTTPError
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+
+from .checkpoint import CheckpointError
+from .checkpoint.fingerprint import BaseMismatchWarning, Fingerprint
+from .checkpoint.seal import AdapterFile, read
+from .checkpoint.validation import ANY_UNITS, INTERNAL, POSITIONS, check_sizes, is_adapter_key, is_positions_key
+from .config import SFAConfig, weights_of
+from .granularity import position_dtype
+from .layer import sfa_layers
+from .ticket import Ticket, TicketReport
+
+OK, BAD, TROUBLE = 0, 1, 2
+EXTERNAL_FOLDER = "external"
+
+
+class RefusedError(Exception):
+    """What a command was asked for cannot be done; the text says why."""
+
+
+@dataclass
+class Saved:
+    """A saved adapter, read and checked."""
+
+    name: str
+    config: SFAConfig
+    file: AdapterFile
+    size: int
+
+    @classmethod
+    def load(cls, name: str, options: dict[str, Any]) -> Saved:
+        config = SFAConfig.from_pretrained(name, **options)
+        weights = weights_of(name, **options)
+        if weights is None:
+            raise RefusedError(f"{name!r} has a config, but no weights.")
+        return cls(name, config, read(weights), weights.stat().st_size)
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """The file's bytes by what they are for."""
+        counted: Counter[str] = Counter()
+        for key, tensor in self.file.tensors.items():
+            counted[_part(key)] += tensor.numel() * tensor.element_size()
+        counted["names and seal"] = self.size - sum(counted.values())
+        return dict(counted)
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """The adapter's parameters by what they are for."""
+        counted: Counter[str] = Counter()
+        for key, tensor in self.file.tensors.items():
+            if not is_positions_key(key):
+                counted[_part(key)] += tensor.numel()
+        return dict(counted)
+
+    @property
+    def ticket(self) -> Ticket:
+        if not self.file.shapes and self.config.ticket_sizes:
+            raise RefusedError(
+                f"{self.name!r} was not saved by sfa_peft itself, so the shapes of its base are not known."
+            )
+        sizes, widths = self.config.ticket_sizes or {}, self.config.external_widths or {}
+        units = {name: self.config.granularity.count(shape) for name, shape in self.file.shapes.items()}
+        positions: dict[str, dict[str, torch.Tensor]] = {}
+        for key, own in check_sizes(self.file.tensors, sizes, widths, units).items():
+            module, _, parameter = key.removeprefix("base_model.model.").removesuffix(POSITIONS).partition(INTERNAL)
+            dtype = position_dtype(units.get(f"{module}.{parameter}", ANY_UNITS))
+            positions.setdefault(module, {})[parameter] = own.to(dtype)
+        return Ticket(positions, self.file.shapes, self.config.granularity, widths)
+
+
+def _part(key: str) -> str:
+    if is_positions_key(key):
+        return "positions"
+    if is_adapter_key(key):
+        return "internal" if INTERNAL in key else "external"
+    return "heads"
+
+
+def inspect(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
+    """What is in an adapter: parameters, bytes, the ticket by layer, the base it was trained on."""
+    saved = Saved.load(args.adapter, _options(args))
+    config = saved.config
+    has_shapes = bool(saved.file.shapes)
+    report = TicketReport(saved.ticket) if has_shapes or not config.ticket_sizes else None
+    base = Fingerprint.from_dict(config.base_fingerprint) if config.base_fingerprint else None
+    found = {
+        "adapter": saved.name,
+        "base_model": config.base_model_name_or_path,
+        "base_class": (config.auto_mapping or {}).get("base_model_class"),
+        "base_fingerprint": base
+        and {"roots": list(base.roots), "layout": base.layout, "parameters": len(base.samples)},
+        "budget": config.budget,
+        "granularity": config.internal_granularity,
+        "external_widths": config.external_widths,
+        "heads": sorted(config.modules_to_save or ()),
+        "parameters": saved.parameters,
+        "bytes": saved.bytes | {"total": saved.size},
+        "digest": saved.file.digest,
+        "sealed": saved.file.config is not None,
+        "ticket": report
+        and {
+            "size": report.ticket_size,
+            "density": report.density,
+            "layers": {
+                n: dict(zip(("positions", "of", "width"), row, strict=True))
+                for n, row in report.counts("layer").items()
+            },
+        },
+    }
+    where = f"{len(base.samples)} parameters of {' and '.join(base.roots) or 'the model'}" if base else "none"
+    lines = [
+        f"adapter      {saved.name}",
+        f"base         {found['base_model'] or 'not named'} ({found['base_class'] or 'class not known'})",
+        f"fingerprint  {where}",
+        f"budget       {'widths and density were given' if config.budget is None else config.budget}",
+        f"digest       {saved.file.digest[:16]}{'' if found['sealed'] else ' (no seal)'}",
+        "",
+        _table(
+            ("part", "parameters", "bytes"),
+            [
+                *((part, _count(saved.parameters.get(part)), f"{n:,}") for part, n in saved.bytes.items()),
+                ("total", f"{sum(saved.parameters.values()):,}", f"{saved.size:,}"),
+            ],
+        ),
+        "",
+        str(report) if report else "The shapes of the base are not in the file, so there are no densities.",
+    ]
+    return OK, found, "\n".join(lines)
+
+
+def verify(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
+    """Whether an adapter is whole, fits a base model, and was trained on these weights."""
+    saved = Saved.load(args.adapter, _options(args))
+    base = _base(args, saved.config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", BaseMismatchWarning)
+        try:
+            PeftModel.from_pretrained(base, args.adapter, **_options(args))
+        except BaseMismatchWarning as error:
+            return BAD, {"ok": False, "error": str(error)}, f"{args.adapter}: wrong base: {error}"
+    known = saved.config.base_fingerprint is not None
+    note = "" if known else " (it has no fingerprint: whether the base has the weights of the training cannot be told)"
+    found = {"ok": True, "digest": saved.file.digest, "fingerprint": known}
+    return OK, found, f"{args.adapter}: whole, and fits {args.base}{note}"
+
+
+def merge(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
+    """Fold the ticket's values and the heads into the base, and save it.
+
+    External adapters cannot be folded into weights; they are saved beside it, as an adapter for the folded base.
+    """
+    saved = Saved.load(args.adapter, _options(args))
+    out = Path(args.out)
+    if out.exists() and any(out.iterdir()):
+        raise RefusedError(f"--out {str(out)!r} is not empty; name a new folder.")
+    base = _base(args, saved.config)
+    model = PeftModel.from_pretrained(base, args.adapter, **_options(args))
+    tensors = {k: t for k, t in get_peft_model_state_dict(model).items() if is_adapter_key(k) and INTERNAL not in k}
+    for _, layer in sfa_layers(model):
+        layer.remove_externals("default")
+    folded = model.merge_and_unload(safe_merge=True)
+    folded.save_pretrained(out)
+    text = f"folded into {out}"
+    found: dict[str, Any] = {"out": str(out), "external": None}
+    if tensors:
+        own = saved.config.to_dict() | {
+            "ticket_sizes": {},
+            "target_modules": [],
+            "target_heads": None,
+            "modules_to_save": None,
+            "base_fingerprint": None,
+            "base_model_name_or_path": str(out),
+            "external_share": 1.0,
+        }
+        rest = PeftModel(folded, SFAConfig(**own))
+        set_peft_model_state_dict(rest, tensors)
+        rest.save_pretrained(str(out / EXTERNAL_FOLDER))
+        found["external"] = str(out / EXTERNAL_FOLDER)
+        text += f"; the external adapters, for that base: {out / EXTERNAL_FOLDER}"
+    return OK, found, text
+
+
+def diff(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
+    """What two adapters have in common: the overlap of their tickets by layer, and their widths."""
+    options = _options(args)
+    a, b = (Saved.load(name, options) for name in (args.adapter, args.other))
+    tickets = a.ticket, b.ticket
+    overlap, layers = tickets[0].overlap(tickets[1]), tickets[0].overlap(tickets[1], per="layer")
+    widths = {
+        f"{place}: {module}": tuple((c.config.external_widths or {}).get(place, {}).get(module, 0) for c in (a, b))
+        for c in (a, b)
+        for place, modules in (c.config.external_widths or {}).items()
+        for module in modules
+    }
+    differing = {name: pair for name, pair in widths.items() if pair[0] != pair[1]}
+    same_base = a.config.base_fingerprint == b.config.base_fingerprint
+    equal = a.file.digest == b.file.digest
+    found = {
+        "overlap": overlap,
+        "layers": layers,
+        "ticket_sizes": [t.size for t in tickets],
+        "widths": {name: list(pair) for name, pair in differing.items()},
+        "same_base": same_base,
+        "equal": equal,
+    }
+    lines = [
+        f"a  {a.name}: {tickets[0].size:,} positions",
+        f"b  {b.name}: {tickets[1].size:,} positions",
+        f"overlap (IoU) {overlap:.3f}, {'the same' if same_base else 'not the same'} base"
+        + (", the same tensors" if equal else ""),
+        "",
+        _table(("layer", "overlap"), [(name, f"{value:.3f}") for name, value in layers.items()]),
+    ]
+    if differing:
+        lines += ["", _table(("width", "a", "b"), [(n, str(x), str(y)) for n, (x, y) in differing.items()])]
+    return OK if equal else BAD, found, "\n".join(lines)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    wide = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    return "\n".join(
+        " ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, wide, strict=True)))
+        for row in (head, *rows)
+    )
+
+
+def _count(number: int | None) -> str:
+    return f"{number:,}" if number else "-"
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    given = {"revision": args.revision, "token": args.token, "subfolder": args.subfolder}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _base(args: argparse.Namespace, config: SFAConfig) -> nn.Module:
+    """The base model, by the class that the adapter was trained with, or else the one that its config names."""
+    options = {} if args.num_labels is None else {"num_labels": args.num_labels, "ignore_mismatched_sizes": True}
+    try:
+        own = transformers.AutoConfig.from_pretrained(args.base)
+        names = [(config.auto_mapping or {}).get("base_model_class"), *(own.architectures or ())]
+        cls = next((getattr(transformers, name) for name in names if name and hasattr(transformers, name)), None)
+        if cls is None:
+            raise RefusedError(
+                f"--base {args.base!r} is of a class that transformers does not have; load it in Python."
+            )
+        return cls.from_pretrained(args.base, **options)
+    except (OSError, ValueError) as error:
+        raise RefusedError(f"--base {args.base!r} cannot be loaded: {error}") from error
+
+
+Command = Callable[[argparse.Namespace], tuple[int, dict[str, Any], str]]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sfa-peft",
+        description="Look at saved SFA adapters. Exit codes: 0 fine, 1 damaged, unfit or different, 2 could not run.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(run: Command) -> argparse.ArgumentParser:
+        text = (run.__doc__ or "").strip()
+        own = commands.add_parser(run.__name__, help=text.splitlines()[0], description=text)
+        own.set_defaults(run=run)
+        own.add_argument("adapter", metavar="PATH_OR_REPO", help="a folder, or a repository on the Hub")
+        own.add_argument("--revision", help="of the repository")
+        own.add_argument("--subfolder", help="of the folder or repository")
+        own.add_argument("--token", help="for a private repository; the stored one unless given")
+        own.add_argument("--json", action="store_true", help="print JSON instead of tables")
+        return own
+
+    command(inspect)
+    for run in (verify, merge):
+        own = command(run)
+        own.add_argument("--base", required=True, metavar="MODEL", help="folder or repository of the base model")
+        own.add_argument("--num-labels", type=int, help="classes of the head, where the base has other ones")
+        if run is merge:
+            own.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+    command(diff).add_argument("other", metavar="OTHER", help="another adapter")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        code, found, text = args.run(args)
+    except CheckpointError as error:
+        code, found, text = BAD, {"ok": False, "error": str(error)}, f"sfa-peft: {error}"
+    except (RefusedError, HfHubHTTPError, ValueError, OSError) as error:
+        code, found, text = TROUBLE, {"ok": False, "error": str(error)}, f"sfa-peft: {error}"
+    if args.json:
+        print(json.dumps(found, indent=2))
+    else:
+        print(text, file=sys.stdout if "error" not in found else sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
