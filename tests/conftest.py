@@ -1,8 +1,23 @@
+import os
+import tempfile
 import warnings
 
-import pytest
-import torch
-from hypothesis import settings
+from hub_server import TOKEN, HubServer
+
+# Before anything imports huggingface_hub, which reads these once: no test can reach the real Hub.
+HUB = HubServer()
+os.environ |= {
+    "HF_ENDPOINT": HUB.url,
+    "HF_HOME": tempfile.mkdtemp(prefix="hf-home-"),
+    "HF_TOKEN": TOKEN,
+    "HF_HUB_DISABLE_XET": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 # Tiny models: threads would cost more than they give.
 torch.set_num_threads(1)
@@ -18,3 +33,10 @@ def _quiet_and_seeded():
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture
+def hub():
+    """An empty Hub on loopback."""
+    HUB.reset()
+    return HUB

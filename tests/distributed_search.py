@@ -22,6 +22,10 @@ model = adapted()
 search(model, data, accelerator=accelerator, loss_fn=backbone_loss)
 torch.save(positions(model), folder / f"rank{rank}.pt")
 
+# Whoever is asked to save, only the main process writes.
+model.save_pretrained(folder / f"saved{rank}")
+model.save_pretrained(folder / "saved")
+
 # Everything that ranks could disagree on: rounds, widths, values to begin with. Stopped once and resumed.
 model = auto(external_places=["attention", "mlp", "mlp_parallel"])
 options = {"accelerator": accelerator, "rounds": 2, "steps": 3, "rewind_step": 1, "criterion": "credit"}

@@ -288,6 +288,10 @@ def test_two_processes_find_the_same_ticket_as_one(tmp_path):
     assert tiny.same_state(*ranks)
     assert tiny.same_state(*(torch.load(tmp_path / f"auto{i}.pt") for i in range(2)))
     assert not (tmp_path / "progress.safetensors").exists()
+    saved = [{f.name for f in (tmp_path / f"saved{i}").glob("*")} for i in range(2)]
+    assert "adapter_model.safetensors" in saved[0]
+    assert saved[1] == set()
+    assert {f.name for f in (tmp_path / "saved").iterdir()} == saved[0]
     errors = [json.loads((tmp_path / f"error{i}.json").read_text()) for i in range(2)]
     assert errors[1] == "ValueError: no loss here"
     assert errors[0].startswith("TicketSearchError: the loss was nan at step 0 of the search on a process")

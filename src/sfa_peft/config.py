@@ -361,9 +361,18 @@ class SFAConfig(PeftConfig):
         ):
             value = getattr(self, name)
             self._check(name, isinstance(value, str) and value in choices, f"choose one of {sorted(choices)}")
+        for name in ("base_model_name_or_path", "revision", "task_type", "peft_version"):
+            value = getattr(self, name)
+            self._check(name, value is None or isinstance(value, str), "use a string or None")
+        self._check("inference_mode", isinstance(self.inference_mode, bool), "use True or False")
+        self._check("auto_mapping", isinstance(self.auto_mapping, dict | None), "saving fills it in")
         for name in ("values_dtype", "heads_dtype"):
             value = getattr(self, name)
-            self._check(name, value is None or value in DTYPES, f"choose one of {sorted(DTYPES)}, or None")
+            self._check(
+                name,
+                value is None or (isinstance(value, str) and value in DTYPES),
+                f"choose one of {sorted(DTYPES)}, or None",
+            )
         for name in ("target_modules", "exclude_modules", "external_modules"):
             self._check_names(name)
         targets = self.target_heads

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, EvalResult, HfApi, ModelCard
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RevisionNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from torch import nn
@@ -26,6 +27,7 @@ from .ticket.install import adapter_of
 from .ticket.picture import draw_ticket
 
 CARD = "README.md"
+RETRY_AFTER = (1, 2, 4)  # seconds
 PICTURE = "ticket.png"
 BEGIN, END = (
     "<!-- sfa_peft: begin; what is between these lines is written anew by each save -->",
@@ -117,7 +119,7 @@ def update_card(model: PeftModel, folder: Path, source: str, is_repo: bool = Fal
         return
     base = model.get_base_model()
     first = next(iter(saved))
-    evaluation: Evaluation = getattr(model.peft_config[first], "evaluation", Evaluation())
+    evaluation = _evaluation(model.peft_config[first], card)
     card.data.library_name = "peft"
     card.data.pipeline_tag = evaluation.task or card.data.pipeline_tag or task_of(base)
     base_id = hub_id(getattr(base, "name_or_path", "") or model.peft_config[first].base_model_name_or_path)
@@ -150,7 +152,7 @@ def update_card(model: PeftModel, folder: Path, source: str, is_repo: bool = Fal
         drawn = _draw(ticket_of(model, name), model.peft_config[name], own / PICTURE)
         size = (own / WEIGHTS).stat().st_size
         sections += [
-            _summary(model, name, base_id, size),
+            _summary(model, name, _evaluation(model.peft_config[name], card), base_id, size),
             *([f"![Where the adapter sits in the backbone]({picture})"] if drawn else []),
             f"```python\n{_snippet(model, name, source, is_repo)}\n```",
         ]
@@ -187,10 +189,19 @@ def _with_section(text: str, section: str) -> str:
     return f"{before.rstrip()}\n\n{section}\n\n{heading}{after}"
 
 
-def _summary(model: PeftModel, name: str, base_id: str | None, size: int) -> str:
+def _evaluation(config: SFAConfig, card: ModelCard) -> Evaluation:
+    """What was said of an adapter, or else what its card says already."""
+    said = getattr(config, "evaluation", None)
+    results = card.data.eval_results or []
+    if said is not None or not results:
+        return said or Evaluation()
+    metrics = {r.metric_type: r.metric_value for r in results if r.dataset_name == results[0].dataset_name}
+    return Evaluation(results[0].task_type, results[0].dataset_name, results[0].dataset_split, metrics)
+
+
+def _summary(model: PeftModel, name: str, evaluation: Evaluation, base_id: str | None, size: int) -> str:
     config = model.peft_config[name]
     base = model.get_base_model()
-    evaluation: Evaluation = getattr(config, "evaluation", Evaluation())
     counts = parameter_counts(model, name)
     ticket = ticket_of(model, name)
     widths = [w for modules in (config.external_widths or {}).values() for w in modules.values()]
@@ -239,14 +250,19 @@ def _draw(ticket: Ticket, config: SFAConfig, path: Path) -> bool:
     The picture of the same ticket is kept on the config, since drawing takes longer than saving.
     """
     key = digest_of(ticket.by_name()) + json.dumps(ticket.widths, sort_keys=True)
-    drawn_of, picture = getattr(config, "drawn", (None, b""))
+    drawn_of, drawn = getattr(config, "drawn", (None, b""))
     if drawn_of == key:
-        path.write_bytes(picture)
+        path.write_bytes(drawn)
         return True
     try:
+        from PIL import Image
+
         draw_ticket(ticket, path)
     except ImportError:
         return False
+    # A palette keeps the picture smaller than most adapters.
+    with Image.open(path) as picture:
+        picture.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
     config.drawn = (key, path.read_bytes())  # type: ignore[attr-defined]
     return True
 
@@ -296,6 +312,21 @@ class Push:
             shutil.copy(self.api.hf_hub_download(self.repo_id, CARD, revision=self.revision), folder / CARD)
 
     def upload(self, folder: Path, message: str, description: str | None) -> CommitInfo:
+        """Upload in one commit. The client asks a Hub that is down again, but not for the commit itself.
+
+        A commit that was made although the answer got lost is not made twice, since nothing would change; a pull
+        request would be, so it is not tried again.
+        """
+        for wait in () if self.create_pr else RETRY_AFTER:
+            try:
+                return self._upload(folder, message, description)
+            except HfHubHTTPError as error:
+                if error.response.status_code < 500:
+                    raise
+                time.sleep(wait)
+        return self._upload(folder, message, description)
+
+    def _upload(self, folder: Path, message: str, description: str | None) -> CommitInfo:
         return self.api.upload_folder(
             repo_id=self.repo_id,
             folder_path=folder,

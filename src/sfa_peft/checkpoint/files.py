@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -20,7 +21,24 @@ _STAGE = ".sfa-save-"
 def write_whole(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file, and its folder if need be. An old file is replaced as a whole, or stays as it was."""
     with staged(path.parent) as stage:
-        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, stage / path.name, metadata)
+        save_tensors(stage / path.name, tensors, metadata)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file: the same bytes for the same content.
+
+    safetensors writes metadata in a random order, so its header is written anew, with as many bytes.
+    """
+    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path, metadata)
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(metadata.items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > size:
+            raise RuntimeError(f"safetensors wrote a header of {size} bytes, and it takes {len(text)} when sorted")
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 @contextmanager

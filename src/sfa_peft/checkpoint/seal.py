@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from .files import save_tensors
 from .validation import CheckpointError, is_positions_key
 
 WEIGHTS = "adapter_model.safetensors"
@@ -78,7 +78,7 @@ def seal(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype_of: Callable
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     sealed = {"config": config, "shapes": {name: list(shape) for name, shape in shapes.items()}}
     packed = zlib.compress(json.dumps(sealed, sort_keys=True, separators=(",", ":")).encode(), 9)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", KEY: base64.b85encode(packed).decode()})
+    save_tensors(folder / WEIGHTS, tensors, {"format": "pt", KEY: base64.b85encode(packed).decode()})
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

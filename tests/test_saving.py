@@ -1,0 +1,278 @@
+"""Saves are whole: whenever a process is killed, whoever else saves, the old or the new adapter is there."""
+
+import json
+import os
+import random
+import signal
+import time
+import warnings
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+import tiny
+from sfa_peft import BaseMismatchWarning, CheckpointError, SFAConfig
+from sfa_peft.checkpoint import files
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def adapter(seed):
+    """An adapter whose ticket, widths and values depend on the seed."""
+    torch.manual_seed(seed)
+    config = SFAConfig(
+        budget=0.05 + 0.05 * seed,
+        init_weights=False,
+        initial_ticket="random",
+        ticket_seed=seed,
+        modules_to_save=["classifier"],
+    )
+    return get_peft_model(tiny.swin(), config)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return adapter(0), adapter(1)
+
+
+def child(work):
+    """Run `work` in a process of its own, and give its number."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        warnings.simplefilter("ignore")
+        work()
+    finally:
+        os._exit(0)
+
+
+def which(folder, adapters):
+    """The number of the adapter that the folder holds, whole."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*did not come to its end")
+        loaded = get_peft_model_state_dict(PeftModel.from_pretrained(tiny.swin(), folder))
+    return [tiny.same_state(loaded, get_peft_model_state_dict(a)) for a in adapters].index(True)
+
+
+def test_a_kill_before_or_after_any_rename_leaves_one_adapter(tmp_path, pair, monkeypatch):
+    old, new = pair
+    steps = 0
+    for step in range(100):
+        folder = tmp_path / str(step)
+        old.save_pretrained(folder)
+
+        def save(step=step, folder=folder):
+            replace, calls = os.replace, []
+
+            def killed(source, target):
+                if len(calls) == step // 2 and step % 2 == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                replace(source, target)
+                if len(calls) == step // 2:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                calls.append(target)
+
+            files.os.replace = killed
+            new.save_pretrained(folder)
+
+        _, status = os.waitpid(child(save), 0)
+        assert which(folder, pair) in (0, 1)
+        steps += 1
+        if not os.WIFSIGNALED(status):
+            break
+    assert steps > 2 * 4  # weights, config, card and picture
+    assert which(folder, pair) == 1
+
+
+def test_kills_at_random_moments_leave_one_adapter(tmp_path, pair):
+    for model in reversed(pair):  # their pictures are drawn now, which takes most of the time of a first save
+        model.save_pretrained(tmp_path)
+
+    def save_again_and_again(order):
+        while True:
+            for model in order:
+                model.save_pretrained(tmp_path)
+
+    seen = set()
+    rng = random.Random(0)
+    for _ in range(55):
+        order = rng.sample(pair, 2)
+        pid = child(lambda order=order: save_again_and_again(order))
+        time.sleep(rng.uniform(0.01, 0.15))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        seen.add(which(tmp_path, pair))
+    assert seen == {0, 1}
+    pair[0].save_pretrained(tmp_path)
+    assert {f.name for f in tmp_path.iterdir()} == {WEIGHTS, CONFIG, "README.md", "ticket.png"}
+
+
+def test_two_processes_that_save_to_one_folder_leave_one_adapter(tmp_path, pair):
+    def save(model):
+        for _ in range(15):
+            model.save_pretrained(tmp_path)
+
+    for pid in [child(lambda model=model: save(model)) for model in pair]:
+        assert os.waitpid(pid, 0)[1] == 0
+    assert which(tmp_path, pair) in (0, 1)
+    assert not list(tmp_path.glob(".sfa*"))
+
+
+def test_a_save_that_fails_changes_nothing(tmp_path, pair, monkeypatch):
+    pair[0].save_pretrained(tmp_path)
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sfa_peft.checkpoint.files.save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        pair[1].save_pretrained(tmp_path)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
+
+
+def test_other_files_and_folders_stay(tmp_path, pair):
+    (tmp_path / "optimizer.pt").write_text("mine")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "log").write_text("mine")
+    pair[0].save_pretrained(tmp_path)
+    pair[1].save_pretrained(tmp_path)
+    assert (tmp_path / "optimizer.pt").read_text() == (tmp_path / "runs" / "log").read_text() == "mine"
+
+
+def test_an_interrupted_save_is_told_and_loads_what_the_weights_are(tmp_path, pair):
+    for model, name in zip(pair, ("old", "new"), strict=True):
+        model.save_pretrained(tmp_path / name)
+    (tmp_path / "old" / WEIGHTS).write_bytes((tmp_path / "new" / WEIGHTS).read_bytes())
+    with pytest.warns(UserWarning, match="did not come to its end"):
+        loaded = PeftModel.from_pretrained(tiny.swin(), tmp_path / "old")
+    assert tiny.same_state(get_peft_model_state_dict(loaded), get_peft_model_state_dict(pair[1]))
+
+
+def refused(folder, match):
+    base = tiny.swin()
+    before = tiny.state(base)
+    with pytest.raises(CheckpointError, match=match):
+        PeftModel.from_pretrained(base, folder)
+    assert tiny.same_state(tiny.state(base), before)
+
+
+def test_one_flipped_bit_of_a_value_is_found(tmp_path, pair):
+    pair[0].save_pretrained(tmp_path)
+    data = bytearray((tmp_path / WEIGHTS).read_bytes())
+    data[-1] ^= 1
+    (tmp_path / WEIGHTS).write_bytes(bytes(data))
+    refused(tmp_path, "digest")
+
+
+def test_tensors_that_another_program_changed_are_found(tmp_path, pair):
+    pair[0].save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    next(t for n, t in tensors.items() if n.endswith("up.weight")).mul_(2)
+    save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    refused(tmp_path, "weights_digest differs")
+    config = json.loads((tmp_path / CONFIG).read_text())
+    del config["weights_digest"]
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    PeftModel.from_pretrained(tiny.swin(), tmp_path)  # as the message says
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "match"),
+    [
+        ("external_scale", 0.5, "external_scale"),
+        ("external_activation", "relu", "external_activation"),
+        ("modules_to_save", None, "modules_to_save"),
+        ("ticket_sizes", {"a.weight": 2**60}, "ticket_sizes"),
+        ("external_widths", {"mlp": {"a": 2**40}}, "external_widths"),
+        ("format_version", 99, "format_version"),
+        ("external_scale", "loud", "external_scale"),
+        ("target_modules", {"a": 1}, "target_modules"),
+        ("base_model_name_or_path", 3, "base_model_name_or_path"),
+        ("peft_type", None, "damaged"),
+    ],
+)
+def test_a_changed_config_is_refused(tmp_path, pair, field, value, match):
+    pair[0].save_pretrained(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(config | {field: value}))
+    refused(tmp_path, match)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '"SFA"', "\x00\xff", "[" * 100_000])
+def test_a_config_that_is_no_json_object_is_refused(tmp_path, pair, text):
+    pair[0].save_pretrained(tmp_path)
+    (tmp_path / CONFIG).write_text(text, encoding="latin-1")
+    refused(tmp_path, "damaged")
+
+
+def test_fields_that_may_be_edited_may_be_edited(tmp_path, pair):
+    pair[0].save_pretrained(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": "me/my-base"}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        PeftModel.from_pretrained(tiny.swin(), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("saved_as", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_cast_of_the_same_base_is_the_same_base(tmp_path, dtype, saved_as):
+    base = tiny.swin()
+    with torch.no_grad():
+        for p in base.parameters():
+            p.normal_()
+    weights = tiny.state(base)
+    get_peft_model(base.to(saved_as), SFAConfig(budget=0.1)).save_pretrained(tmp_path)
+    again = tiny.swin()
+    again.load_state_dict(weights)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", BaseMismatchWarning)
+        PeftModel.from_pretrained(again.to(dtype), tmp_path)
+
+
+def test_another_base_is_told(tmp_path, pair):
+    pair[0].save_pretrained(tmp_path)
+    with pytest.warns(BaseMismatchWarning, match=r"of 71 parameters have other values, such as 'backbone\.swin"):
+        PeftModel.from_pretrained(tiny.swin(seed=1), tmp_path)
+    with pytest.warns(BaseMismatchWarning, match="other shapes"):
+        PeftModel.from_pretrained(tiny.swin(window_size=2), tmp_path)
+    base = tiny.swin(seed=1)
+    before = tiny.state(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", BaseMismatchWarning)
+        with pytest.raises(BaseMismatchWarning):
+            PeftModel.from_pretrained(base, tmp_path)
+    assert tiny.same_state(tiny.state(base), before)
+
+
+def test_what_the_adapter_has_nothing_to_do_with_may_differ(tmp_path, pair):
+    pair[0].save_pretrained(tmp_path)
+    base = tiny.swin()
+    torch.nn.init.normal_(base.decode_head.bottleneck.conv.weight)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", BaseMismatchWarning)
+        PeftModel.from_pretrained(base, tmp_path)
+
+
+def test_a_base_that_was_trained_on_a_little_is_another(tmp_path, pair):
+    pair[0].save_pretrained(tmp_path)
+    base = tiny.swin()
+    with torch.no_grad():
+        for p in base.backbone.parameters():
+            p.mul_(1.0001)
+    with pytest.warns(BaseMismatchWarning):
+        PeftModel.from_pretrained(base, tmp_path)
+
+
+def test_an_adapter_that_goes_on_with_another_base_takes_its_fingerprint(tmp_path, pair):
+    pair[0].save_pretrained(tmp_path / "a")
+    with pytest.warns(BaseMismatchWarning):
+        model = PeftModel.from_pretrained(tiny.swin(seed=1), tmp_path / "a", is_trainable=True)
+    model.save_pretrained(tmp_path / "b")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", BaseMismatchWarning)
+        PeftModel.from_pretrained(tiny.swin(seed=1), tmp_path / "b")
