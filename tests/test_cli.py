@@ -1,0 +1,176 @@
+"""The `sfa-peft` command, as a shell would call it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import UperNetForSemanticSegmentation
+
+import tiny
+from sfa_peft import SFAConfig
+from sfa_peft.cli import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base model and some adapters of it."""
+    folder = tmp_path_factory.mktemp("cli")
+    tiny.swin().save_pretrained(folder / "base")
+    tiny.swin(seed=5).save_pretrained(folder / "other_base")
+    for name, options in {
+        "both": {},
+        "random": {"initial_ticket": "random"},
+        "internal": {"external_share": 0.0},
+        "rows": {"internal_granularity": "row"},
+        "heads": {"modules_to_save": ["decode_head"]},
+    }.items():
+        base = UperNetForSemanticSegmentation.from_pretrained(folder / "base")
+        model = get_peft_model(base, SFAConfig(**{"budget": 0.1} | options))
+        tiny.train(model).save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def run(folder, capsys, monkeypatch):
+    """Run a command in the folder; its exit code, output and errors."""
+
+    def run(*args):
+        monkeypatch.chdir(folder)
+        capsys.readouterr()
+        code = main([str(a) for a in args])
+        out = capsys.readouterr()
+        return code, json.loads(out.out) if "--json" in args else out.out, out.err
+
+    return run
+
+
+def test_inspect(run, folder):
+    code, text, _ = run("inspect", "heads")
+    assert code == 0
+    for part in ("internal", "external", "positions", "heads", "layers.0.blocks.1", "mlp.fc1", "UperNetForSemantic"):
+        assert part in text
+    code, found, _ = run("inspect", "heads", "--json")
+    assert code == 0
+    tensors = load_file(folder / "heads" / "adapter_model.safetensors")
+    assert found["bytes"]["total"] == (folder / "heads" / "adapter_model.safetensors").stat().st_size
+    assert found["bytes"]["positions"] == sum(len(t) for k, t in tensors.items() if k.endswith("_positions"))
+    assert found["parameters"]["internal"] == found["ticket"]["size"]
+    assert sum(layer["positions"] for layer in found["ticket"]["layers"].values()) == found["ticket"]["size"]
+    assert found["heads"] == ["decode_head"]
+    assert found["base_fingerprint"]["roots"] == ["backbone.swin.encoder.layers"]
+
+
+def test_inspect_of_what_is_on_the_hub(run, folder, hub):
+    PeftModel.from_pretrained(tiny.swin(), folder / "both").push_to_hub("me/both", private=True)
+    assert run("inspect", "me/both", "--json")[1]["ticket"] == run("inspect", "both", "--json")[1]["ticket"]
+    assert run("inspect", "me/both", "--revision", "main")[0] == 0
+    code, _, errors = run("inspect", "me/nothing")
+    assert code == 2
+    assert "me/nothing" in errors
+
+
+def test_verify(run, folder):
+    assert run("verify", "both", "--base", "base")[0] == 0
+    assert run("verify", "both", "--base", "base", "--json")[1]["ok"] is True
+    code, text, errors = run("verify", "both", "--base", "other_base")
+    assert code == 1
+    assert text == ""
+    assert "trained on another base model" in errors
+    code, found, _ = run("verify", "both", "--base", "other_base", "--json")
+    assert code == 1
+    assert found["ok"] is False
+    code, _, errors = run("verify", "both", "--base", "nowhere")
+    assert code == 2
+    assert "--base" in errors
+
+
+def test_verify_of_a_damaged_adapter(run, folder, tmp_path):
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / file).write_bytes((folder / "both" / file).read_bytes())
+    data = bytearray((tmp_path / "adapter_model.safetensors").read_bytes())
+    data[-3] ^= 4
+    (tmp_path / "adapter_model.safetensors").write_bytes(bytes(data))
+    for command in (("inspect", tmp_path), ("verify", tmp_path, "--base", "base"), ("diff", "both", tmp_path)):
+        code, _, errors = run(*command)
+        assert code == 1
+        assert "digest" in errors
+
+
+@pytest.mark.parametrize("name", ["internal", "both", "rows", "heads"])
+def test_merge_gives_the_same_outputs(run, folder, tmp_path, name):
+    out = tmp_path / "out"
+    code, found, _ = run("merge", name, "--base", "base", "--out", out, "--json")
+    assert code == 0
+    expected = tiny.output(
+        PeftModel.from_pretrained(UperNetForSemanticSegmentation.from_pretrained(folder / "base"), folder / name)
+    )
+    merged = UperNetForSemanticSegmentation.from_pretrained(out)
+    if name == "internal":
+        assert found["external"] is None
+    else:
+        assert not torch.equal(tiny.output(merged), expected)
+        merged = PeftModel.from_pretrained(merged, found["external"])
+    assert torch.allclose(tiny.output(merged), expected, atol=1e-6)
+    assert run("merge", name, "--base", "base", "--out", out)[0] == 2  # it is not empty any more
+
+
+def test_merge_of_a_head_with_other_classes(run, folder, tmp_path):
+    base = UperNetForSemanticSegmentation.from_pretrained(
+        folder / "base", num_labels=7, ignore_mismatched_sizes=True
+    )
+    model = get_peft_model(base, SFAConfig(budget=0.1, modules_to_save=["decode_head"], init_weights=False))
+    model.save_pretrained(tmp_path / "seven")
+    code, _, errors = run("merge", tmp_path / "seven", "--base", "base", "--out", tmp_path / "out")
+    assert code == 1
+    assert "num_labels" in errors
+    code, found, _ = run(
+        "merge", tmp_path / "seven", "--base", "base", "--out", tmp_path / "out", "--num-labels", "7", "--json"
+    )
+    assert code == 0
+    merged = PeftModel.from_pretrained(
+        UperNetForSemanticSegmentation.from_pretrained(tmp_path / "out"), found["external"]
+    )
+    assert torch.allclose(tiny.output(merged), tiny.output(model), atol=1e-6)
+
+
+def test_diff(run):
+    code, found, _ = run("diff", "both", "random", "--json")
+    assert code == 1
+    assert 0 < found["overlap"] < 0.5
+    assert found["same_base"] is True
+    code, found, _ = run("diff", "both", "both", "--json")
+    assert code == 0
+    assert found["overlap"] == 1
+    code, text, _ = run("diff", "both", "internal")
+    assert code == 1
+    assert "mlp_parallel" in text
+    code, _, errors = run("diff", "both", "rows")
+    assert code == 2
+    assert "granularity" in errors
+
+
+def test_an_adapter_that_another_program_saved(run, folder, tmp_path):
+    """Its shapes are not known, as it has no seal."""
+    tensors = load_file(folder / "both" / "adapter_model.safetensors")
+    save_file(tensors, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "both" / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    code, found, _ = run("inspect", tmp_path, "--json")
+    assert code == 0
+    assert found["sealed"] is False
+    assert found["ticket"] is None
+    assert run("diff", "both", tmp_path)[0] == 2
+    assert run("verify", tmp_path, "--base", "base")[0] == 0
+
+
+def test_it_is_a_command():
+    done = subprocess.run([sys.executable, "-m", "sfa_peft.cli", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    for name in ("inspect", "verify", "merge", "diff"):
+        assert name in done.stdout
+    done = subprocess.run([sys.executable, "-m", "sfa_peft.cli", "merge", "x"], capture_output=True, text=True)
+    assert done.returncode == 2
