@@ -23,18 +23,20 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import SwinConfig, UperNetConfig, UperNetForSemanticSegmentation
 
 from sfa_peft import CheckpointError, SFAConfig
 from sfa_peft.checkpoint.coding import encode_positions
-from sfa_peft.checkpoint.seal import CONFIG, WEIGHTS, seal
+from sfa_peft.checkpoint.packing import CODES
+from sfa_peft.checkpoint.seal import CONFIG, WEIGHTS, read, seal
 
 ABSURD = (
     -1,
@@ -124,7 +126,10 @@ def change_config(folder: Path, rng: random.Random) -> None:
 
 def forge(folder: Path, rng: random.Random) -> None:
     """Change tensors, or the sizes that the config tells of them, and seal the result as if it were good."""
-    tensors, config = load_file(folder / WEIGHTS), json.loads((folder / CONFIG).read_text())
+    config = json.loads((folder / CONFIG).read_text())
+    file = read(folder / WEIGHTS)
+    # Packed as they are in the file, or by the parameters that they change.
+    tensors = file.tensors if rng.random() < 0.4 else SFAConfig.from_pretrained(folder).tensors_of(file)
     key = rng.choice(sorted(tensors))
     t = tensors[key]
     kind = rng.randrange(9)
@@ -149,16 +154,18 @@ def forge(folder: Path, rng: random.Random) -> None:
         module = rng.choice(sorted(config["external_widths"][place]))
         config["external_widths"][place][module] = rng.choice([0, 1, 2**20, 2**50, -3])
     else:
-        codes = [k for k in tensors if k.endswith("_positions")]
+        codes = [k for k in tensors if k.endswith("_positions")] or [CODES]
         key = rng.choice(sorted(codes))
-        count = len(tensors[key.removesuffix("_positions")])
+        count = 100 if key == CODES else len(tensors[key.removesuffix("_positions")])
         tensors[key] = encode_positions(torch.arange(count) * rng.choice([1, 7, 2**20]) + rng.choice([0, 5, 2**30]))
     config.pop("weights_digest", None)
     (folder / CONFIG).write_text(json.dumps(config))
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     if rng.random() < 0.7:
-        shapes = {name: rng.choice([(16, 8), (2**40, 2**20), ()]) for name in config["ticket_sizes"]}
-        seal(folder, shapes if rng.random() < 0.3 else {}, lambda key: None)
+        shapes = {name: rng.choice([(16, 8), (2**40, 2**20), (), (0,)]) for name in config["ticket_sizes"]}
+        with suppress(KeyError):  # a code that is lost cannot be packed
+            seal(folder, shapes if rng.random() < 0.3 else file.shapes, lambda key: None)
 
 
 CHANGES: dict[str, Callable[[Path, random.Random], None]] = {

@@ -18,6 +18,7 @@ os.environ |= {
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
+from PIL import Image  # noqa: E402
 
 # Tiny models: threads would cost more than they give.
 torch.set_num_threads(1)
@@ -33,6 +34,18 @@ def _quiet_and_seeded():
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _dots_for_pictures(request, monkeypatch):
+    """A dot in place of the ticket's picture, which takes half a second, except where a test asks for `pictures`."""
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr("sfa_peft.hub.draw_ticket", lambda ticket, path: Image.new("RGB", (1, 1)).save(path))
+
+
+@pytest.fixture
+def pictures():
+    """The real pictures of tickets in model cards."""
 
 
 @pytest.fixture

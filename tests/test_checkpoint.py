@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 import tiny
 from sfa_peft import CheckpointError, SFAConfig, SFALayer, search_ticket
 from sfa_peft.checkpoint.coding import encode_positions
+from sfa_peft.checkpoint.packing import CODES, VALUES
+from sfa_peft.checkpoint.seal import read, seal
 
 CONFIGS = {
     "both": {"budget": 0.1},
@@ -120,7 +122,7 @@ def test_transformers_own_integration(tmp_path):
 def test_sizes_are_known_before_weights_are_read(tmp_path):
     saved(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors = unpacked(tmp_path)
     codes = {k: v for k, v in tensors.items() if k.endswith("_positions")}
     assert len(codes) == len(config["ticket_sizes"])
     for key, code in codes.items():
@@ -177,7 +179,7 @@ def test_a_pretrained_head_is_adapted_instead_of_saved_whole(tmp_path):
     assert not torch.equal(tiny.output(again), tiny.output(tiny.swin()))
 
     def head_bytes(folder):
-        tensors = load_file(tmp_path / folder / "adapter_model.safetensors")
+        tensors = unpacked(tmp_path / folder)
         return sum(t.numel() * t.element_size() for k, t in tensors.items() if "decode_head" in k)
 
     assert head_bytes("adapted") < 0.5 * head_bytes("whole")
@@ -217,15 +219,58 @@ def test_a_pickle_is_neither_written_nor_read(tmp_path):
     assert tiny.same_state(tiny.state(base), before)
 
 
+def unpacked(folder):
+    """The tensors of a file, with those of the internal adapters by the parameters that they change."""
+    config = SFAConfig.from_pretrained(folder)
+    return config.tensors_of(read(folder / "adapter_model.safetensors"))
+
+
 def broken(folder, change):
     """Change the tensors, and take the seal and its digest away, as if another program had written the file."""
-    path = folder / "adapter_model.safetensors"
-    tensors = load_file(path)
+    tensors = unpacked(folder)
     change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
+    tensors = {key: tensor.clone() for key, tensor in tensors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "adapter_config.json").read_text())
     del config["weights_digest"]
     (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def packed_shorter(t):
+    t[VALUES] = t[VALUES][:-1].clone()
+
+
+def packed_alone(t):
+    del t[CODES]
+
+
+def packed_lengths(t):
+    t[CODES][0] ^= 1
+
+
+def packed_floats(t):
+    t[CODES] = t[CODES].float()
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (packed_shorter, "values, not"),
+        (packed_alone, "only one"),
+        (packed_lengths, "is not of"),
+        (packed_floats, "the latter bytes"),
+    ],
+)
+def test_broken_packed_tensors_are_refused(tmp_path, change, match):
+    saved(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    shapes = read(path).shapes
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    seal(tmp_path, shapes, lambda key: None)
+    with pytest.raises(CheckpointError, match=match):
+        PeftModel.from_pretrained(tiny.swin(), tmp_path)
 
 
 def longest_positions(tensors):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from sfa_peft import BaseMismatchWarning, CheckpointError, SFAConfig
 from sfa_peft.checkpoint import files
+from sfa_peft.checkpoint.seal import read
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -170,14 +171,18 @@ def test_one_flipped_bit_of_a_value_is_found(tmp_path, pair):
 
 def test_tensors_that_another_program_changed_are_found(tmp_path, pair):
     pair[0].save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / WEIGHTS)
+    packed = load_file(tmp_path / WEIGHTS)
+    tensors = SFAConfig.from_pretrained(tmp_path).tensors_of(read(tmp_path / WEIGHTS))
     next(t for n, t in tensors.items() if n.endswith("up.weight")).mul_(2)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
     refused(tmp_path, "weights_digest differs")
     config = json.loads((tmp_path / CONFIG).read_text())
     del config["weights_digest"]
     (tmp_path / CONFIG).write_text(json.dumps(config))
     PeftModel.from_pretrained(tiny.swin(), tmp_path)  # as the message says
+    save_file(packed, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    refused(tmp_path, "without it")
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,10 @@ from torch import nn
 
 from .checkpoint import CheckpointError
 from .checkpoint.fingerprint import BaseMismatchWarning, Fingerprint
+from .checkpoint.packing import CODES
 from .checkpoint.seal import AdapterFile, read
-from .checkpoint.validation import ANY_UNITS, INTERNAL, POSITIONS, check_sizes, is_adapter_key, is_positions_key
+from .checkpoint.validation import INTERNAL, POSITIONS, is_adapter_key, is_positions_key
 from .config import SFAConfig, weights_of
-from .granularity import position_dtype
 from .layer import sfa_layers
 from .ticket import Ticket, TicketReport
 
@@ -66,8 +66,8 @@ class Saved:
         """The adapter's parameters by what they are for."""
         counted: Counter[str] = Counter()
         for key, tensor in self.file.tensors.items():
-            if not is_positions_key(key):
-                counted[_part(key)] += tensor.numel()
+            if (part := _part(key)) != "positions":
+                counted[part] += tensor.numel()
         return dict(counted)
 
     @property
@@ -76,18 +76,15 @@ class Saved:
             raise RefusedError(
                 f"{self.name!r} was not saved by sfa_peft itself, so the shapes of its base are not known."
             )
-        sizes, widths = self.config.ticket_sizes or {}, self.config.external_widths or {}
-        units = {name: self.config.granularity.count(shape) for name, shape in self.file.shapes.items()}
         positions: dict[str, dict[str, torch.Tensor]] = {}
-        for key, own in check_sizes(self.file.tensors, sizes, widths, units).items():
+        for key, own in self.config.decoded(self.file).items():
             module, _, parameter = key.removeprefix("base_model.model.").removesuffix(POSITIONS).partition(INTERNAL)
-            dtype = position_dtype(units.get(f"{module}.{parameter}", ANY_UNITS))
-            positions.setdefault(module, {})[parameter] = own.to(dtype)
-        return Ticket(positions, self.file.shapes, self.config.granularity, widths)
+            positions.setdefault(module, {})[parameter] = own
+        return Ticket(positions, self.file.shapes, self.config.granularity, self.config.external_widths or {})
 
 
 def _part(key: str) -> str:
-    if is_positions_key(key):
+    if key == CODES or is_positions_key(key):
         return "positions"
     if is_adapter_key(key):
         return "internal" if INTERNAL in key else "external"

@@ -18,10 +18,12 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft.config import PeftConfig
 from peft.utils import PeftType
+from torch import Tensor
 
 from .checkpoint import CheckpointError
 from .checkpoint.fingerprint import Fingerprint
-from .checkpoint.seal import CONFIG, DIGEST, WEIGHTS, read
+from .checkpoint.packing import unpack
+from .checkpoint.seal import CONFIG, DIGEST, WEIGHTS, AdapterFile, read
 from .checkpoint.validation import check_sizes
 from .external import ACTIVATIONS
 from .granularity import GRANULARITIES, Granularity, make_granularity
@@ -295,13 +297,39 @@ class SFAConfig(PeftConfig):
                 config = type(self)(**file.config)
             except (ValueError, TypeError) as error:
                 raise CheckpointError(f"the config sealed in {str(weights)!r} is not valid: {error}") from error
-        try:
-            units = {name: config.granularity.count(shape) for name, shape in file.shapes.items()}
-        except (IndexError, TypeError, ZeroDivisionError) as error:
-            raise CheckpointError(f"the shapes sealed in {str(weights)!r} are not valid: {error}") from error
-        check_sizes(file.tensors, config.ticket_sizes or {}, config.external_widths or {}, units)
+        config.decoded(file)
         config.weights_digest = None
         return config
+
+    def tensors_of(self, file: AdapterFile) -> dict[str, Tensor]:
+        """The tensors of a weights file by their names in the model; positions are coded.
+
+        Raises:
+            CheckpointError: If they are not those that this config announces.
+        """
+
+        def values_shape(name: str, count: int) -> tuple[int, ...]:
+            if name not in file.shapes:
+                raise CheckpointError(
+                    f"{WEIGHTS} does not tell the shape of {name!r}: its seal is damaged, or another program has "
+                    f"written the file without it. Download or save it again."
+                )
+            return self.granularity.values_shape(file.shapes[name], count)
+
+        return unpack(file.tensors, self.ticket_sizes or {}, values_shape)
+
+    def decoded(self, file: AdapterFile) -> dict[str, Tensor]:
+        """The positions in a weights file by their tensors' names, after all checks that need no model.
+
+        Raises:
+            CheckpointError: If something in it is not as this config announces, or damaged.
+        """
+        try:
+            units = {name: self.granularity.count(shape) for name, shape in file.shapes.items()}
+            tensors = self.tensors_of(file)
+        except (IndexError, TypeError, ZeroDivisionError, OverflowError) as error:
+            raise CheckpointError(f"the shapes in the file's seal are not valid: {error}") from error
+        return check_sizes(tensors, self.ticket_sizes or {}, self.external_widths or {}, units)
 
     def _check_sealed(self, sealed: Mapping[str, Any]) -> None:
         own = json.loads(json.dumps(self.to_dict()))

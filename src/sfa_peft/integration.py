@@ -157,7 +157,7 @@ def load_adapter_in_transformers(
             weights = weights_of(source, **options)
             if weights is None:
                 raise CheckpointError(f"{source!r} has no {WEIGHTS}.")
-            adapter_state_dict = read(weights).tensors
+            adapter_state_dict = peft_config.tensors_of(read(weights))
         sizes, widths = peft_config.ticket_sizes or {}, peft_config.external_widths or {}
         parameters = base_parameters(model, [""], peft_config)
         units = {name: peft_config.granularity.count(p.shape) for name, p in parameters if name in sizes}

@@ -17,6 +17,7 @@ from .base import check_base
 from .budget import External
 from .checkpoint import CheckpointError
 from .checkpoint.coding import encode_positions
+from .checkpoint.packing import unpack
 from .checkpoint.validation import (
     INTERNAL,
     POSITIONS,
@@ -282,14 +283,27 @@ class SFAModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SFAConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         try:
+            unpacked = cls._unpacked(model, adapter_name, state_dict)
+            remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, unpacked)
             decoded = cls._decoded(model, adapter_name, remapped)
         except CheckpointError:
             forsake_adapter(model, adapter_name)
             raise
         config.awaits_weights = False
         return decoded
+
+    @classmethod
+    def _unpacked(cls, model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a checkpoint by their own names; a file has the internal ones packed together."""
+        sizes, shapes = {}, {}
+        for name, layer in sfa_layers(model):
+            if adapter_name in layer.sfa_internal:
+                delta = layer.sfa_internal[adapter_name]
+                for p in delta.changed:
+                    full = f"{name.removeprefix('base_model.model.')}.{p}"
+                    sizes[full], shapes[full] = len(delta.positions(p)), tuple(getattr(delta, p).shape)
+        return unpack(tensors, sizes, lambda name, count: shapes[name])
 
     @classmethod
     def _decoded(cls, model: nn.Module, adapter_name: str, remapped: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .files import save_tensors
+from .packing import pack
 from .validation import CheckpointError, is_positions_key
 
 WEIGHTS = "adapter_model.safetensors"
@@ -38,7 +39,7 @@ class AdapterFile:
     """What a weights file holds.
 
     Attributes:
-        tensors: The tensors by their names.
+        tensors: The tensors by their names, as they are in the file: packed, if it has a seal.
         digest: The digest of the tensors.
         config: The config that was saved with them; None where the file has no seal, as from another program.
         shapes: For each parameter that the ticket could choose from, its shape, as far as the file says.
@@ -61,7 +62,7 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
 
 
 def seal(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype_of: Callable[[str], torch.dtype | None]) -> None:
-    """Seal an adapter that was just saved to `folder`, after casting its floating-point tensors.
+    """Pack and seal an adapter that was just saved to `folder`, after casting its floating-point tensors.
 
     Args:
         folder: With `adapter_config.json` and `adapter_model.safetensors`, which are written anew.
@@ -72,7 +73,7 @@ def seal(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype_of: Callable
         ValueError: If a value is finite in its own dtype and not in the file's.
     """
     file = read(folder / WEIGHTS)
-    tensors = {name: _cast(name, tensor, dtype_of(name)) for name, tensor in file.tensors.items()}
+    tensors = pack({name: _cast(name, tensor, dtype_of(name)) for name, tensor in file.tensors.items()})
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     config[DIGEST] = digest_of(tensors)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
