@@ -35,6 +35,7 @@ from .config import DTYPES, SFAConfig, weights_of
 from .granularity import position_dtype
 from .layer import sfa_layers
 from .model import discard_adapter
+from .plan import LOADING
 from .registration import NAME, extend
 from .ticket.install import ticket_of
 
@@ -106,7 +107,7 @@ def from_pretrained(
     Raises:
         CheckpointError: If the adapter is damaged, or does not fit the model.
     """
-    with _undone_on_error(model, adapter_name), _readable_errors(model_id, kwargs):
+    with _loading(model, adapter_name), _readable_errors(model_id, kwargs):
         return original(model, model_id, adapter_name, *args, **kwargs)
 
 
@@ -123,7 +124,7 @@ def load_adapter(
     Raises:
         CheckpointError: If the adapter is damaged, or does not fit the model.
     """
-    with _undone_on_error(model, adapter_name), _readable_errors(model_id, kwargs):
+    with _loading(model, adapter_name), _readable_errors(model_id, kwargs):
         return original(model_id, adapter_name, *args, **kwargs)
 
 
@@ -152,7 +153,7 @@ def load_adapter_in_transformers(
         peft_config = SFAConfig.from_pretrained(source, **options)
     if not isinstance(peft_config, SFAConfig):
         return original(peft_model_id, adapter_name, peft_config, adapter_state_dict, **kwargs)
-    with _undone_on_error(model, adapter_name or "default"):
+    with _loading(model, adapter_name or "default"):
         if adapter_state_dict is None:
             weights = weights_of(source, **options)
             if weights is None:
@@ -226,13 +227,14 @@ def push_to_hub(
 
 
 @contextmanager
-def _undone_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """Take an adapter out again that was not there before, if an error comes."""
+def _loading(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Inject an adapter whose weights follow; take it out again if an error comes, unless it was there before."""
     tuner = getattr(model, "base_model", None) if isinstance(model, PeftModel) else None
     base = model if tuner is None else tuner.model
     flags = [(p, p.requires_grad) for p in base.parameters()]
     had_config = hasattr(base, "peft_config")
     had_adapter = adapter_name in getattr(base, "peft_config", {})
+    token = LOADING.set(True)
     try:
         yield
     except BaseException:
@@ -248,6 +250,8 @@ def _undone_on_error(model: nn.Module, adapter_name: str) -> Iterator[None]:
             if not had_config and not configs and hasattr(base, "peft_config"):
                 del base.peft_config
         raise
+    finally:
+        LOADING.reset(token)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
@@ -19,6 +20,9 @@ from .config import DEFAULT_SHARE, SFAConfig
 from .layer import AddExternals, SFALayer, channels_of, internal_parameters
 from .ticket.criteria import CRITERIA, Evidence
 from .ticket.selection import Positions, choose, count_elements
+
+# Whether the weights of what is being injected follow at once, so that no ticket needs to be chosen for it.
+LOADING: ContextVar[bool] = ContextVar("loading", default=False)
 
 
 @dataclass
@@ -400,7 +404,7 @@ class Planner:
         return externals
 
     def _recorded_positions(self, module: str, name: str, parameter: Tensor, size: int) -> Tensor:
-        if parameter.is_meta:
+        if parameter.is_meta or LOADING.get():
             return torch.arange(size, dtype=torch.int32)  # a placeholder; the loaded positions replace it
         granularity = self.config.granularity
         amount = size * granularity.size(parameter.shape)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, repeat
 from typing import Any
 
 import torch
@@ -48,14 +48,12 @@ class Fingerprint:
         """The fingerprint of floating-point parameters; None if some cannot be read (quantised, or without data)."""
         if not parameters or any(p.is_meta or not p.is_floating_point() for _, p in parameters):
             return None
-        runs: list[tuple[str, int]] = []
-        for _, p in parameters:
-            name = str(p.dtype).removeprefix("torch.")
-            count = runs.pop()[1] if runs and runs[-1][0] == name else 0
-            runs.append((name, count + 1))
-        shapes = json.dumps([list(p.shape) for _, p in parameters])
-        samples = torch.stack([_middle(p).float().cpu() for _, p in parameters])
-        return cls(tuple(roots), hashlib.sha256(shapes.encode()).hexdigest()[:16], tuple(runs), samples)
+        runs = [
+            (str(dtype).removeprefix("torch."), len(list(own)))
+            for dtype, own in groupby(p.dtype for _, p in parameters)
+        ]
+        layout = hashlib.sha256(str([tuple(p.shape) for _, p in parameters]).encode()).hexdigest()[:16]
+        return cls(tuple(roots), layout, tuple(runs), _middles([p for _, p in parameters]))
 
     def differences(self, parameters: Parameters) -> list[str] | None:
         """The names of the parameters that differ, not counting a cast to another dtype.
@@ -67,12 +65,17 @@ class Fingerprint:
             return []
         if self.layout != other.layout or len(self.samples) != len(other.samples):
             return None
-        pairs = zip(self._each(), other._each(), parameters, strict=True)
-        return [name for (a, a_dtype), (b, b_dtype), (name, _) in pairs if not _same(a, a_dtype, b, b_dtype)]
+        differ = torch.zeros(len(parameters), dtype=torch.bool)
+        at = 0
+        for (a_dtype, b_dtype), run in groupby(zip(self._each_dtype(), other._each_dtype(), strict=True)):
+            end = at + len(list(run))
+            differ[at:end] = ~_same(self.samples[at:end], a_dtype, other.samples[at:end], b_dtype)
+            at = end
+        return [parameters[i][0] for i in differ.nonzero().flatten().tolist()]
 
-    def _each(self) -> list[tuple[Tensor, torch.dtype]]:
-        dtypes = [getattr(torch, name) for name, count in self.dtypes for _ in range(count)]
-        return list(zip(self.samples, dtypes, strict=True))
+    def _each_dtype(self) -> Iterator[torch.dtype]:
+        for name, count in self.dtypes:
+            yield from repeat(getattr(torch, name), count)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -103,17 +106,27 @@ class Fingerprint:
         return cls(roots, layout, dtypes, samples)
 
 
-def _middle(parameter: Tensor) -> Tensor:
-    flat = parameter.detach().reshape(-1)  # a view of what is contiguous
-    return flat[len(flat) // 2] if len(flat) else torch.zeros(())
+@torch.no_grad()
+def _middles(parameters: Sequence[Tensor]) -> Tensor:
+    """The value in the middle of each parameter, as float32; 0 for an empty one."""
+    middles = []
+    for p in parameters:
+        if p.is_contiguous() and p.numel():
+            middles.append(p.as_strided((), (), p.storage_offset() + p.numel() // 2))  # the quickest way there
+        else:
+            flat = p.reshape(-1)
+            middles.append(flat[len(flat) // 2] if len(flat) else torch.zeros(()))
+    if len({(m.dtype, m.device) for m in middles}) > 1:
+        middles = [m.float().cpu() for m in middles]
+    return torch.stack(middles).float().cpu()
 
 
-def _same(a: Tensor, a_dtype: torch.dtype, b: Tensor, b_dtype: torch.dtype) -> bool:
-    """Whether two values can be casts of one."""
+def _same(a: Tensor, a_dtype: torch.dtype, b: Tensor, b_dtype: torch.dtype) -> Tensor:
+    """Which values of `a` and `b` can be casts of one."""
     if a_dtype == b_dtype or (a_dtype in WIDE and b_dtype in WIDE):
-        return bool(a == b) or bool(a.isnan() and b.isnan())
+        return (a == b) | (a.isnan() & b.isnan())
     if a_dtype in WIDE or b_dtype in WIDE:
         narrow = b_dtype if a_dtype in WIDE else a_dtype
-        return bool(a.to(narrow) == b.to(narrow))
+        return a.to(narrow) == b.to(narrow)
     # Two narrow dtypes: each has rounded the value in its own way. bfloat16 keeps 8 bits, float16 has a smallest step.
-    return bool((a - b).abs() <= 2**-8 * torch.maximum(a.abs(), b.abs()) + 2**-24)
+    return (a - b).abs() <= 2**-8 * torch.maximum(a.abs(), b.abs()) + 2**-24
