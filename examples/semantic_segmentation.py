@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from sfa_peft import search_ticket
+from sfa_peft import describe_adapter, search_ticket
 
 from data import Segmentation, load_segmentation
 from methods import METHODS, RATES, Rates, adapt, is_adapter, optimizer_for, trained_backbone_parameters
@@ -118,7 +118,6 @@ def main() -> None:
         )
         accelerator.print(f"\n{report}\n")
         if accelerator.is_main_process:
-            report.picture(args.output_dir / "ticket.png")
             report.ticket.save(args.output_dir / "ticket.safetensors")
 
     default = RATES[args.method]
@@ -137,6 +136,9 @@ def main() -> None:
         f"(before: {before['mean_iou']:.2%}), pixel accuracy {after['pixel_accuracy']:.2%}"
     )
 
+    if args.method == "sfa":
+        dataset = args.dataset or "embedded scenes"
+        describe_adapter(model, dataset=dataset, split="validation", metrics={"mean_iou": after["mean_iou"]})
     sizes = save(model, args.method, args.output_dir, accelerator)
     if is_adapter(model):
         reloaded = evaluate(PeftModel.from_pretrained(base_model(), str(args.output_dir)), data, accelerator)
@@ -272,7 +274,7 @@ def checkpoint_bytes(path: Path) -> dict[str, int]:
         for key in file.keys():  # noqa: SIM118 - safe_open is not iterable
             tensor = file.get_tensor(key)
             if ".sfa_internal." in key:
-                part = "positions" if key.endswith("_positions") else "internal values"
+                part = "positions" if key.endswith("positions") else "internal values"
             elif ".sfa_" in key or ".lora_" in key:
                 part = "external" if ".sfa_" in key else "other"
             else:
