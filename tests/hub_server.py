@@ -47,7 +47,8 @@ class HubServer(ThreadingHTTPServer):
     Attributes:
         repos: Repositories by name.
         requests: "METHOD path" of every request.
-        faults: What to do instead of answering: lists of [method, pattern of the path, status or "cut", times].
+        faults: What to do instead of answering: lists of [method, pattern of the path,
+            status or "cut" or "drop", times].
     """
 
     daemon_threads = True
@@ -86,6 +87,9 @@ class Handler(BaseHTTPRequestHandler):
             method, pattern, what, times = fault
             if times and method == self.command and re.search(pattern, self.route):
                 fault[3] -= 1
+                if what == "drop":
+                    self.close_connection = True
+                    return
                 if what != "cut":
                     self.send(what, {"error": f"fault {what}"})
                     return

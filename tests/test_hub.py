@@ -127,7 +127,7 @@ def test_a_download_that_breaks_off_goes_on_where_it_was(hub, model):
 
 
 @pytest.mark.parametrize("route", ["preupload", "objects/batch", "^/upload/", "/commit/"])
-@pytest.mark.parametrize("status", [500, 502, 503, 504])
+@pytest.mark.parametrize("status", [500, 502, 503, 504, "drop"])
 def test_a_hub_that_is_down_for_a_moment_is_asked_again(hub, model, route, status):
     method = "PUT" if "upload/" in route else "POST"
     hub.faults.append([method, route, status, 2])

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx2
 from huggingface_hub import CommitInfo, EvalResult, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
@@ -323,7 +324,9 @@ class Push:
             except HfHubHTTPError as error:
                 if error.response.status_code < 500:
                     raise
-                time.sleep(wait)
+            except httpx2.TransportError:
+                pass  # the connection broke
+            time.sleep(wait)
         return self._upload(folder, message, description)
 
     def _upload(self, folder: Path, message: str, description: str | None) -> CommitInfo:

@@ -79,7 +79,7 @@ def save_pretrained(
         if (folder / hub.CARD).is_file():
             shutil.copy(folder / hub.CARD, stage / hub.CARD)
         original(str(stage), is_main_process=True, **options)
-        for name in selected_adapters or list(model.peft_config):
+        for name in list(model.peft_config) if selected_adapters is None else selected_adapters:
             _seal(model, name, stage if name == "default" else stage / name)
         hub.update_card(model, stage, os.fspath(save_directory))
 
