@@ -229,8 +229,10 @@ def push_to_hub(
 @contextmanager
 def _loading(model: nn.Module, adapter_name: str) -> Iterator[None]:
     """Inject an adapter whose weights follow; take it out again if an error comes, unless it was there before."""
-    tuner = getattr(model, "base_model", None) if isinstance(model, PeftModel) else None
-    base = model if tuner is None else tuner.model
+    if not isinstance(model, nn.Module):
+        yield  # PEFT has an error for that
+        return
+    base = model.base_model.model if isinstance(model, PeftModel) else model
     flags = [(p, p.requires_grad) for p in base.parameters()]
     had_config = hasattr(base, "peft_config")
     had_adapter = adapter_name in getattr(base, "peft_config", {})
