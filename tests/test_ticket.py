@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from sfa_peft import CheckpointError, SFAConfig, Ticket, install_ticket, search_ticket
 from sfa_peft.checkpoint.coding import encode_positions
+from sfa_peft.checkpoint.packing import join_codes
 from test_search import BATCHES, adapted, auto, flat, positions, search
 
 
@@ -142,24 +143,25 @@ def damaged(path, change):
     save_file(tensors, path, metadata | {"ticket": json.dumps(described)})
 
 
-def first(tensors):
-    return next(name for name, t in tensors.items() if len(t) > 1)
-
-
-def flipped(tensors, _):
-    tensors[first(tensors)][2] ^= 0xFF
+def flipped(tensors, described):
+    tensors["positions"][4 * len(described["sizes"]) + 2] ^= 0xFF
 
 
 def out_of_range(tensors, described):
-    tensors[first(tensors)] = encode_positions(torch.arange(described["sizes"][first(tensors)]) + 2**30)
+    sizes = dict(sorted(described["sizes"].items()))
+    tensors["positions"] = join_codes([encode_positions(torch.arange(size) + 2**30) for size in sizes.values()])
 
 
 def as_floats(tensors, _):
-    tensors[first(tensors)] = tensors[first(tensors)].float()
+    tensors["positions"] = tensors["positions"].float()
 
 
-def stranger(tensors, _):
-    tensors["nobody.weight"] = torch.tensor([1], dtype=torch.int32)
+def too_short(tensors, _):
+    tensors["positions"] = tensors["positions"][:-1].clone()
+
+
+def stranger(_, described):
+    described["sizes"]["nobody.weight"] = described["sizes"].pop(max(described["sizes"]))
 
 
 def without_shapes(_, described):
@@ -175,7 +177,8 @@ def another_granularity(_, described):
     [
         (flipped, "is not the code"),
         (out_of_range, "positions up to"),
-        (as_floats, "coded positions"),
+        (as_floats, "of bytes"),
+        (too_short, "is not of"),
         (stranger, "nobody.weight"),
         (without_shapes, "description is damaged"),
         (another_granularity, "'crumb' is not known"),

@@ -6,7 +6,7 @@ more room than the content of a small ticket.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 
 import torch
@@ -19,11 +19,32 @@ VALUES = f"{PREFIX}{INTERNAL}values"
 CODES = f"{PREFIX}{INTERNAL}positions"
 
 
+def join_codes(codes: Sequence[Tensor]) -> Tensor:
+    """Codes one after the other, and before them the length of each, as 32-bit little-endian numbers."""
+    lengths = torch.tensor([len(code) for code in codes], dtype=torch.int32).view(torch.uint8)
+    return torch.cat([lengths, *codes])
+
+
+def split_codes(key: str, joined: Tensor, count: int) -> list[Tensor]:
+    """Undo `join_codes` of so many codes.
+
+    Raises:
+        CheckpointError: If it is not of so many; names the tensor `key`.
+    """
+    if joined.dim() != 1 or joined.dtype != torch.uint8:
+        raise CheckpointError(
+            f"{key!r} must be a 1-D tensor of bytes; it is {joined.dtype}, of {joined.dim()} dimensions."
+        )
+    lengths = joined[: 4 * count].clone().view(torch.int32).tolist() if len(joined) >= 4 * count else [-1]
+    if min(lengths, default=0) < 0 or sum(lengths) != len(joined) - 4 * count:
+        raise CheckpointError(f"{key!r} is not of {count} parameters; {_OTHER_SIZES}")
+    return list(joined[4 * count :].split(lengths))
+
+
 def pack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Put the values of all parameters, in the order of their names, into one tensor, and the positions into another.
 
-    The latter begins with the length of each parameter's code, as 32-bit little-endian numbers. Values of several
-    dtypes are kept in the widest one.
+    Values of several dtypes are kept in the widest one.
     """
     values = {key: t for key, t in tensors.items() if INTERNAL in key and not is_positions_key(key) and key != VALUES}
     names = sorted(values, key=_parameter_of)
@@ -33,11 +54,10 @@ def pack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     dtype = values[names[0]].dtype
     for name in names:
         dtype = torch.promote_types(dtype, values[name].dtype)
-    lengths = torch.tensor([len(code) for code in codes], dtype=torch.int32).view(torch.uint8)
     rest = {key: t for key, t in tensors.items() if INTERNAL not in key}
     return rest | {
         VALUES: torch.cat([values[name].reshape(-1).to(dtype) for name in names]),
-        CODES: torch.cat([lengths, *codes]),
+        CODES: join_codes(codes),
     }
 
 
@@ -58,24 +78,14 @@ def unpack(
         return dict(tensors)
     if VALUES not in tensors or CODES not in tensors:
         raise CheckpointError(f"of {VALUES!r} and {CODES!r} there is only one; the checkpoint is damaged.")
-    values, codes = tensors[VALUES], tensors[CODES]
-    if values.dim() != 1 or codes.dim() != 1 or codes.dtype != torch.uint8:
-        raise CheckpointError(
-            f"{VALUES!r} and {CODES!r} must be 1-D, and the latter bytes; the checkpoint is damaged."
-        )
-    names = sorted(sizes)
-    if len(codes) < 4 * len(names):
-        raise CheckpointError(f"{CODES!r} is too short for {len(names)} parameters; {_OTHER_SIZES}")
+    values, names = tensors[VALUES], sorted(sizes)
+    codes = split_codes(CODES, tensors[CODES], len(names))
     shapes = [values_shape(name, sizes[name]) for name in names]
     counts = [prod(shape) for shape in shapes]
-    lengths = codes[: 4 * len(names)].clone().view(torch.int32).tolist()
-    if min(lengths, default=0) < 0 or sum(lengths) != len(codes) - 4 * len(names):
-        raise CheckpointError(f"{CODES!r} is not of {len(names)} parameters; {_OTHER_SIZES}")
-    if min(counts, default=0) < 0 or sum(counts) != len(values):
-        raise CheckpointError(f"{VALUES!r} holds {len(values):,} values, not {sum(counts):,}; {_OTHER_SIZES}")
+    if min(counts, default=0) < 0 or values.shape != (sum(counts),):
+        raise CheckpointError(f"{VALUES!r} has shape {tuple(values.shape)}, not ({sum(counts)},); {_OTHER_SIZES}")
     result = {key: t for key, t in tensors.items() if key not in (VALUES, CODES)}
-    each = zip(names, shapes, values.split(counts), codes[4 * len(names) :].split(lengths), strict=True)
-    for name, shape, own, code in each:
+    for name, shape, own, code in zip(names, shapes, values.split(counts), codes, strict=True):
         module, _, parameter = name.rpartition(".")
         key = f"{PREFIX}.{module}{INTERNAL}{parameter}"
         result[key], result[key + POSITIONS] = own.reshape(shape), code

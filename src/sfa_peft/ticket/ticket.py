@@ -16,6 +16,7 @@ from torch import Tensor
 from ..checkpoint import CheckpointError
 from ..checkpoint.coding import encode_positions
 from ..checkpoint.files import write_whole
+from ..checkpoint.packing import join_codes, split_codes
 from ..checkpoint.validation import decoded
 from ..granularity import GRANULARITIES, Granularity, make_granularity, position_dtype
 from .quotas import GROUPINGS
@@ -125,7 +126,7 @@ class Ticket:
 
         An old file is replaced as a whole.
         """
-        positions = self.by_name()
+        positions = dict(sorted(self.by_name().items()))
         described = {
             "sizes": {name: len(own) for name, own in positions.items()},
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
@@ -134,8 +135,8 @@ class Ticket:
             "widths": self.widths,
             "criterion": self.criterion,
         }
-        tensors = {name: encode_positions(own) for name, own in positions.items()}
-        write_whole(Path(path), tensors, {"format": FORMAT, "ticket": json.dumps(described)})
+        codes = [encode_positions(own) for own in positions.values()]
+        write_whole(Path(path), {"positions": join_codes(codes)}, {"format": FORMAT, "ticket": json.dumps(described)})
 
     @classmethod
     def load(cls, path: str | Path) -> Ticket:
@@ -172,14 +173,16 @@ class Ticket:
             raise CheckpointError(f"the granularity {name!r} is not known")
         granularity = make_granularity(name, int(described["block_size"]))
         shapes = {name: tuple(int(n) for n in shape) for name, shape in described["shapes"].items()}
+        sizes = {str(name): int(size) for name, size in described["sizes"].items()}
         positions: Positions = {}
-        for name, tensor in tensors.items():
+        codes = split_codes("positions", tensors["positions"], len(sizes))
+        for name, code in zip(sorted(sizes), codes, strict=True):
             if name not in shapes:
                 raise CheckpointError(f"positions of {name!r}, whose shape is not in the description")
             units = granularity.count(shapes[name])
-            own = decoded(name, tensor, int(described["sizes"][name]), units)
             module, _, parameter = name.rpartition(".")
-            positions.setdefault(module, {})[parameter] = own.to(position_dtype(units))
+            own = decoded(name, code, sizes[name], units).to(position_dtype(units))
+            positions.setdefault(module, {})[parameter] = own
         widths = {
             str(place): {str(m): int(w) for m, w in modules.items()} for place, modules in described["widths"].items()
         }
