@@ -37,6 +37,7 @@ from sfa_peft import CheckpointError, SFAConfig
 from sfa_peft.checkpoint.coding import encode_positions
 from sfa_peft.checkpoint.packing import CODES
 from sfa_peft.checkpoint.seal import CONFIG, WEIGHTS, read, seal
+from sfa_peft.saved import tensors_of
 
 ABSURD = (
     -1,
@@ -129,7 +130,7 @@ def forge(folder: Path, rng: random.Random) -> None:
     config = json.loads((folder / CONFIG).read_text())
     file = read(folder / WEIGHTS)
     # Packed as they are in the file, or by the parameters that they change.
-    tensors = file.tensors if rng.random() < 0.4 else SFAConfig.from_pretrained(folder).tensors_of(file)
+    tensors = file.tensors if rng.random() < 0.4 else tensors_of(SFAConfig.from_pretrained(folder), file)
     key = rng.choice(sorted(tensors))
     t = tensors[key]
     kind = rng.randrange(9)

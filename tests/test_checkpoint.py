@@ -12,6 +12,7 @@ from sfa_peft import CheckpointError, SFAConfig, SFALayer, search_ticket
 from sfa_peft.checkpoint.coding import encode_positions
 from sfa_peft.checkpoint.packing import CODES, VALUES
 from sfa_peft.checkpoint.seal import read, seal
+from sfa_peft.saved import tensors_of
 
 CONFIGS = {
     "both": {"budget": 0.1},
@@ -222,7 +223,7 @@ def test_a_pickle_is_neither_written_nor_read(tmp_path):
 def unpacked(folder):
     """The tensors of a file, with those of the internal adapters by the parameters that they change."""
     config = SFAConfig.from_pretrained(folder)
-    return config.tensors_of(read(folder / "adapter_model.safetensors"))
+    return tensors_of(config, read(folder / "adapter_model.safetensors"))
 
 
 def broken(folder, change):

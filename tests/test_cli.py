@@ -14,6 +14,7 @@ import tiny
 from sfa_peft import SFAConfig
 from sfa_peft.checkpoint.seal import read
 from sfa_peft.cli import main
+from sfa_peft.saved import tensors_of
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +156,7 @@ def test_diff(run):
 def test_an_adapter_that_another_program_saved(run, folder, tmp_path):
     """Its shapes are not known, as it has no seal."""
     file = read(folder / "both" / "adapter_model.safetensors")
-    tensors = SFAConfig.from_pretrained(folder / "both").tensors_of(file)
+    tensors = tensors_of(SFAConfig.from_pretrained(folder / "both"), file)
     tensors = {key: tensor.clone() for key, tensor in tensors.items()}
     save_file(tensors, tmp_path / "adapter_model.safetensors", {"format": "pt"})
     config = json.loads((folder / "both" / "adapter_config.json").read_text())

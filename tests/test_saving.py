@@ -16,6 +16,7 @@ import tiny
 from sfa_peft import BaseMismatchWarning, CheckpointError, SFAConfig
 from sfa_peft.checkpoint import files
 from sfa_peft.checkpoint.seal import read
+from sfa_peft.saved import tensors_of
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -172,7 +173,7 @@ def test_one_flipped_bit_of_a_value_is_found(tmp_path, pair):
 def test_tensors_that_another_program_changed_are_found(tmp_path, pair):
     pair[0].save_pretrained(tmp_path)
     packed = load_file(tmp_path / WEIGHTS)
-    tensors = SFAConfig.from_pretrained(tmp_path).tensors_of(read(tmp_path / WEIGHTS))
+    tensors = tensors_of(SFAConfig.from_pretrained(tmp_path), read(tmp_path / WEIGHTS))
     next(t for n, t in tensors.items() if n.endswith("up.weight")).mul_(2)
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})

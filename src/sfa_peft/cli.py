@@ -23,8 +23,9 @@ from .checkpoint.fingerprint import BaseMismatchWarning, Fingerprint
 from .checkpoint.packing import CODES
 from .checkpoint.seal import AdapterFile, read
 from .checkpoint.validation import INTERNAL, POSITIONS, is_adapter_key, is_positions_key
-from .config import SFAConfig, weights_of
+from .config import SFAConfig
 from .layer import sfa_layers
+from .saved import positions_of, weights_of
 from .ticket import Ticket, TicketReport
 
 OK, BAD, TROUBLE = 0, 1, 2
@@ -77,7 +78,7 @@ class Saved:
                 f"{self.name!r} was not saved by sfa_peft itself, so the shapes of its base are not known."
             )
         positions: dict[str, dict[str, torch.Tensor]] = {}
-        for key, own in self.config.decoded(self.file).items():
+        for key, own in positions_of(self.config, self.file).items():
             module, _, parameter = key.removeprefix("base_model.model.").removesuffix(POSITIONS).partition(INTERNAL)
             positions.setdefault(module, {})[parameter] = own
         return Ticket(positions, self.file.shapes, self.config.granularity, self.config.external_widths or {})

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
-import json
 import math
 import re
-import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from peft.config import PeftConfig
 from peft.utils import PeftType
-from torch import Tensor
 
 from .checkpoint import CheckpointError
 from .checkpoint.fingerprint import Fingerprint
-from .checkpoint.packing import unpack
-from .checkpoint.seal import CONFIG, DIGEST, WEIGHTS, AdapterFile, read
-from .checkpoint.validation import check_sizes
+from .checkpoint.seal import CONFIG, WEIGHTS
 from .external import ACTIVATIONS
 from .granularity import GRANULARITIES, Granularity, make_granularity
+from .saved import PICKLE, checked, weights_of
 from .ticket.criteria import DATA_FREE
 
 FORMAT_VERSION = 1
@@ -34,19 +26,7 @@ PLACES = ("attention", "mlp", "mlp_parallel")
 PLACEMENTS = ("uniform", "auto")
 DEFAULT_BUDGET = 0.02
 DEFAULT_SHARE = 0.25
-PICKLE = "adapter_model.bin"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# What a saved file must agree in with its config, since it decides what the adapter computes.
-SEALED = (
-    "external_activation",
-    "external_scale",
-    "external_widths",
-    "format_version",
-    "internal_block_size",
-    "internal_granularity",
-    "modules_to_save",
-    "ticket_sizes",
-)
 
 
 def _is_int(value: Any) -> bool:
@@ -269,76 +249,11 @@ class SFAConfig(PeftConfig):
             raise CheckpointError(f"{CONFIG} of {name!r} is not valid: {error}") from error
         weights = weights_of(name, subfolder, **kwargs)
         if weights is not None:
-            return config._checked(weights)
+            return checked(config, weights)
         folder = Path(name, subfolder or "")
         if not folder.is_dir() or (folder / PICKLE).exists():
             raise CheckpointError(f"{name!r} has no {WEIGHTS}. SFA reads nothing else: a pickle can run code.")
         return config
-
-    def _checked(self, weights: Path) -> SFAConfig:
-        """This config, or the one that belongs to the weights where another save was interrupted."""
-        file = read(weights)
-        config = self
-        if file.config is None:
-            if self.weights_digest not in (None, file.digest):
-                raise CheckpointError(
-                    f"the tensors of {str(weights)!r} are not those that {CONFIG} was saved with: {DIGEST} differs. "
-                    f"The file is damaged, or was changed. Remove {DIGEST} from {CONFIG} if that was meant."
-                )
-        elif self.weights_digest == file.digest:
-            self._check_sealed(file.config)
-        else:
-            warnings.warn(
-                f"{CONFIG} beside {str(weights)!r} was saved with other weights, by a save that did not come to its "
-                f"end. The config that these weights carry is used instead.",
-                stacklevel=3,
-            )
-            try:
-                config = type(self)(**file.config)
-            except (ValueError, TypeError) as error:
-                raise CheckpointError(f"the config sealed in {str(weights)!r} is not valid: {error}") from error
-        config.decoded(file)
-        config.weights_digest = None
-        return config
-
-    def tensors_of(self, file: AdapterFile) -> dict[str, Tensor]:
-        """The tensors of a weights file by their names in the model; positions are coded.
-
-        Raises:
-            CheckpointError: If they are not those that this config announces.
-        """
-
-        def values_shape(name: str, count: int) -> tuple[int, ...]:
-            if name not in file.shapes:
-                raise CheckpointError(
-                    f"{WEIGHTS} does not tell the shape of {name!r}: its seal is damaged, or another program has "
-                    f"written the file without it. Download or save it again."
-                )
-            return self.granularity.values_shape(file.shapes[name], count)
-
-        return unpack(file.tensors, self.ticket_sizes or {}, values_shape)
-
-    def decoded(self, file: AdapterFile) -> dict[str, Tensor]:
-        """The positions in a weights file by their tensors' names, after all checks that need no model.
-
-        Raises:
-            CheckpointError: If something in it is not as this config announces, or damaged.
-        """
-        try:
-            units = {name: self.granularity.count(shape) for name, shape in file.shapes.items()}
-            tensors = self.tensors_of(file)
-        except (IndexError, TypeError, ZeroDivisionError, OverflowError) as error:
-            raise CheckpointError(f"the shapes in the file's seal are not valid: {error}") from error
-        return check_sizes(tensors, self.ticket_sizes or {}, self.external_widths or {}, units)
-
-    def _check_sealed(self, sealed: Mapping[str, Any]) -> None:
-        own = json.loads(json.dumps(self.to_dict()))
-        for name in SEALED:
-            if own[name] != sealed.get(name):
-                raise CheckpointError(
-                    f"{CONFIG} says {name}={_short(own[name])}, and the weights were saved with "
-                    f"{_short(sealed.get(name))}. It was changed or is damaged: set the field back, or save again."
-                )
 
     def _fail(self, name: str, allowed: str) -> None:
         raise ValueError(f"SFAConfig.{name}={getattr(self, name)!r} is not valid; {allowed}.")
@@ -495,29 +410,3 @@ class SFAConfig(PeftConfig):
                 "SFAConfig.ticket_sizes and SFAConfig.external_widths go together: injection fills in both. "
                 "Leave out both, or load the whole adapter_config.json."
             )
-
-
-def weights_of(name: str, subfolder: str | None = None, **kwargs: Any) -> Path | None:
-    """The weights file of a saved adapter, in a folder or from the Hub; None if there is none.
-
-    Args:
-        name: A folder, or a repository on the Hub.
-        subfolder: A folder in it.
-        kwargs: Of those, the arguments of `huggingface_hub.hf_hub_download` are used.
-    """
-    folder = Path(name, subfolder) if subfolder else Path(name)
-    if (folder / WEIGHTS).is_file():
-        return folder / WEIGHTS
-    if folder.is_dir():
-        return None
-    known = inspect.signature(hf_hub_download).parameters
-    options = {key: value for key, value in kwargs.items() if key in known}
-    try:
-        return Path(hf_hub_download(name, WEIGHTS, subfolder=subfolder, **options))
-    except EntryNotFoundError:
-        return None
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

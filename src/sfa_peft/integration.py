@@ -31,12 +31,13 @@ from .checkpoint import CheckpointError
 from .checkpoint.files import staged
 from .checkpoint.seal import CONFIG, WEIGHTS, read, seal
 from .checkpoint.validation import check_sizes, is_adapter_key
-from .config import DTYPES, SFAConfig, weights_of
+from .config import DTYPES, SFAConfig
 from .granularity import position_dtype
 from .layer import sfa_layers
 from .model import discard_adapter
 from .plan import LOADING
 from .registration import NAME, extend
+from .saved import tensors_of, weights_of
 from .ticket.install import ticket_of
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -158,7 +159,7 @@ def load_adapter_in_transformers(
             weights = weights_of(source, **options)
             if weights is None:
                 raise CheckpointError(f"{source!r} has no {WEIGHTS}.")
-            adapter_state_dict = peft_config.tensors_of(read(weights))
+            adapter_state_dict = tensors_of(peft_config, read(weights))
         sizes, widths = peft_config.ticket_sizes or {}, peft_config.external_widths or {}
         parameters = base_parameters(model, [""], peft_config)
         units = {name: peft_config.granularity.count(p.shape) for name, p in parameters if name in sizes}
