@@ -229,6 +229,20 @@ def test_what_users_wrote_in_a_card_is_kept(hub, model):
     assert "| mean_iou on scenes | 0.5 |" in third.text
 
 
+def test_results_are_of_the_adapter_and_the_dataset_that_they_were_said_of(model, tmp_path):
+    model.add_adapter("depth", SFAConfig(budget=0.05))
+    describe_adapter(model, dataset="streets", metrics={"mean_iou": 0.25}, adapter_name="default")
+    model.save_pretrained(tmp_path)
+    assert card(tmp_path).text.count("mean_iou on streets") == 1
+    describe_adapter(model, dataset="fields", metrics={"mean_iou": 0.75}, adapter_name="default")
+    model.save_pretrained(tmp_path)
+    found = {(r.dataset_name, r.metric_value) for r in card(tmp_path).data.eval_results}
+    assert found == {("streets", 0.25), ("fields", 0.75)}
+    describe_adapter(model, task="image-segmentation", adapter_name="default")
+    model.save_pretrained(tmp_path)
+    assert "mean_iou on fields" in card(tmp_path).text
+
+
 @pytest.mark.parametrize("pushed", [True, False])
 def test_the_snippet_works_when_pasted(hub, tmp_path, pushed):
     base = tiny.swin()

@@ -119,47 +119,69 @@ def update_card(model: PeftModel, folder: Path, source: str, is_repo: bool = Fal
         card.save(folder / CARD)
         return
     base = model.get_base_model()
-    first = next(iter(saved))
-    evaluation = _evaluation(model.peft_config[first], card)
-    card.data.library_name = "peft"
-    card.data.pipeline_tag = evaluation.task or card.data.pipeline_tag or task_of(base)
+    first = next(iter(saved))  # the one that the metadata tell of
+    evaluations = {name: getattr(model.peft_config[name], "evaluation", Evaluation()) for name in saved}
+    evaluations[first] = _with_earlier(evaluations[first], card)
     base_id = hub_id(getattr(base, "name_or_path", "") or model.peft_config[first].base_model_name_or_path)
-    if base_id:
-        card.data.base_model = base_id
-    elif not hub_id(card.data.base_model):
-        card.data.base_model = None
-    own_tags = {"sfa", "peft", *tags, *([f"base_model:adapter:{base_id}"] if base_id else [])}
-    others = [t for t in card.data.tags or () if not (t.startswith("base_model:adapter:") and t not in own_tags)]
-    card.data.tags = sorted({*others, *own_tags})
-    if evaluation.dataset and hub_id(evaluation.dataset):
-        card.data.datasets = sorted({*_as_list(card.data.datasets), evaluation.dataset})
-    if evaluation.metrics:
-        card.data.metrics = sorted({*_as_list(card.data.metrics), *evaluation.metrics})
-        card.data.model_name = source.rpartition("/")[2] if is_repo else card.data.model_name or "sfa-adapter"
-        card.data.eval_results = [
-            EvalResult(
-                task_type=card.data.pipeline_tag or "other",
-                dataset_type=evaluation.dataset,
-                dataset_name=evaluation.dataset,
-                dataset_split=evaluation.split,
-                metric_type=name,
-                metric_value=value,
-            )
-            for name, value in evaluation.metrics.items()
-        ]
+    card.data.pipeline_tag = evaluations[first].task or card.data.pipeline_tag or task_of(base)
+    _name_base(card, base_id, tags)
+    _add_results(card, evaluations[first], source.rpartition("/")[2] if is_repo else None)
     sections = []
     for name, own in saved.items():
         picture = (own / PICTURE).relative_to(folder).as_posix()
         drawn = _draw(ticket_of(model, name), model.peft_config[name], own / PICTURE)
         size = (own / WEIGHTS).stat().st_size
         sections += [
-            _summary(model, name, _evaluation(model.peft_config[name], card), base_id, size),
+            _summary(model, name, evaluations[name], base_id, size),
             *([f"![Where the adapter sits in the backbone]({picture})"] if drawn else []),
             f"```python\n{_snippet(model, name, source, is_repo)}\n```",
         ]
-    text = "\n\n".join([BEGIN, *sections, END])
-    card.text = _with_section(card.text, text)
+    card.text = _with_section(card.text, "\n\n".join([BEGIN, *sections, END]))
     card.save(folder / CARD)
+
+
+def _with_earlier(said: Evaluation, card: ModelCard) -> Evaluation:
+    """What was said of an adapter now, and what its card says already of the same dataset."""
+    earlier = [r for r in card.data.eval_results or () if said.dataset in (None, r.dataset_name)]
+    if not earlier or said.metrics:
+        return said
+    first = earlier[0]
+    metrics = {r.metric_type: r.metric_value for r in earlier if r.dataset_name == first.dataset_name}
+    return Evaluation(said.task or first.task_type, first.dataset_name, said.split or first.dataset_split, metrics)
+
+
+def _name_base(card: ModelCard, base_id: str | None, tags: Sequence[str]) -> None:
+    card.data.library_name = "peft"
+    if base_id:
+        card.data.base_model = base_id
+    elif not hub_id(card.data.base_model):  # PEFT puts a folder's name there
+        card.data.base_model = None
+    own = {"sfa", "peft", *tags, *([f"base_model:adapter:{base_id}"] if base_id else [])}
+    others = {t for t in card.data.tags or () if t in own or not t.startswith("base_model:adapter:")}
+    card.data.tags = sorted(others | own)
+
+
+def _add_results(card: ModelCard, evaluation: Evaluation, model_name: str | None) -> None:
+    """Put dataset and metrics into the metadata, the latter as a `model-index`; results of other datasets stay."""
+    if evaluation.dataset and hub_id(evaluation.dataset):
+        card.data.datasets = sorted({*_as_list(card.data.datasets), evaluation.dataset})
+    if not evaluation.metrics:
+        return
+    card.data.metrics = sorted({*_as_list(card.data.metrics), *evaluation.metrics})
+    card.data.model_name = model_name or card.data.model_name or "sfa-adapter"
+    own = [
+        EvalResult(
+            task_type=card.data.pipeline_tag or "other",
+            dataset_type=evaluation.dataset,
+            dataset_name=evaluation.dataset,
+            dataset_split=evaluation.split,
+            metric_type=name,
+            metric_value=value,
+        )
+        for name, value in evaluation.metrics.items()
+    ]
+    others = [r for r in card.data.eval_results or () if r.dataset_name != evaluation.dataset]
+    card.data.eval_results = own + others
 
 
 def task_of(base: nn.Module) -> str | None:
@@ -188,16 +210,6 @@ def _with_section(text: str, section: str) -> str:
         return text[: found.start()] + section + text[found.end() :]
     before, heading, after = text.partition("### Framework versions")
     return f"{before.rstrip()}\n\n{section}\n\n{heading}{after}"
-
-
-def _evaluation(config: SFAConfig, card: ModelCard) -> Evaluation:
-    """What was said of an adapter, or else what its card says already."""
-    said = getattr(config, "evaluation", None)
-    results = card.data.eval_results or []
-    if said is not None or not results:
-        return said or Evaluation()
-    metrics = {r.metric_type: r.metric_value for r in results if r.dataset_name == results[0].dataset_name}
-    return Evaluation(results[0].task_type, results[0].dataset_name, results[0].dataset_split, metrics)
 
 
 def _summary(model: PeftModel, name: str, evaluation: Evaluation, base_id: str | None, size: int) -> str:
