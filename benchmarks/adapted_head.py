@@ -30,10 +30,12 @@ from models import backbone_parameters, build_model, use_fast_attention
 from scenes import make_scenes
 from semantic_segmentation import evaluate, train
 
+# A budget here is a factor on the budget.
 WAYS: dict[str, dict[str, Any]] = {
     "head saved whole": {"modules_to_save": HEADS},
     "head adapted": {"target_heads": HEADS, "modules_to_save": ["batch_norm"]},
     "head adapted, new classifier": {"target_heads": HEADS, "modules_to_save": ["batch_norm", "classifier"]},
+    "head adapted, twice the budget": {"target_heads": HEADS, "modules_to_save": ["batch_norm"], "budget": 2},
     "only its norms and classifier": {"modules_to_save": ["batch_norm", "classifier"]},
 }
 
@@ -45,6 +47,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--search_steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
+    parser.add_argument("--only", help="Only ways whose name contains this.")
     args = parser.parse_args()
     args.cpu, args.rates, args.model, args.dataset = False, (), None, None
     bench = Bench(args)
@@ -73,8 +76,11 @@ def main() -> None:
         sizes: dict[str, int] = {}
         for seed in args.seeds:
             for name, options in WAYS.items():
+                if args.only and args.only not in name:
+                    continue
                 set_seed(seed)
-                model = get_peft_model(base(), SFAConfig(budget=budget, **options))
+                own = options | {"budget": budget * options.get("budget", 1)}
+                model = get_peft_model(base(), SFAConfig(**own))
                 search_ticket(model, bench.loader(seed + 1000), steps=args.search_steps, seed=seed, progress=False)
                 set_seed(seed)
                 optimizer = optimizer_for(model, "sfa", RATES["sfa"])

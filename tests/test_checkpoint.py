@@ -258,7 +258,7 @@ def packed_floats(t):
     [
         (packed_shorter, "values. has shape"),
         (packed_alone, "only one"),
-        (packed_lengths, "is not of"),
+        (packed_lengths, "does not hold"),
         (packed_floats, "of bytes"),
     ],
 )
@@ -339,7 +339,7 @@ def added(t):
         (bad_head, "not finite"),
         (floats, "coded positions"),
         (lost, "does not have"),
-        (lost_head, "incomplete"),
+        (lost_head, "lacks"),
         (added, "does not announce"),
     ],
 )

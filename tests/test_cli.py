@@ -85,6 +85,7 @@ def test_verify(run, folder):
     code, found, _ = run("verify", "both", "--base", "other_base", "--json")
     assert code == 1
     assert found["ok"] is False
+    assert run("verify", "both")[0] == 0  # the base that the adapter names
     code, _, errors = run("verify", "both", "--base", "nowhere")
     assert code == 2
     assert "--base" in errors
@@ -118,6 +119,13 @@ def test_merge_gives_the_same_outputs(run, folder, tmp_path, name):
         merged = PeftModel.from_pretrained(merged, found["external"])
     assert torch.allclose(tiny.output(merged), expected, atol=1e-6)
     assert run("merge", name, "--base", "base", "--out", out)[0] == 2  # it is not empty any more
+
+
+def test_merge_into_another_base_is_refused(run, tmp_path):
+    code, _, errors = run("merge", "both", "--base", "other_base", "--out", tmp_path / "out")
+    assert code == 1
+    assert "trained on another base model" in errors
+    assert not (tmp_path / "out").exists()
 
 
 def test_merge_of_a_head_with_other_classes(run, folder, tmp_path):
@@ -167,7 +175,10 @@ def test_an_adapter_that_another_program_saved(run, folder, tmp_path):
     assert found["sealed"] is False
     assert found["ticket"] is None
     assert run("diff", "both", tmp_path)[0] == 2
-    assert run("verify", tmp_path, "--base", "base")[0] == 0
+    code, text, _ = run("verify", tmp_path, "--base", "base")
+    assert code == 0
+    assert "no seal" in text
+    assert run("verify", tmp_path, "--base", "base", "--json")[1]["sealed"] is False
 
 
 def test_it_is_a_command():

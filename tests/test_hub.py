@@ -282,7 +282,27 @@ def test_without_matplotlib_there_is_a_card_without_a_picture(model, tmp_path, m
     assert "ticket.png" not in (tmp_path / "README.md").read_text()
 
 
+def test_what_cannot_be_saved_makes_no_repository(hub, model):
+    with pytest.raises(ValueError, match="nope"):
+        model.push_to_hub(REPO, selected_adapters=["nope"])
+    with pytest.raises(ValueError, match="safe_serialization"):
+        model.push_to_hub(REPO, safe_serialization=False)
+    assert not hub.repos
+
+
+def test_another_program_pushes_and_the_card_names_the_repository(model, tmp_path):
+    describe_adapter(model, repo_id="me/by-trainer")
+    model.save_pretrained(tmp_path)
+    assert 'from_pretrained(base, "me/by-trainer")' in card(tmp_path).text
+    assert str(tmp_path) not in card(tmp_path).text
+
+
 def test_metrics_need_a_dataset_and_numbers(model):
+    for bad in ("a | b", "a\nb", "", 3):
+        with pytest.raises(ValueError, match="dataset"):
+            describe_adapter(model, dataset=bad)
+    with pytest.raises(TypeError, match="finite"):
+        describe_adapter(model, dataset="scenes", metrics={"mean_iou": float("nan")})
     with pytest.raises(ValueError, match="dataset"):
         describe_adapter(model, metrics={"mean_iou": 0.5})
     with pytest.raises(TypeError, match="numbers"):

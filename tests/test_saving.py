@@ -224,6 +224,79 @@ def test_fields_that_may_be_edited_may_be_edited(tmp_path, pair):
         PeftModel.from_pretrained(tiny.swin(), tmp_path)
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_a_base_that_was_cast_and_cast_back_is_the_same_base(tmp_path, pair, half):
+    pair[0].save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", BaseMismatchWarning)
+        PeftModel.from_pretrained(tiny.swin().to(half).float(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("values_dtype", "bf16"),
+        ("values_dtype", torch.float16),
+        ("heads_dtype", "float64"),
+        ("format_version", 3),
+        ("external_scale", 3.0),
+        ("external_activation", "relu"),
+        ("internal_granularity", "row"),
+        ("modules_to_save", ["bottleneck"]),
+        ("modules_to_save", None),
+        ("ticket_sizes", {}),
+        ("external_widths", {}),
+        ("budget", "lots"),
+    ],
+)
+def test_a_config_that_is_not_the_adapters_is_not_saved(tmp_path, field, value):
+    model = adapter(0)
+    model.save_pretrained(tmp_path)
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    setattr(model.peft_config["default"], field, value)
+    with pytest.raises(ValueError, match=field):
+        model.save_pretrained(tmp_path)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
+
+
+def test_a_training_that_diverged_does_not_replace_a_good_adapter(tmp_path):
+    model = adapter(0)
+    model.save_pretrained(tmp_path)
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).view(-1)[0] = float("nan")
+    with pytest.raises(ValueError, match="diverged"):
+        model.save_pretrained(tmp_path)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
+
+
+def test_names_of_adapters_that_are_not_there_make_no_folder(tmp_path, pair):
+    with pytest.raises(ValueError, match="nope"):
+        pair[0].save_pretrained(tmp_path / "out", selected_adapters=["nope"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [b"---\n[broken\n---\n", b"\xff\xfe\x00"])
+def test_a_card_that_cannot_be_read_is_named(tmp_path, pair, content):
+    (tmp_path / "README.md").write_bytes(content)
+    with pytest.raises(ValueError, match=r"README\.md.*cannot be updated"):
+        pair[0].save_pretrained(tmp_path)
+    assert [f.name for f in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_weights_of_other_shapes_are_refused(tmp_path):
+    def base(inside, outside):
+        torch.manual_seed(0)
+        return torch.nn.Sequential(
+            torch.nn.Linear(12, inside), torch.nn.Linear(inside, outside, bias=False), torch.nn.Linear(outside, 12)
+        )
+
+    config = SFAConfig(internal_density=0.2, target_modules=["1"], external_modules=[])
+    get_peft_model(base(8, 16), config).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"has shape \(8, 16\) in this model, and had \(16, 8\)"):
+        PeftModel.from_pretrained(base(16, 8), tmp_path)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("saved_as", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_cast_of_the_same_base_is_the_same_base(tmp_path, dtype, saved_as):

@@ -178,7 +178,7 @@ def another_granularity(_, described):
         (flipped, "is not the code"),
         (out_of_range, "positions up to"),
         (as_floats, "of bytes"),
-        (too_short, "is not of"),
+        (too_short, "does not hold"),
         (stranger, "nobody.weight"),
         (without_shapes, "description is damaged"),
         (another_granularity, "'crumb' is not known"),

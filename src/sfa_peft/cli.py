@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -147,17 +148,19 @@ def inspect(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
 def verify(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     """Whether an adapter is whole, fits a base model, and was trained on these weights."""
     saved = Saved.load(args.adapter, _options(args))
-    base = _base(args, saved.config)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", BaseMismatchWarning)
-        try:
-            PeftModel.from_pretrained(base, args.adapter, **_options(args))
-        except BaseMismatchWarning as error:
-            return BAD, {"ok": False, "error": str(error)}, f"{args.adapter}: wrong base: {error}"
-    known = saved.config.base_fingerprint is not None
-    note = "" if known else " (it has no fingerprint: whether the base has the weights of the training cannot be told)"
-    found = {"ok": True, "digest": saved.file.digest, "fingerprint": known}
-    return OK, found, f"{args.adapter}: whole, and fits {args.base}{note}"
+    _load(args, saved.config)
+    found = {
+        "ok": True,
+        "digest": saved.file.digest,
+        "sealed": saved.file.config is not None,
+        "fingerprint": saved.config.base_fingerprint is not None,
+    }
+    text = f"{args.adapter}: whole, and fits {_base_name(args, saved.config)}"
+    if not found["sealed"]:
+        text += "\nIt has no seal, as another program saved it: damage to single values cannot be seen."
+    if not found["fingerprint"]:
+        text += "\nIt has no fingerprint: whether the base has the weights of the training cannot be told."
+    return OK, found, text
 
 
 def merge(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
@@ -169,8 +172,7 @@ def merge(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     out = Path(args.out)
     if out.exists() and any(out.iterdir()):
         raise RefusedError(f"--out {str(out)!r} is not empty; name a new folder.")
-    base = _base(args, saved.config)
-    model = PeftModel.from_pretrained(base, args.adapter, **_options(args))
+    model = _load(args, saved.config)
     tensors = {k: t for k, t in get_peft_model_state_dict(model).items() if is_adapter_key(k) and INTERNAL not in k}
     for _, layer in sfa_layers(model):
         layer.remove_externals("default")
@@ -249,20 +251,39 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
+def _load(args: argparse.Namespace, config: SFAConfig) -> PeftModel:
+    """The base with the adapter; a base with other weights is an error."""
+    base = _base(args, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", BaseMismatchWarning)
+        try:
+            return PeftModel.from_pretrained(base, args.adapter, **_options(args))
+        except BaseMismatchWarning as error:
+            raise CheckpointError(str(error)) from error
+
+
+def _base_name(args: argparse.Namespace, config: SFAConfig) -> str:
+    name = args.base or config.base_model_name_or_path
+    if not name:
+        raise RefusedError("the adapter does not name its base model: give --base MODEL.")
+    return name
+
+
 def _base(args: argparse.Namespace, config: SFAConfig) -> nn.Module:
     """The base model, by the class that the adapter was trained with, or else the one that its config names."""
     options = {} if args.num_labels is None else {"num_labels": args.num_labels, "ignore_mismatched_sizes": True}
+    name = _base_name(args, config)
     try:
-        own = transformers.AutoConfig.from_pretrained(args.base)
+        own = transformers.AutoConfig.from_pretrained(name)
         names = [(config.auto_mapping or {}).get("base_model_class"), *(own.architectures or ())]
         cls = next((getattr(transformers, name) for name in names if name and hasattr(transformers, name)), None)
         if cls is None:
             raise RefusedError(
                 f"--base {args.base!r} is of a class that transformers does not have; load it in Python."
             )
-        return cls.from_pretrained(args.base, **options)
+        return cls.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
-        raise RefusedError(f"--base {args.base!r} cannot be loaded: {error}") from error
+        raise RefusedError(f"--base {name!r} cannot be loaded: {error}") from error
 
 
 Command = Callable[[argparse.Namespace], tuple[int, dict[str, Any], str]]
@@ -273,6 +294,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="sfa-peft",
         description="Look at saved SFA adapters. Exit codes: 0 fine, 1 damaged, unfit or different, 2 could not run.",
     )
+    parser.add_argument("--version", action="version", version=f"sfa-peft {metadata.version('sfa-peft')}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     def command(run: Command) -> argparse.ArgumentParser:
@@ -289,7 +311,7 @@ def _parser() -> argparse.ArgumentParser:
     command(inspect)
     for run in (verify, merge):
         own = command(run)
-        own.add_argument("--base", required=True, metavar="MODEL", help="folder or repository of the base model")
+        own.add_argument("--base", metavar="MODEL", help="the base model; the one that the adapter names unless given")
         own.add_argument("--num-labels", type=int, help="classes of the head, where the base has other ones")
         if run is merge:
             own.add_argument("--out", required=True, metavar="DIR", help="a new folder")
@@ -300,12 +322,14 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     args = _parser().parse_args(argv)
+    warnings.simplefilter("ignore", FutureWarning)  # of transformers, for its developers
     try:
         code, found, text = args.run(args)
     except CheckpointError as error:
         code, found, text = BAD, {"ok": False, "error": str(error)}, f"sfa-peft: {error}"
     except (RefusedError, HfHubHTTPError, ValueError, OSError) as error:
-        code, found, text = TROUBLE, {"ok": False, "error": str(error)}, f"sfa-peft: {error}"
+        why = f"{error} ({str(error.__cause__).splitlines()[0]})" if str(error.__cause__ or "") else str(error)
+        code, found, text = TROUBLE, {"ok": False, "error": why}, f"sfa-peft: {why}"
     if args.json:
         print(json.dumps(found, indent=2))
     else:

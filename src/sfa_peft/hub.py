@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from torch import nn
+from yaml import YAMLError
 
 from .checkpoint.seal import CONFIG, WEIGHTS, digest_of
 from .config import SFAConfig
@@ -54,6 +55,7 @@ class Evaluation:
     dataset: str | None = None
     split: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    repo_id: str | None = None
 
 
 def describe_adapter(
@@ -63,6 +65,7 @@ def describe_adapter(
     dataset: str | None = None,
     split: str | None = None,
     metrics: Mapping[str, float] | None = None,
+    repo_id: str | None = None,
     adapter_name: str | None = None,
 ) -> None:
     """Say what the model card of an adapter is to tell beside what the adapter itself tells.
@@ -74,20 +77,46 @@ def describe_adapter(
         dataset: The dataset that it was trained and evaluated on, by its name on the Hub or any other.
         split: The split that the metrics are of.
         metrics: By the metric's name as on the Hub (such as ``mean_iou``), its value.
+        repo_id: The repository that the card's code is to load it from, where something other than
+            `model.push_to_hub` uploads it, such as `Trainer.push_to_hub`.
         adapter_name: The adapter; the active one unless given.
 
     Raises:
-        TypeError: If `model` is something else, or a metric is no number.
-        ValueError: If there is no such adapter, or metrics come without a dataset.
+        TypeError: If `model` is something else, or a metric is no finite number.
+        ValueError: If there is no such adapter, metrics come without a dataset, or a name is not one line of text.
     """
     tuner, name = adapter_of(model, adapter_name)
+    for field_name, text in (("task", task), ("dataset", dataset), ("split", split), ("repo_id", repo_id)):
+        if text is not None and (not isinstance(text, str) or not text.strip() or "\n" in text or "|" in text):
+            raise ValueError(
+                f"{field_name}={text!r} must be a line of text without `|`, which ends a cell of a table."
+            )
     if metrics and not dataset:
         raise ValueError("metrics say nothing without `dataset`: name the one that they were measured on.")
     try:
         values = {str(metric): float(value) for metric, value in (metrics or {}).items()}
     except (TypeError, ValueError) as error:
         raise TypeError(f"metrics={metrics!r} must map names to numbers: {error}") from error
-    tuner.peft_config[name].evaluation = Evaluation(task, dataset, split, values)
+    if not all(map(math.isfinite, values.values())):
+        raise TypeError(f"metrics={metrics!r} must be finite numbers.")
+    tuner.peft_config[name].evaluation = Evaluation(task, dataset, split, values, repo_id)
+
+
+def check_card(folder: Path) -> None:
+    """Check that the model card in a folder, if there is one, can be updated.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    path = folder / CARD
+    if not path.exists():
+        return
+    try:
+        ModelCard.load(path)
+    except (YAMLError, UnicodeError, ValueError, OSError) as error:
+        raise ValueError(
+            f"the model card {str(path)!r} cannot be updated: {error}. Mend it, or take it away; nothing was saved."
+        ) from error
 
 
 def begin_card(model: PeftModel, folder: Path) -> list[str]:
@@ -122,6 +151,8 @@ def update_card(model: PeftModel, folder: Path, source: str, is_repo: bool = Fal
     first = next(iter(saved))  # the one that the metadata tell of
     evaluations = {name: getattr(model.peft_config[name], "evaluation", Evaluation()) for name in saved}
     evaluations[first] = _with_earlier(evaluations[first], card)
+    if not is_repo and evaluations[first].repo_id:
+        source, is_repo = evaluations[first].repo_id, True
     base_id = hub_id(getattr(base, "name_or_path", "") or model.peft_config[first].base_model_name_or_path)
     card.data.pipeline_tag = evaluations[first].task or card.data.pipeline_tag or task_of(base)
     _name_base(card, base_id, tags)
@@ -147,7 +178,13 @@ def _with_earlier(said: Evaluation, card: ModelCard) -> Evaluation:
         return said
     first = earlier[0]
     metrics = {r.metric_type: r.metric_value for r in earlier if r.dataset_name == first.dataset_name}
-    return Evaluation(said.task or first.task_type, first.dataset_name, said.split or first.dataset_split, metrics)
+    return replace(
+        said,
+        task=said.task or first.task_type,
+        dataset=first.dataset_name,
+        split=said.split or first.dataset_split,
+        metrics=metrics,
+    )
 
 
 def _name_base(card: ModelCard, base_id: str | None, tags: Sequence[str]) -> None:
@@ -317,12 +354,15 @@ class Push:
         self.api = HfApi(token=self.token)
         self.repo_id = self.api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id
 
-    def fetch_card(self, folder: Path) -> None:
-        """Bring the card that the branch has, if it has one, so that what is written there stays."""
+    def fetch_card(self, folder: Path) -> bool:
+        """Bring the card that the branch has, so that what is written there stays; whether it has one."""
         if self.revision and not self.create_pr and not self.revision.startswith("refs/"):
             self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
-        with suppress(EntryNotFoundError, RevisionNotFoundError):  # a repository may have no commit yet
+        try:
             shutil.copy(self.api.hf_hub_download(self.repo_id, CARD, revision=self.revision), folder / CARD)
+        except (EntryNotFoundError, RevisionNotFoundError):  # a repository may have no commit yet
+            return False
+        return True
 
     def upload(self, folder: Path, message: str, description: str | None) -> CommitInfo:
         """Upload in one commit. The client asks a Hub that is down again, but not for the commit itself.

@@ -60,27 +60,34 @@ def save_pretrained(
     A kill at any moment leaves the old checkpoint or the new one. Where torch.distributed runs, only rank 0 writes.
 
     Raises:
-        ValueError: If `safe_serialization` is False: an SFA checkpoint is data, never a pickle. Or if a value does not
-            fit `values_dtype` or `heads_dtype`. Nothing is written then.
+        ValueError: If `safe_serialization` is False: an SFA checkpoint is data, never a pickle. If a config was
+            changed so that it does not say what its adapter is. If a value is not finite, or does not fit
+            `values_dtype` or `heads_dtype`. If there is a model card that cannot be read. Nothing is written then.
     """
     if not safe_serialization:
         raise ValueError(
             "SFA saves safetensors only, since a pickle can run code; leave out safe_serialization=False."
         )
-    is_main_process = is_main_process and not (dist.is_initialized() and dist.get_rank() != 0)
-    options = {"selected_adapters": selected_adapters, "save_embedding_layers": save_embedding_layers, **kwargs}
+    names = list(model.peft_config) if selected_adapters is None else selected_adapters
+    for name in names:
+        if name not in model.peft_config:
+            raise ValueError(f"selected_adapters: there is no {name!r}; the model has {sorted(model.peft_config)}.")
+        model.base_model.check_config(name)
+    options = {"selected_adapters": names, "save_embedding_layers": save_embedding_layers, **kwargs}
     folder = Path(save_directory)
-    if not is_main_process:
-        # Collecting the tensors may need every process.
-        original(str(folder), is_main_process=False, **options)
+    if not is_main_process or (dist.is_initialized() and dist.get_rank() != 0):
+        # Collecting the tensors may need every process. PEFT makes the folder in any case.
+        with tempfile.TemporaryDirectory() as nowhere:
+            original(nowhere, is_main_process=False, **options)
         return
     if folder.is_file():
         raise ValueError(f"save_directory={str(folder)!r} is a file; name a folder.")
+    hub.check_card(folder)
     with staged(folder, last=(WEIGHTS, CONFIG, hub.PICTURE, hub.CARD)) as stage:
         if (folder / hub.CARD).is_file():
             shutil.copy(folder / hub.CARD, stage / hub.CARD)
         original(str(stage), is_main_process=True, **options)
-        for name in list(model.peft_config) if selected_adapters is None else selected_adapters:
+        for name in names:
             _seal(model, name, stage if name == "default" else stage / name)
         hub.update_card(model, stage, os.fspath(save_directory))
 
@@ -220,9 +227,10 @@ def push_to_hub(
     save_options.pop("max_shard_size", None)
     message = commit_message or "Upload SFA adapter"
     with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, **save_options)  # first: what cannot be saved needs no repository
         push = hub.Push(repo_id, private=private, token=token, revision=revision, create_pr=create_pr)
-        push.fetch_card(Path(folder))
-        model.save_pretrained(folder, **save_options)
+        if push.fetch_card(Path(folder)):
+            model.create_or_update_model_card(folder)
         hub.update_card(model, Path(folder), push.repo_id, is_repo=True, tags=tags or ())
         return push.upload(Path(folder), message, commit_description)
 
@@ -264,7 +272,8 @@ def _readable_errors(model_id: str | os.PathLike[str], options: dict[str, Any]) 
         yield
     except (KeyError, TypeError, AttributeError, RecursionError, SafetensorError, JSONDecodeError, UnicodeError) as e:
         if _is_saved_by_sfa(model_id, options):
-            raise CheckpointError(f"the SFA adapter {str(model_id)!r} is damaged, or incomplete: {e!r}") from e
+            what = f"it lacks {e.args[0]!r}" if isinstance(e, KeyError) and e.args else repr(e)
+            raise CheckpointError(f"the SFA adapter {str(model_id)!r} is damaged, or incomplete: {what}") from e
         raise
 
 

@@ -234,6 +234,56 @@ class SFAModel(BaseTuner):
                 if id(p) not in kept:
                     p.requires_grad_(trainable)
 
+    def check_config(self, adapter_name: str) -> None:
+        """Check that an adapter's config is valid, and says what the adapter is: fields can be set at any time.
+
+        Raises:
+            ValueError: If it does not. Names the field.
+        """
+        config = self.peft_config[adapter_name]
+        type(config)(**config.to_dict())
+        positions, widths = {}, {}
+        expected = (config.external_activation, config.external_scale)
+        for name, layer in sfa_layers(self.model):
+            for external, container in layer.externals_of(adapter_name):
+                widths[name, container is not None] = external.width
+                if (external.activation, external.scale) != expected:
+                    raise ValueError(
+                        f"the external adapters of {adapter_name!r} have external_activation={external.activation!r} "
+                        f"and external_scale={external.scale}, and its config says {expected[0]!r} and {expected[1]}: "
+                        f"set the config back; these are fixed when an adapter is made."
+                    )
+            if adapter_name in layer.sfa_internal:
+                delta = layer.sfa_internal[adapter_name]
+                positions[name] = {p: delta.positions(p) for p in delta.changed}
+                if delta.granularity != config.granularity:
+                    raise ValueError(
+                        f"the ticket of {adapter_name!r} is of {delta.granularity}, and its config says "
+                        f"{config.granularity}: set `internal_granularity` and `internal_block_size` back."
+                    )
+        announced = {
+            (module, place == "mlp_parallel"): width
+            for place, modules in (config.external_widths or {}).items()
+            for module, width in modules.items()
+        }
+        heads = {
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
+        }
+        named = [h for h in config.modules_to_save or () if not any(n.endswith(h) for n in heads)]
+        unnamed = [n for n in heads if not any(n.endswith(h) for h in config.modules_to_save or ())]
+        for field_name, is_right in (
+            ("ticket_sizes", config.ticket_sizes == ticket_sizes(positions)),
+            ("external_widths", announced == widths),
+            ("modules_to_save", not named and not unnamed),
+        ):
+            if not is_right:
+                raise ValueError(
+                    f"SFAConfig.{field_name} of adapter {adapter_name!r} was changed after the adapter was made, and "
+                    f"does not say what it is any more: set it back."
+                )
+
     @contextmanager
     def other_externals(self, adapter_name: str, externals: Sequence[External]) -> Iterator[None]:
         """Replace an adapter's external adapters for a while; afterwards its own are back, as they were."""

@@ -382,6 +382,12 @@ class Planner:
             if name not in parameters:
                 raise CheckpointError(_OTHER_ARCHITECTURE.format(name=full_name, model=type(self.model).__name__))
             parameter = parameters[name]
+            sealed = getattr(config, "sealed_shapes", {}).get(full_name)
+            if sealed is not None and sealed != tuple(parameter.shape):
+                raise CheckpointError(
+                    f"{full_name!r} has shape {tuple(parameter.shape)} in this model, and had {sealed} where the "
+                    f"adapter was trained; load it into the model it was trained on."
+                )
             units = config.granularity.count(parameter.shape)
             if size > units:
                 raise CheckpointError(

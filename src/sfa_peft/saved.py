@@ -83,6 +83,7 @@ def checked(config: SFAConfig, weights: Path) -> SFAConfig:
             raise CheckpointError(f"the config sealed in {str(weights)!r} is not valid: {error}") from error
     positions_of(config, file)
     config.weights_digest = None
+    config.sealed_shapes = file.shapes  # type: ignore[attr-defined]  # for the model to be compared with
     return config
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 Parameters = Sequence[tuple[str, Tensor]]
 WIDE = (torch.float32, torch.float64)
+HALF = (torch.bfloat16, torch.float16)
 
 
 class BaseMismatchWarning(UserWarning):
@@ -124,7 +125,10 @@ def _middles(parameters: Sequence[Tensor]) -> Tensor:
 def _same(a: Tensor, a_dtype: torch.dtype, b: Tensor, b_dtype: torch.dtype) -> Tensor:
     """Which values of `a` and `b` can be casts of one."""
     if a_dtype == b_dtype or (a_dtype in WIDE and b_dtype in WIDE):
-        return (a == b) | (a.isnan() & b.isnan())
+        same = (a == b) | (a.isnan() & b.isnan())
+        for half in HALF:  # one of them may have been cast there and back
+            same |= (a.to(half) == b) | (b.to(half) == a)
+        return same
     if a_dtype in WIDE or b_dtype in WIDE:
         narrow = b_dtype if a_dtype in WIDE else a_dtype
         return a.to(narrow) == b.to(narrow)

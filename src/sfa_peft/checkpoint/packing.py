@@ -37,7 +37,7 @@ def split_codes(key: str, joined: Tensor, count: int) -> list[Tensor]:
         )
     lengths = joined[: 4 * count].clone().view(torch.int32).tolist() if len(joined) >= 4 * count else [-1]
     if min(lengths, default=0) < 0 or sum(lengths) != len(joined) - 4 * count:
-        raise CheckpointError(f"{key!r} is not of {count} parameters; {_OTHER_SIZES}")
+        raise CheckpointError(f"{key!r} does not hold the positions of {count} parameters: {_OTHER_SIZES}")
     return list(joined[4 * count :].split(lengths))
 
 
@@ -83,7 +83,7 @@ def unpack(
     shapes = [values_shape(name, sizes[name]) for name in names]
     counts = [prod(shape) for shape in shapes]
     if min(counts, default=0) < 0 or values.shape != (sum(counts),):
-        raise CheckpointError(f"{VALUES!r} has shape {tuple(values.shape)}, not ({sum(counts)},); {_OTHER_SIZES}")
+        raise CheckpointError(f"{VALUES!r} has shape {tuple(values.shape)}, not ({sum(counts)},): {_OTHER_SIZES}")
     result = {key: t for key, t in tensors.items() if key not in (VALUES, CODES)}
     for name, shape, own, code in zip(names, shapes, values.split(counts), codes, strict=True):
         module, _, parameter = name.rpartition(".")
@@ -93,7 +93,7 @@ def unpack(
 
 
 _OTHER_SIZES = (
-    "adapter_config.json, or the adapter that it is loaded into, has another ticket, or the checkpoint is damaged. "
+    "the checkpoint has another ticket than the adapter that it is loaded into, or than its config; or it is damaged. "
     "For another ticket use PeftModel.from_pretrained(base, path, is_trainable=True), or run the same search first."
 )
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .files import save_tensors
 from .packing import pack
-from .validation import CheckpointError, is_positions_key
+from .validation import CheckpointError
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -70,7 +70,7 @@ def seal(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype_of: Callable
         dtype_of: For the name of a tensor, the dtype that it is to have in the file; None to keep its own.
 
     Raises:
-        ValueError: If a value is finite in its own dtype and not in the file's.
+        ValueError: If a value is not finite, in its own dtype or in the file's.
     """
     file = read(folder / WEIGHTS)
     tensors = pack({name: _cast(name, tensor, dtype_of(name)) for name, tensor in file.tensors.items()})
@@ -83,13 +83,15 @@ def seal(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype_of: Callable
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    if dtype is None or not tensor.is_floating_point() or is_positions_key(name):
+    if not tensor.is_floating_point():
         return tensor
-    cast = tensor.to(dtype)
-    if not torch.isfinite(cast).all() and torch.isfinite(tensor).all():
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{name!r} holds values that are not finite: the training has diverged. Nothing was saved.")
+    cast = tensor if dtype is None else tensor.to(dtype)
+    if not torch.isfinite(cast).all():
         raise ValueError(
             f"{name!r} holds values up to {tensor.abs().max():.3g}, which {dtype} cannot hold; save it in bfloat16 or "
-            f"float32 (`values_dtype`, `heads_dtype`)."
+            f"float32 (`values_dtype`, `heads_dtype`). Nothing was saved."
         )
     return cast
 

@@ -165,4 +165,6 @@ def decoded(key: str, code: Tensor, count: int, units: int) -> Tensor:
 def check_finite(key: str, tensor: Tensor) -> None:
     """Raise a `CheckpointError` unless all values are finite."""
     if tensor.is_complex() or (tensor.is_floating_point() and not torch.isfinite(tensor.float()).all()):
-        raise CheckpointError(f"{key!r} holds values that are not finite; the checkpoint is damaged.")
+        raise CheckpointError(
+            f"{key!r} holds values that are not finite; the checkpoint is damaged, or of a training that diverged."
+        )
