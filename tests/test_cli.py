@@ -29,6 +29,7 @@ def folder(tmp_path_factory):
         "internal": {"external_share": 0.0},
         "rows": {"internal_granularity": "row"},
         "heads": {"modules_to_save": ["decode_head"]},
+        "adapted_head": {"target_heads": ["decode_head"], "modules_to_save": ["batch_norm", "classifier"]},
     }.items():
         base = UperNetForSemanticSegmentation.from_pretrained(folder / "base")
         model = get_peft_model(base, SFAConfig(**{"budget": 0.1} | options))
@@ -64,6 +65,15 @@ def test_inspect(run, folder):
     assert sum(layer["positions"] for layer in found["ticket"]["layers"].values()) == found["ticket"]["size"]
     assert found["heads"] == ["decode_head"]
     assert found["base_fingerprint"]["roots"] == ["backbone.swin.encoder.layers"]
+
+
+def test_inspect_shows_what_an_adapted_head_takes(run, folder):
+    code, found, _ = run("inspect", "adapted_head", "--json")
+    assert code == 0
+    layers = SFAConfig.from_pretrained(folder / "adapted_head").ticket_sizes
+    expected = sum(size for name, size in layers.items() if name.startswith("decode_head."))
+    assert found["adapted_heads"] == {"decode_head": {"parameters": expected, "bytes": 4 * expected}}
+    assert "internal in decode_head" in run("inspect", "adapted_head")[1]
 
 
 def test_inspect_of_what_is_on_the_hub(run, folder, hub):

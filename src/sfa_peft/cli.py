@@ -19,6 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
+from .base import in_module
 from .checkpoint import CheckpointError
 from .checkpoint.fingerprint import BaseMismatchWarning, Fingerprint
 from .checkpoint.packing import CODES
@@ -26,7 +27,7 @@ from .checkpoint.seal import AdapterFile, read
 from .checkpoint.validation import INTERNAL, POSITIONS, is_adapter_key, is_positions_key
 from .config import SFAConfig
 from .layer import sfa_layers
-from .saved import positions_of, weights_of
+from .saved import positions_of, tensors_of, weights_of
 from .ticket import Ticket, TicketReport
 
 OK, BAD, TROUBLE = 0, 1, 2
@@ -73,6 +74,22 @@ class Saved:
         return dict(counted)
 
     @property
+    def adapted_heads(self) -> dict[str, dict[str, int]]:
+        """What internal values, and bytes of them, lie in each of `target_heads`."""
+        values = {
+            key.removeprefix("base_model.model."): tensor
+            for key, tensor in tensors_of(self.config, self.file).items()
+            if INTERNAL in key and not is_positions_key(key)
+        }
+        return {
+            head: {
+                "parameters": sum(t.numel() for name, t in values.items() if in_module(name, [head])),
+                "bytes": sum(t.numel() * t.element_size() for name, t in values.items() if in_module(name, [head])),
+            }
+            for head in self.config.target_heads or ()
+        }
+
+    @property
     def ticket(self) -> Ticket:
         if not self.file.shapes and self.config.ticket_sizes:
             raise RefusedError(
@@ -110,6 +127,7 @@ def inspect(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
         "granularity": config.internal_granularity,
         "external_widths": config.external_widths,
         "heads": sorted(config.modules_to_save or ()),
+        "adapted_heads": saved.adapted_heads,
         "parameters": saved.parameters,
         "bytes": saved.bytes | {"total": saved.size},
         "digest": saved.file.digest,
@@ -136,6 +154,10 @@ def inspect(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
             ("part", "parameters", "bytes"),
             [
                 *((part, _count(saved.parameters.get(part)), f"{n:,}") for part, n in saved.bytes.items()),
+                *(
+                    (f"(internal in {head})", _count(own["parameters"]), f"{own['bytes']:,}")
+                    for head, own in saved.adapted_heads.items()
+                ),
                 ("total", f"{sum(saved.parameters.values()):,}", f"{saved.size:,}"),
             ],
         ),
