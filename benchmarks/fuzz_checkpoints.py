@@ -11,6 +11,7 @@ the model, loads other values than were saved (unless forged to), takes more tha
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import random
 import resource
@@ -119,7 +120,7 @@ def change_config(folder: Path, rng: random.Random) -> None:
         elif kind == 2 and isinstance(target[key], int | float) and not isinstance(target[key], bool):
             target[key] = target[key] * rng.choice([-1, 0, 2, 10**9]) + rng.choice([-1, 0, 1])
         else:
-            target[key] = rng.choice(ABSURD)
+            target[key] = copy.deepcopy(rng.choice(ABSURD))
         if not isinstance(config, dict) or not config:
             break
     (folder / CONFIG).write_text(json.dumps(config))
