@@ -186,6 +186,7 @@ def test_the_card_says_what_the_adapter_is(hub, tmp_path, pictures):
     search_ticket(model, [tiny.batch()], steps=2, progress=False)
     describe_adapter(model, dataset="me/scenes", split="validation", metrics={"mean_iou": 0.4712})
     model.save_pretrained(tmp_path / "out")
+    assert hub.requests == []  # saving asks nobody
     found = card(tmp_path / "out")
     assert found.data.library_name == "peft"
     assert found.data.base_model == "me/swin-nano"

@@ -73,7 +73,8 @@ def save_pretrained(
         if name not in model.peft_config:
             raise ValueError(f"selected_adapters: there is no {name!r}; the model has {sorted(model.peft_config)}.")
         model.base_model.check_config(name)
-    options = {"selected_adapters": names, "save_embedding_layers": save_embedding_layers, **kwargs}
+    # "auto" asks the Hub for the base's vocabulary; an adapted layer is saved as its change, so there is none to save.
+    options = {"selected_adapters": names, "save_embedding_layers": save_embedding_layers is True, **kwargs}
     folder = Path(save_directory)
     if not is_main_process or (dist.is_initialized() and dist.get_rank() != 0):
         # Collecting the tensors may need every process. PEFT makes the folder in any case.
