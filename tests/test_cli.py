@@ -28,6 +28,7 @@ def folder(tmp_path_factory):
         "random": {"initial_ticket": "random"},
         "internal": {"external_share": 0.0},
         "rows": {"internal_granularity": "row"},
+        "scaled": {"external_scale": 0.5},
         "heads": {"modules_to_save": ["decode_head"]},
         "adapted_head": {"target_heads": ["decode_head"], "modules_to_save": ["batch_norm", "classifier"]},
     }.items():
@@ -163,6 +164,9 @@ def test_diff(run):
     code, found, _ = run("diff", "both", "both", "--json")
     assert code == 0
     assert found["overlap"] == 1
+    code, found, _ = run("diff", "both", "scaled", "--json")
+    assert code == 1
+    assert "external_scale" in found["difference"]
     code, text, _ = run("diff", "both", "internal")
     assert code == 1
     assert "mlp_parallel" in text

@@ -244,6 +244,21 @@ def test_results_are_of_the_adapter_and_the_dataset_that_they_were_said_of(model
     assert "mean_iou on fields" in card(tmp_path).text
 
 
+def test_each_adapter_keeps_its_section(model, tmp_path):
+    model.add_adapter("depth", SFAConfig(budget=0.05))
+    model.save_pretrained(tmp_path)
+    assert card(tmp_path).text.count("## Selective Feature Adapter") == 2
+    model.save_pretrained(tmp_path, selected_adapters=["depth"])
+    assert card(tmp_path).text.count("## Selective Feature Adapter") == 2
+    model.save_pretrained(tmp_path)
+    assert card(tmp_path).text.count("## Selective Feature Adapter") == 2
+
+
+def test_only_the_main_process_pushes(hub, model):
+    assert model.push_to_hub(REPO, is_main_process=False) is None
+    assert not hub.repos
+
+
 @pytest.mark.parametrize("pushed", [True, False])
 def test_the_snippet_works_when_pasted(hub, tmp_path, pushed):
     base = tiny.swin()

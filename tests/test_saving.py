@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 import tiny
@@ -215,6 +215,98 @@ def test_a_config_that_is_no_json_object_is_refused(tmp_path, pair, text):
     pair[0].save_pretrained(tmp_path)
     (tmp_path / CONFIG).write_text(text, encoding="latin-1")
     refused(tmp_path, "damaged")
+
+
+def test_loading_into_an_adapter_that_is_there_is_checked_as_well(tmp_path):
+    model = adapter(0)
+    model.save_pretrained(tmp_path)
+    before = tiny.state(model)
+    model.load_adapter(tmp_path, "default")
+    assert tiny.same_state(tiny.state(model), before)
+    data = (tmp_path / WEIGHTS).read_bytes()
+    (tmp_path / WEIGHTS).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="digest"):
+        model.load_adapter(tmp_path, "default")
+    with pytest.raises(CheckpointError, match="digest"):
+        PeftModel.from_pretrained(tiny.swin(), tmp_path, config=model.peft_config["default"])
+    adapter(1).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="saved with another external_widths"):
+        model.load_adapter(tmp_path, "default")
+    assert tiny.same_state(tiny.state(model), before)
+
+
+def test_a_failed_load_leaves_which_heads_are_active(tmp_path):
+    model = adapter(0)
+    model.add_adapter("b", SFAConfig(budget=0.05, init_weights=False, modules_to_save=["classifier"]))
+    model.add_adapter("c", SFAConfig(budget=0.06, init_weights=False, modules_to_save=["classifier"]))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".modules_to_save." in name:
+                p.normal_()
+    model.set_adapter("c")
+    expected, flags = tiny.output(model), [p.requires_grad for p in model.parameters()]
+    adapter(1).save_pretrained(tmp_path)
+    tensors = tensors_of(SFAConfig.from_pretrained(tmp_path), read(tmp_path / WEIGHTS))
+    tensors = {name: t.clone() for name, t in tensors.items() if not name.endswith("classifier.weight")}
+    save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    config = json.loads((tmp_path / CONFIG).read_text()) | {"weights_digest": None}
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="lacks"):
+        model.load_adapter(tmp_path, "new")
+    assert torch.equal(tiny.output(model), expected)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert list(model.peft_config) == ["default", "b", "c"]
+
+
+def test_a_head_may_hold_infinities(tmp_path):
+    base = tiny.swin()
+    base.decode_head.register_buffer("mask", torch.full((2,), float("-inf")))
+    model = get_peft_model(base, SFAConfig(budget=0.05, modules_to_save=["decode_head"]))
+    model.save_pretrained(tmp_path)
+    again = tiny.swin()
+    again.decode_head.register_buffer("mask", torch.zeros(2))
+    loaded = PeftModel.from_pretrained(again, tmp_path)
+    assert loaded.base_model.model.decode_head.modules_to_save["default"].mask.isinf().all()
+
+
+def test_a_save_that_is_refused_leaves_no_folder_and_no_mode(tmp_path):
+    model = adapter(0)
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).view(-1)[0] = float("inf")
+    with pytest.raises(ValueError, match="diverged"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert model.peft_config["default"].inference_mode is False
+
+
+def test_transformers_leaves_a_model_as_it_was_when_a_head_does_not_fit(tmp_path):
+    torch.manual_seed(0)
+    config = SFAConfig(budget=0.05, modules_to_save=["classifier"])
+    get_peft_model(tiny.upernet(tiny.swin_config(), num_labels=5), config).save_pretrained(tmp_path)
+    base = tiny.swin()
+    before = tiny.state(base)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        base.load_adapter(str(tmp_path))
+    assert tiny.same_state(tiny.state(base), before)
+    base.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="adapter_state_dict"):
+        base.load_adapter(peft_config=config)
+
+
+def test_other_methods_of_peft_are_as_they_were(tmp_path):
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    model = get_peft_model(tiny.swin(), config)
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    assert (tmp_path / "adapter_model.bin").exists()
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny.swin(), tmp_path)
+    assert torch.equal(tiny.output(again), tiny.output(model))
+    base = tiny.swin()
+    base.load_adapter(str(tmp_path), "default", None, None, False)
+    assert torch.equal(tiny.output(base), tiny.output(model))
+    assert "sfa" not in (tmp_path / "README.md").read_text()
+    with pytest.raises(ValueError, match="Can't find 'adapter_config"):
+        PeftModel.from_pretrained(tiny.swin(), tmp_path / "nothing")
 
 
 def test_fields_that_may_be_edited_may_be_edited(tmp_path, pair):

@@ -168,6 +168,22 @@ def without_shapes(_, described):
     del described["shapes"]
 
 
+def absurd_block(_, described):
+    described["granularity"], described["block_size"] = "block", 0
+
+
+def absurd_shape(_, described):
+    described["shapes"] = {name: [-4, -4] for name in described["shapes"]}
+
+
+def absurd_size(_, described):
+    described["sizes"] = dict.fromkeys(described["sizes"], float("inf"))
+
+
+def absurd_width(_, described):
+    described["widths"] = {"mlp": {"a": -3}}
+
+
 def another_granularity(_, described):
     described["granularity"] = "crumb"
 
@@ -182,6 +198,10 @@ def another_granularity(_, described):
         (stranger, "nobody.weight"),
         (without_shapes, "description is damaged"),
         (another_granularity, "'crumb' is not known"),
+        (absurd_block, "damaged"),
+        (absurd_shape, "not possible"),
+        (absurd_size, "damaged"),
+        (absurd_width, "not possible"),
     ],
 )
 def test_a_damaged_ticket_is_refused(tmp_path, change, match):

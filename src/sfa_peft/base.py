@@ -23,13 +23,13 @@ def in_module(name: str, modules: Iterable[str]) -> bool:
 def modules_outside_adapters(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The base model's modules by their own names; tuner layers stand for what they wrap, without their insides."""
     found: list[tuple[str, nn.Module]] = []
-    inside: list[str] = []
+    inside = None
     for name, module in model.named_modules():
-        if any(name.startswith(prefix) for prefix in inside):
+        if inside is not None and name.startswith(inside):
             continue
         found.append((name, module))
         if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
-            inside.append(f"{name}.")
+            inside = f"{name}."  # what is in it comes next
     return found
 
 

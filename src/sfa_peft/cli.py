@@ -23,11 +23,11 @@ from .base import in_module
 from .checkpoint import CheckpointError
 from .checkpoint.fingerprint import BaseMismatchWarning, Fingerprint
 from .checkpoint.packing import CODES
-from .checkpoint.seal import AdapterFile, read
+from .checkpoint.seal import AdapterFile, digest_of, read
 from .checkpoint.validation import INTERNAL, POSITIONS, is_adapter_key, is_positions_key
 from .config import SFAConfig
 from .layer import sfa_layers
-from .saved import positions_of, tensors_of, weights_of
+from .saved import difference_of, positions_of, tensors_of, weights_of
 from .ticket import Ticket, TicketReport
 
 OK, BAD, TROUBLE = 0, 1, 2
@@ -234,20 +234,23 @@ def diff(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     }
     differing = {name: pair for name, pair in widths.items() if pair[0] != pair[1]}
     same_base = a.config.base_fingerprint == b.config.base_fingerprint
-    equal = a.file.digest == b.file.digest
+    digests = [digest_of(tensors_of(c.config, c.file)) for c in (a, b)]  # packed or not
+    difference = difference_of(a.config.to_dict(), b.config.to_dict())
+    equal = digests[0] == digests[1] and difference is None
     found = {
-        "overlap": overlap,
-        "layers": layers,
+        "overlap": _or_none(overlap),
+        "layers": {name: _or_none(value) for name, value in layers.items()},
         "ticket_sizes": [t.size for t in tickets],
         "widths": {name: list(pair) for name, pair in differing.items()},
         "same_base": same_base,
+        "difference": difference,
         "equal": equal,
     }
     lines = [
         f"a  {a.name}: {tickets[0].size:,} positions",
         f"b  {b.name}: {tickets[1].size:,} positions",
         f"overlap (IoU) {overlap:.3f}, {'the same' if same_base else 'not the same'} base"
-        + (", the same tensors" if equal else ""),
+        + (", equal" if equal else f"; another {difference}" if difference else ""),
         "",
         _table(("layer", "overlap"), [(name, f"{value:.3f}") for name, value in layers.items()]),
     ]
@@ -262,6 +265,11 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         " ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, wide, strict=True)))
         for row in (head, *rows)
     )
+
+
+def _or_none(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if value != value else value
 
 
 def _count(number: int | None) -> str:
@@ -295,14 +303,14 @@ def _base(args: argparse.Namespace, config: SFAConfig) -> nn.Module:
     """The base model, by the class that the adapter was trained with, or else the one that its config names."""
     options = {} if args.num_labels is None else {"num_labels": args.num_labels, "ignore_mismatched_sizes": True}
     name = _base_name(args, config)
+    if not args.base and config.revision:
+        options["revision"] = config.revision
     try:
-        own = transformers.AutoConfig.from_pretrained(name)
+        own = transformers.AutoConfig.from_pretrained(name, revision=options.get("revision"))
         names = [(config.auto_mapping or {}).get("base_model_class"), *(own.architectures or ())]
         cls = next((getattr(transformers, name) for name in names if name and hasattr(transformers, name)), None)
         if cls is None:
-            raise RefusedError(
-                f"--base {args.base!r} is of a class that transformers does not have; load it in Python."
-            )
+            raise RefusedError(f"--base {name!r} is of a class that transformers does not have; load it in Python.")
         return cls.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise RefusedError(f"--base {name!r} cannot be loaded: {error}") from error

@@ -217,7 +217,7 @@ class SFAConfig(PeftConfig):
         """
         try:
             fields = super().from_json_file(path_json_file, **kwargs)
-        except (ValueError, RecursionError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{str(path_json_file)!r} is no JSON file, or damaged: {error}") from error
         if not isinstance(fields, dict) or fields.get("peft_type") != PeftType.SFA:  # type: ignore[attr-defined]
             raise CheckpointError(f"{str(path_json_file)!r} is not the config of an SFA adapter, or damaged.")

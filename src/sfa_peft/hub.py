@@ -31,10 +31,8 @@ from .ticket.picture import draw_ticket
 CARD = "README.md"
 RETRY_AFTER = (1, 2, 4)  # seconds
 PICTURE = "ticket.png"
-BEGIN, END = (
-    "<!-- sfa_peft: begin; what is between these lines is written anew by each save -->",
-    "<!-- sfa_peft: end -->",
-)
+BEGIN = "<!-- sfa_peft: begin {name}; what is between these lines is written anew by each save -->"
+END = "<!-- sfa_peft: end {name} -->"
 
 # The endings of transformers' class names, and the Hub's tasks.
 TASKS = {
@@ -157,17 +155,17 @@ def update_card(model: PeftModel, folder: Path, source: str, is_repo: bool = Fal
     card.data.pipeline_tag = evaluations[first].task or card.data.pipeline_tag or task_of(base)
     _name_base(card, base_id, tags)
     _add_results(card, evaluations[first], source.rpartition("/")[2] if is_repo else None)
-    sections = []
     for name, own in saved.items():
+        ticket = ticket_of(model, name)
         picture = (own / PICTURE).relative_to(folder).as_posix()
-        drawn = _draw(ticket_of(model, name), model.peft_config[name], own / PICTURE)
+        drawn = _draw(ticket, model.peft_config[name], own / PICTURE)
         size = (own / WEIGHTS).stat().st_size
-        sections += [
-            _summary(model, name, evaluations[name], base_id, size),
+        section = [
+            _summary(model, name, ticket, evaluations[name], base_id, size),
             *([f"![Where the adapter sits in the backbone]({picture})"] if drawn else []),
             f"```python\n{_snippet(model, name, source, is_repo)}\n```",
         ]
-    card.text = _with_section(card.text, "\n\n".join([BEGIN, *sections, END]))
+        card.text = _with_section(card.text, name, "\n\n".join(section))
     card.save(folder / CARD)
 
 
@@ -241,19 +239,25 @@ def _as_list(value: str | list[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value or ())
 
 
-def _with_section(text: str, section: str) -> str:
-    found = re.search(re.escape(BEGIN) + ".*?" + re.escape(END), text, re.DOTALL)
+def _with_section(text: str, name: str, section: str) -> str:
+    """A card's text with the section of one adapter; a new one comes behind those of others."""
+    begin, end = (mark.format(name=name.replace("--", "- -")) for mark in (BEGIN, END))
+    section = f"{begin}\n\n{section}\n\n{end}"
+    found = re.search(re.escape(begin) + ".*?" + re.escape(end), text, re.DOTALL)
     if found:
         return text[: found.start()] + section + text[found.end() :]
-    before, heading, after = text.partition("### Framework versions")
-    return f"{before.rstrip()}\n\n{section}\n\n{heading}{after}"
+    ends = [m.end() for m in re.finditer(END.format(name=".*?"), text)]
+    at = ends[-1] if ends else text.find("### Framework versions")
+    before, after = (text[:at], text[at:]) if at >= 0 else (text, "")
+    return f"{before.rstrip()}\n\n{section}\n\n{after.lstrip()}"
 
 
-def _summary(model: PeftModel, name: str, evaluation: Evaluation, base_id: str | None, size: int) -> str:
+def _summary(
+    model: PeftModel, name: str, ticket: Ticket, evaluation: Evaluation, base_id: str | None, size: int
+) -> str:
     config = model.peft_config[name]
     base = model.get_base_model()
     counts = parameter_counts(model, name)
-    ticket = ticket_of(model, name)
     widths = [w for modules in (config.external_widths or {}).values() for w in modules.values()]
     spread = f"{min(widths)}" if len(set(widths)) == 1 else f"{min(widths)} to {max(widths)}" if widths else ""
     budget = "none (widths and density given)" if config.budget is None else _number(config.budget)
@@ -330,10 +334,10 @@ def _snippet(model: PeftModel, name: str, source: str, is_repo: bool) -> str:
     if base_name and (hub_id(base_name) or not is_repo):
         library = cls.__module__.partition(".")[0]
         imports = f"from {library if library == 'transformers' else cls.__module__} import {cls.__name__}\n"
-        make = f'base = {cls.__name__}.from_pretrained("{base_name}"{options})'
+        make = f"base = {cls.__name__}.from_pretrained({json.dumps(str(base_name))}{options})"
     else:
         imports, make = "", f"base = ...  # the {cls.__name__} that the adapter was trained on"
-    subfolder = "" if name == "default" else f', subfolder="{name}"'
+    subfolder = "" if name == "default" else f", subfolder={json.dumps(name)}"
     return (
         f"import sfa_peft  # makes SFA known to PEFT\nfrom peft import PeftModel\n{imports}\n{make}\n"
         f"model = PeftModel.from_pretrained(base, {json.dumps(source)}{subfolder}).eval()"
@@ -359,7 +363,7 @@ class Push:
         if self.revision and not self.create_pr and not self.revision.startswith("refs/"):
             self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
         try:
-            shutil.copy(self.api.hf_hub_download(self.repo_id, CARD, revision=self.revision), folder / CARD)
+            shutil.copyfile(self.api.hf_hub_download(self.repo_id, CARD, revision=self.revision), folder / CARD)
         except (EntryNotFoundError, RevisionNotFoundError):  # a repository may have no commit yet
             return False
         return True

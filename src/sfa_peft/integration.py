@@ -6,6 +6,7 @@ transformers reads an adapter's file by itself, and has no hook for what is code
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 import tempfile
@@ -21,7 +22,7 @@ from huggingface_hub import CommitInfo
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import PeftAdapterMixin
 
@@ -37,7 +38,7 @@ from .layer import sfa_layers
 from .model import discard_adapter
 from .plan import LOADING
 from .registration import NAME, extend
-from .saved import tensors_of, weights_of
+from .saved import difference_of, tensors_of, weights_of
 from .ticket.install import ticket_of
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -76,7 +77,7 @@ def save_pretrained(
     # "auto" asks the Hub for the base's vocabulary; an adapted layer is saved as its change, so there is none to save.
     options = {"selected_adapters": names, "save_embedding_layers": save_embedding_layers is True, **kwargs}
     folder = Path(save_directory)
-    if not is_main_process or (dist.is_initialized() and dist.get_rank() != 0):
+    if not _writes(is_main_process):
         # Collecting the tensors may need every process. PEFT makes the folder in any case.
         with tempfile.TemporaryDirectory() as nowhere:
             original(nowhere, is_main_process=False, **options)
@@ -86,11 +87,21 @@ def save_pretrained(
     hub.check_card(folder)
     with staged(folder, last=(WEIGHTS, CONFIG, hub.PICTURE, hub.CARD)) as stage:
         if (folder / hub.CARD).is_file():
-            shutil.copy(folder / hub.CARD, stage / hub.CARD)
-        original(str(stage), is_main_process=True, **options)
+            shutil.copyfile(folder / hub.CARD, stage / hub.CARD)
+        modes = {name: model.peft_config[name].inference_mode for name in names}
+        try:
+            original(str(stage), is_main_process=True, **options)
+        finally:  # PEFT saves it as True, and may fail in between
+            for name, mode in modes.items():
+                model.peft_config[name].inference_mode = mode
         for name in names:
             _seal(model, name, stage if name == "default" else stage / name)
         hub.update_card(model, stage, os.fspath(save_directory))
+
+
+def _writes(is_main_process: bool) -> bool:
+    """Whether this process is the one that writes."""
+    return is_main_process and not (dist.is_initialized() and dist.get_rank() != 0)
 
 
 def _seal(model: PeftModel, adapter_name: str, folder: Path) -> None:
@@ -117,6 +128,9 @@ def from_pretrained(
         CheckpointError: If the adapter is damaged, or does not fit the model.
     """
     with _loading(model, adapter_name), _readable_errors(model_id, kwargs):
+        config = args[1] if len(args) > 1 else kwargs.get("config")  # PEFT reads no config then
+        if isinstance(config, SFAConfig):
+            _check_same(SFAConfig.from_pretrained(model_id, **kwargs), config)
         return original(model, model_id, adapter_name, *args, **kwargs)
 
 
@@ -134,46 +148,63 @@ def load_adapter(
         CheckpointError: If the adapter is damaged, or does not fit the model.
     """
     with _loading(model, adapter_name), _readable_errors(model_id, kwargs):
+        if adapter_name in model.peft_config:  # PEFT reads no config then
+            _check_same(SFAConfig.from_pretrained(model_id, **kwargs), model.peft_config[adapter_name])
         return original(model_id, adapter_name, *args, **kwargs)
 
 
-def load_adapter_in_transformers(
-    original: Method,
-    model: PreTrainedModel,
-    peft_model_id: str | None = None,
-    adapter_name: str | None = None,
-    peft_config: PeftConfig | None = None,
-    adapter_state_dict: dict[str, Tensor] | None = None,
-    **kwargs: Any,
-) -> Any:
+def _check_same(saved: SFAConfig, own: SFAConfig) -> None:
+    """Check that weights saved with one config can be loaded with another.
+
+    Raises:
+        CheckpointError: If not. Names the field.
+    """
+    difference = difference_of(own.to_dict(), saved.to_dict()) if own.ticket_sizes is not None else None
+    if difference:
+        raise CheckpointError(
+            f"the weights to be loaded were saved with another {difference}. For another ticket or other widths use "
+            f"PeftModel.from_pretrained(base, path, is_trainable=True), or run the same search first."
+        )
+
+
+def load_adapter_in_transformers(original: Method, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     """Load an adapter as transformers' `load_adapter` does, with SFA's checks, and its positions decoded.
 
     Raises:
         CheckpointError: If the adapter is damaged, or does not fit the model.
     """
-    load_config = kwargs.get("load_config")
-    source = peft_model_id or getattr(load_config, "pretrained_model_name_or_path", None)
+    given = inspect.signature(original).bind(*args, **kwargs).arguments
+    given |= given.pop("kwargs", {})
+    load_config = given.get("load_config")
+    source = given.get("peft_model_id") or getattr(load_config, "pretrained_model_name_or_path", None)
     options = {
         **(getattr(load_config, "download_kwargs", None) or {}),
-        **(kwargs.get("adapter_kwargs") or {}),
-        **{key: kwargs[key] for key in HUB_OPTIONS if key in kwargs},
+        **(given.get("adapter_kwargs") or {}),
+        **{key: given[key] for key in HUB_OPTIONS if key in given},
     }
-    if peft_config is None and source is not None and _type_of(source, options) == NAME:
-        peft_config = SFAConfig.from_pretrained(source, **options)
-    if not isinstance(peft_config, SFAConfig):
-        return original(peft_model_id, adapter_name, peft_config, adapter_state_dict, **kwargs)
-    with _loading(model, adapter_name or "default"):
-        if adapter_state_dict is None:
+    config, tensors = given.get("peft_config"), given.get("adapter_state_dict")
+    if config is None and source is not None and _type_of(source, options) == NAME:
+        config = SFAConfig.from_pretrained(source, **options)
+    if not isinstance(config, SFAConfig):
+        return original(*args, **kwargs)
+    if tensors is None and source is None:
+        raise ValueError("an SFA adapter needs `peft_model_id`, or `adapter_state_dict` beside `peft_config`.")
+    with _loading(model, given.get("adapter_name") or "default"):
+        if tensors is None:
             weights = weights_of(source, **options)
             if weights is None:
                 raise CheckpointError(f"{source!r} has no {WEIGHTS}.")
-            adapter_state_dict = tensors_of(peft_config, read(weights))
-        sizes, widths = peft_config.ticket_sizes or {}, peft_config.external_widths or {}
-        parameters = base_parameters(model, [""], peft_config)
-        units = {name: peft_config.granularity.count(p.shape) for name, p in parameters if name in sizes}
+            tensors = tensors_of(config, read(weights))
+        sizes, widths = config.ticket_sizes or {}, config.external_widths or {}
+        parameters = base_parameters(model, [""], config)
+        units = {name: config.granularity.count(p.shape) for name, p in parameters if name in sizes}
         dtype = position_dtype(max(units.values(), default=0))
-        positions = {k: p.to(dtype) for k, p in check_sizes(adapter_state_dict, sizes, widths, units).items()}
-        return original(None, adapter_name, peft_config, adapter_state_dict | positions, **kwargs)
+        positions = {k: p.to(dtype) for k, p in check_sizes(tensors, sizes, widths, units).items()}
+        own = {"peft_model_id": None, "peft_config": config, "adapter_state_dict": tensors | positions}
+        try:
+            return original(**given | own)
+        except RuntimeError as error:  # tensors of other shapes
+            raise CheckpointError(f"the adapter does not fit this {type(model).__name__}: {error}") from error
 
 
 def _type_of(source: str, options: dict[str, Any]) -> str | None:
@@ -206,7 +237,7 @@ def push_to_hub(
     create_pr: bool = False,
     tags: list[str] | None = None,
     **save_options: Any,
-) -> CommitInfo:
+) -> CommitInfo | None:
     """Save adapters and upload them in one commit, with the card that `save_pretrained` writes.
 
     transformers' own replaces the card by one of its own, and uploads the files of an interrupted push again.
@@ -222,6 +253,9 @@ def push_to_hub(
         tags: More tags for the card.
         save_options: Of `save_pretrained`, such as `selected_adapters`. `max_shard_size` has no meaning here.
 
+    Returns:
+        The commit; None on processes that do not write.
+
     Raises:
         huggingface_hub.errors.HfHubHTTPError: If the Hub refuses.
     """
@@ -229,8 +263,11 @@ def push_to_hub(
     message = commit_message or "Upload SFA adapter"
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, **save_options)  # first: what cannot be saved needs no repository
+        if not _writes(save_options.get("is_main_process", True)):
+            return None
         push = hub.Push(repo_id, private=private, token=token, revision=revision, create_pr=create_pr)
         if push.fetch_card(Path(folder)):
+            hub.check_card(Path(folder))
             model.create_or_update_model_card(folder)
         hub.update_card(model, Path(folder), push.repo_id, is_repo=True, tags=tags or ())
         return push.upload(Path(folder), message, commit_description)
@@ -242,9 +279,10 @@ def _loading(model: nn.Module, adapter_name: str) -> Iterator[None]:
     if not isinstance(model, nn.Module):
         yield  # PEFT has an error for that
         return
-    base = model.base_model.model if isinstance(model, PeftModel) else model
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     flags = [(p, p.requires_grad) for p in base.parameters()]
     had_config = hasattr(base, "peft_config")
+    was_loaded = getattr(base, "_hf_peft_config_loaded", None)  # transformers' note that it has adapters
     had_adapter = adapter_name in getattr(base, "peft_config", {})
     token = LOADING.set(True)
     try:
@@ -253,8 +291,11 @@ def _loading(model: nn.Module, adapter_name: str) -> Iterator[None]:
         is_new = not had_adapter and any(adapter_name in layer.adapter_names for _, layer in sfa_layers(base))
         if is_new:
             discard_adapter(base, adapter_name)
+        if not had_adapter:
             for p, requires_grad in flags:
                 p.requires_grad_(requires_grad)
+            if was_loaded is not None:
+                base._hf_peft_config_loaded = was_loaded
         if is_new or (not had_adapter and not sfa_layers(base)):
             configs = getattr(base, "peft_config", {})
             if isinstance(configs.get(adapter_name), SFAConfig):
@@ -272,9 +313,12 @@ def _readable_errors(model_id: str | os.PathLike[str], options: dict[str, Any]) 
     try:
         yield
     except (KeyError, TypeError, AttributeError, RecursionError, SafetensorError, JSONDecodeError, UnicodeError) as e:
-        if _is_saved_by_sfa(model_id, options):
-            what = f"it lacks {e.args[0]!r}" if isinstance(e, KeyError) and e.args else repr(e)
-            raise CheckpointError(f"the SFA adapter {str(model_id)!r} is damaged, or incomplete: {what}") from e
+        if isinstance(model_id, str | os.PathLike) and _is_saved_by_sfa(model_id, options):
+            SFAConfig.from_pretrained(model_id, **options)  # says what is wrong with it
+            if isinstance(e, KeyError):  # of a head, which that does not know
+                raise CheckpointError(
+                    f"the SFA adapter {str(model_id)!r} is incomplete: it lacks {e.args[0]!r}"
+                ) from e
         raise
 
 

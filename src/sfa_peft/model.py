@@ -29,7 +29,7 @@ from .checkpoint.validation import (
 from .config import SFAConfig
 from .external import ExternalAdapter
 from .layer import SFALayer, layer_class, sfa_layers
-from .plan import Plan, Planner, peft_verdict, ticket_sizes
+from .plan import LOADING, Plan, Planner, peft_verdict, ticket_sizes
 from .ticket.selection import Positions
 
 
@@ -338,7 +338,8 @@ class SFAModel(BaseTuner):
             remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, unpacked)
             decoded = cls._decoded(model, adapter_name, remapped)
         except CheckpointError:
-            forsake_adapter(model, adapter_name)
+            if not LOADING.get():  # who loads undoes it
+                forsake_adapter(model, adapter_name)
             raise
         config.awaits_weights = False
         return decoded
@@ -409,7 +410,8 @@ def discard_adapter(model: nn.Module, adapter_name: str) -> None:
         if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             others = [other for other in module.modules_to_save if other != adapter_name]
             if others:
-                module.delete_adapter(adapter_name, new_active_adapters=others[:1])
+                active = [other for other in module.active_adapters if other != adapter_name]
+                module.delete_adapter(adapter_name, new_active_adapters=active or others[:1])
             else:
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, module.original_module)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor
 
 from .checkpoint import CheckpointError
@@ -46,12 +46,14 @@ def weights_of(name: str, subfolder: str | None = None, **kwargs: Any) -> Path |
     folder = Path(name, subfolder) if subfolder else Path(name)
     if (folder / WEIGHTS).is_file():
         return folder / WEIGHTS
-    if folder.is_dir():
+    if (folder / CONFIG).is_file():
         return None
     known = inspect.signature(hf_hub_download).parameters
     options = {key: value for key, value in kwargs.items() if key in known}
     try:
         return Path(hf_hub_download(name, WEIGHTS, subfolder=subfolder, **options))
+    except LocalEntryNotFoundError:
+        raise  # the Hub could not be asked
     except EntryNotFoundError:
         return None
 
@@ -120,13 +122,21 @@ def positions_of(config: SFAConfig, file: AdapterFile) -> dict[str, Tensor]:
 
 
 def _check_sealed(config: SFAConfig, sealed: Mapping[str, Any]) -> None:
-    own = json.loads(json.dumps(config.to_dict()))
+    difference = difference_of(config.to_dict(), sealed)
+    if difference:
+        raise CheckpointError(
+            f"{CONFIG} was changed, or is damaged. It and what the weights were saved with have another {difference}. "
+            f"Set the field back, or save again."
+        )
+
+
+def difference_of(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """What two configs have in different ways of what decides what an adapter computes; None if nothing."""
     for name in SEALED:
-        if own[name] != sealed.get(name):
-            raise CheckpointError(
-                f"{CONFIG} says {name}={_short(own[name])}, and the weights were saved with "
-                f"{_short(sealed.get(name))}. It was changed or is damaged: set the field back, or save again."
-            )
+        values = [json.loads(json.dumps(config.get(name), default=sorted)) for config in (one, other)]
+        if values[0] != values[1]:
+            return f"{name}: {_short(values[0])} and {_short(values[1])}"
+    return None
 
 
 def _short(value: Any) -> str:

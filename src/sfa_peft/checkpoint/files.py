@@ -1,4 +1,4 @@
-"""Writes files so that a kill at any moment leaves the old ones or the new ones."""
+"""Reads tensors, and writes files so that a kill at any moment leaves the old ones or the new ones."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from .validation import CheckpointError
 
 _STAGE = ".sfa-save-"
 
@@ -22,6 +25,19 @@ def write_whole(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, s
     """Write a safetensors file, and its folder if need be. An old file is replaced as a whole, or stays as it was."""
     with staged(path.parent) as stage:
         save_tensors(stage / path.name, tensors, metadata)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file.
+
+    Raises:
+        CheckpointError: If it is none, or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, RuntimeError, OverflowError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{str(path)!r} is no safetensors file, or damaged: {error}") from error
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
@@ -53,6 +69,7 @@ def staged(folder: Path, last: Sequence[str] = ()) -> Iterator[Path]:
         folder: Where the files are to be; made if need be.
         last: Names of files, without their folder.
     """
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder)
     # The name tells a later save whether this one still runs.
@@ -70,6 +87,8 @@ def staged(folder: Path, last: Sequence[str] = ()) -> Iterator[Path]:
             _sync((folder / file).parent)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -46,8 +46,8 @@ class Fingerprint:
 
     @classmethod
     def of(cls, roots: Sequence[str], parameters: Parameters) -> Fingerprint | None:
-        """The fingerprint of floating-point parameters; None if some cannot be read (quantised, or without data)."""
-        if not parameters or any(p.is_meta or not p.is_floating_point() for _, p in parameters):
+        """The fingerprint of floating-point parameters; None if some are not readable (quantised, sharded)."""
+        if not parameters or any(_is_elsewhere(p) or not p.is_floating_point() for _, p in parameters):
             return None
         runs = [
             (str(dtype).removeprefix("torch."), len(list(own)))
@@ -105,6 +105,11 @@ class Fingerprint:
         if not known or sum(count for _, count in dtypes) != len(samples):
             raise ValueError("not a fingerprint: dtypes and samples disagree")
         return cls(roots, layout, dtypes, samples)
+
+
+def _is_elsewhere(p: Tensor) -> bool:
+    """Whether a parameter's values are not all here: on no device, a `DTensor`, or a shard of DeepSpeed's ZeRO-3."""
+    return p.is_meta or hasattr(p, "device_mesh") or hasattr(p, "ds_id")
 
 
 @torch.no_grad()

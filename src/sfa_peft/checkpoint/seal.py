@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .files import save_tensors
+from .files import load_tensors, save_tensors
 from .packing import pack
-from .validation import CheckpointError
+from .validation import CheckpointError, is_sound
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -83,12 +82,12 @@ def seal(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype_of: Callable
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if not is_sound(name, tensor):
+        raise ValueError(f"{name!r} holds values that are not finite: the training has diverged. Nothing was saved.")
     if not tensor.is_floating_point():
         return tensor
-    if not torch.isfinite(tensor).all():
-        raise ValueError(f"{name!r} holds values that are not finite: the training has diverged. Nothing was saved.")
     cast = tensor if dtype is None else tensor.to(dtype)
-    if not torch.isfinite(cast).all():
+    if cast.isinf().any() and not tensor.isinf().any():
         raise ValueError(
             f"{name!r} holds values up to {tensor.abs().max():.3g}, which {dtype} cannot hold; save it in bfloat16 or "
             f"float32 (`values_dtype`, `heads_dtype`). Nothing was saved."
@@ -102,12 +101,7 @@ def read(path: Path) -> AdapterFile:
     Raises:
         CheckpointError: If it is no safetensors file, or its seal is damaged or does not fit its tensors.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, RuntimeError, OverflowError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{str(path)!r} is no safetensors file, or damaged: {error}") from error
+    tensors, metadata = load_tensors(path)
     digest = digest_of(tensors)
     if KEY not in metadata:
         return AdapterFile(tensors, digest, None, {})

@@ -162,9 +162,17 @@ def decoded(key: str, code: Tensor, count: int, units: int) -> Tensor:
         ) from error
 
 
+def is_sound(key: str, tensor: Tensor) -> bool:
+    """Whether values are finite. A head may hold infinities (the mask of an attention), but no NaN."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    values = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+    return bool(torch.isfinite(values).all()) if is_adapter_key(key) else not bool(values.isnan().any())
+
+
 def check_finite(key: str, tensor: Tensor) -> None:
-    """Raise a `CheckpointError` unless all values are finite."""
-    if tensor.is_complex() or (tensor.is_floating_point() and not torch.isfinite(tensor.float()).all()):
+    """Raise a `CheckpointError` unless the values are sound."""
+    if not is_sound(key, tensor):
         raise CheckpointError(
             f"{key!r} holds values that are not finite; the checkpoint is damaged, or of a training that diverged."
         )

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..checkpoint import CheckpointError
 from ..checkpoint.coding import encode_positions
-from ..checkpoint.files import write_whole
+from ..checkpoint.files import load_tensors, write_whole
 from ..checkpoint.packing import join_codes, split_codes
 from ..checkpoint.validation import decoded
 from ..granularity import GRANULARITIES, Granularity, make_granularity, position_dtype
@@ -148,12 +147,7 @@ class Ticket:
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no ticket at {str(path)!r}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise CheckpointError(f"{str(path)!r} is no safetensors file, or damaged: {error}") from error
+        tensors, metadata = load_tensors(Path(path))
         if metadata.get("format") != FORMAT:
             raise CheckpointError(
                 f"{str(path)!r} is no ticket that this version of sfa_peft reads: its format is "
@@ -161,9 +155,9 @@ class Ticket:
             )
         try:
             return cls._from_file(json.loads(metadata["ticket"]), tensors)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            if isinstance(error, CheckpointError):
-                raise CheckpointError(f"{str(path)!r}: {error}") from error
+        except CheckpointError as error:
+            raise CheckpointError(f"{str(path)!r}: {error}") from error
+        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
             raise CheckpointError(f"{str(path)!r}: the ticket's description is damaged ({error})") from error
 
     @classmethod
@@ -173,6 +167,8 @@ class Ticket:
             raise CheckpointError(f"the granularity {name!r} is not known")
         granularity = make_granularity(name, int(described["block_size"]))
         shapes = {name: tuple(int(n) for n in shape) for name, shape in described["shapes"].items()}
+        if not all(0 < n <= 1 << 31 for shape in shapes.values() for n in shape):
+            raise CheckpointError("a shape in the description is not possible")
         sizes = {str(name): int(size) for name, size in described["sizes"].items()}
         positions: Positions = {}
         codes = split_codes("positions", tensors["positions"], len(sizes))
@@ -186,4 +182,6 @@ class Ticket:
         widths = {
             str(place): {str(m): int(w) for m, w in modules.items()} for place, modules in described["widths"].items()
         }
+        if not all(width > 0 for modules in widths.values() for width in modules.values()):
+            raise CheckpointError("a width in the description is not possible")
         return cls(positions, shapes, granularity, widths, str(described["criterion"]))
