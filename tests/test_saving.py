@@ -201,6 +201,7 @@ def test_tensors_that_another_program_changed_are_found(tmp_path, pair):
         ("target_modules", {"a": 1}, "target_modules"),
         ("base_model_name_or_path", 3, "base_model_name_or_path"),
         ("peft_type", None, "damaged"),
+        ("layers_pattern", 2**31, "layers_pattern"),
     ],
 )
 def test_a_changed_config_is_refused(tmp_path, pair, field, value, match):

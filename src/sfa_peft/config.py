@@ -336,6 +336,10 @@ class SFAConfig(PeftConfig):
         self._check(
             "layers_to_transform", layers is None or all(_is_int(i) for i in indices), "use an int or a list of ints"
         )
+        pattern = self.layers_pattern
+        patterns = pattern if isinstance(pattern, list | tuple) else [pattern]
+        are_names = pattern is None or all(isinstance(p, str) for p in patterns)
+        self._check("layers_pattern", are_names, "use a name or a list of names")
         if self.layers_pattern and self.layers_to_transform is None:
             self._fail("layers_pattern", "it needs `layers_to_transform`")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
