@@ -135,6 +135,14 @@ class Handler(BaseHTTPRequestHandler):
             return None
         return self.repo(name)
 
+    def found(self, name, revision):
+        """A commit of a repository, or None, and the answer that there is none."""
+        repo = self.repo(name)
+        commit = repo and repo.at(revision)
+        if repo and commit is None:
+            self.missing("RevisionNotFound")
+        return repo, commit
+
     def whoami(self):
         self.send(*((200, {"name": USER, "orgs": []}) if self.is_authorised else (401, {"error": "who are you"})))
 
@@ -161,24 +169,17 @@ class Handler(BaseHTTPRequestHandler):
         self.send(200, {})
 
     def info(self, name, revision="main"):
-        repo = self.repo(name)
-        if repo is None:
-            return
-        commit = repo.at(revision)
+        repo, commit = self.found(name, revision)
         if commit is None:
-            self.missing("RevisionNotFound")
             return
         files = [{"rfilename": path} for path in commit["files"]]
         self.send(200, {"id": name, "modelId": name, "sha": commit["oid"], "private": repo.private, "siblings": files})
 
     def tree(self, name, revision):
-        repo = self.repo(name)
-        commit = repo and repo.at(revision)
+        _, commit = self.found(name, revision)
         if commit:
             files = commit["files"].items()
             self.send(200, [{"type": "file", "path": p, "size": len(d), "oid": blob_oid(d)} for p, d in files])
-        elif repo:
-            self.missing("RevisionNotFound")
 
     def paths(self, name, revision):
         repo = self.repo(name)
@@ -252,12 +253,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send(200, answer | {"commitOid": oid, "commitUrl": f"{self.server.url}/{name}/commit/{oid}"})
 
     def resolve(self, name, revision, path):
-        repo = self.repo(name)
-        if repo is None:
-            return
-        commit = repo.at(revision)
+        _, commit = self.found(name, revision)
         if commit is None:
-            self.missing("RevisionNotFound")
             return
         data = commit["files"].get(path)
         headers = {"X-Repo-Commit": commit["oid"]}

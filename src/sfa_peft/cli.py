@@ -24,7 +24,7 @@ from .checkpoint import CheckpointError
 from .checkpoint.fingerprint import BaseMismatchWarning, Fingerprint
 from .checkpoint.packing import CODES
 from .checkpoint.seal import AdapterFile, digest_of, read
-from .checkpoint.validation import INTERNAL, POSITIONS, is_adapter_key, is_positions_key
+from .checkpoint.validation import INTERNAL, POSITIONS, PREFIX, is_adapter_key, is_positions_key
 from .config import SFAConfig
 from .layer import sfa_layers
 from .saved import difference_of, positions_of, tensors_of, weights_of
@@ -77,7 +77,7 @@ class Saved:
     def adapted_heads(self) -> dict[str, dict[str, int]]:
         """What internal values, and bytes of them, lie in each of `target_heads`."""
         values = {
-            key.removeprefix("base_model.model."): tensor
+            key.removeprefix(PREFIX): tensor
             for key, tensor in tensors_of(self.config, self.file).items()
             if INTERNAL in key and not is_positions_key(key)
         }
@@ -97,7 +97,7 @@ class Saved:
             )
         positions: dict[str, dict[str, torch.Tensor]] = {}
         for key, own in positions_of(self.config, self.file).items():
-            module, _, parameter = key.removeprefix("base_model.model.").removesuffix(POSITIONS).partition(INTERNAL)
+            module, _, parameter = key.removeprefix(PREFIX).removesuffix(POSITIONS).partition(INTERNAL)
             positions.setdefault(module, {})[parameter] = own
         return Ticket(positions, self.file.shapes, self.config.granularity, self.config.external_widths or {})
 
@@ -156,7 +156,7 @@ def inspect(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
                 *((part, _count(saved.parameters.get(part)), f"{n:,}") for part, n in saved.bytes.items()),
                 *(
                     (f"(internal in {head})", _count(own["parameters"]), f"{own['bytes']:,}")
-                    for head, own in saved.adapted_heads.items()
+                    for head, own in found["adapted_heads"].items()
                 ),
                 ("total", f"{sum(saved.parameters.values()):,}", f"{saved.size:,}"),
             ],

@@ -100,6 +100,11 @@ def describe_adapter(
     tuner.peft_config[name].evaluation = Evaluation(task, dataset, split, values, repo_id)
 
 
+def folder_of(folder: Path, adapter_name: str) -> Path:
+    """Where PEFT saves an adapter in the folder of a model."""
+    return folder if adapter_name == "default" else folder / adapter_name
+
+
 def check_card(folder: Path) -> None:
     """Check that the model card in a folder, if there is one, can be updated.
 
@@ -138,7 +143,7 @@ def update_card(model: PeftModel, folder: Path, source: str, is_repo: bool = Fal
         is_repo: Whether it is a repository.
         tags: More tags.
     """
-    folders = {name: folder if name == "default" else folder / name for name in model.peft_config}
+    folders = {name: folder_of(folder, name) for name in model.peft_config}
     saved = {name: own for name, own in folders.items() if (own / CONFIG).is_file()}
     card = ModelCard.load(folder / CARD)
     if not saved:
@@ -186,7 +191,6 @@ def _with_earlier(said: Evaluation, card: ModelCard) -> Evaluation:
 
 
 def _name_base(card: ModelCard, base_id: str | None, tags: Sequence[str]) -> None:
-    card.data.library_name = "peft"
     if base_id:
         card.data.base_model = base_id
     elif not hub_id(card.data.base_model):  # PEFT puts a folder's name there

@@ -95,7 +95,7 @@ def save_pretrained(
             for name, mode in modes.items():
                 model.peft_config[name].inference_mode = mode
         for name in names:
-            _seal(model, name, stage if name == "default" else stage / name)
+            _seal(model, name, hub.folder_of(stage, name))
         hub.update_card(model, stage, os.fspath(save_directory))
 
 

@@ -21,6 +21,7 @@ from .checkpoint.packing import unpack
 from .checkpoint.validation import (
     INTERNAL,
     POSITIONS,
+    PREFIX,
     check_finite,
     decode_state_dict,
     is_adapter_key,
@@ -161,6 +162,15 @@ class SFAModel(BaseTuner):
         """Where an adapter may have external adapters, in model order, whatever their widths are."""
         return Planner(self.model, self.peft_config[adapter_name]).places()
 
+    def positions(self, adapter_name: str) -> Positions:
+        """An adapter's ticket: for each module and parameter that it changes, the sorted positions."""
+        return {
+            name: {p: delta.positions(p) for p in delta.changed}
+            for name, layer in sfa_layers(self.model)
+            if adapter_name in layer.sfa_internal
+            for delta in (layer.sfa_internal[adapter_name],)
+        }
+
     def budget(self, adapter_name: str) -> int:
         """How many parameters an adapter may train."""
         return Planner(self.model, self.peft_config[adapter_name]).budget()
@@ -242,7 +252,7 @@ class SFAModel(BaseTuner):
         """
         config = self.peft_config[adapter_name]
         type(config)(**config.to_dict())
-        positions, widths = {}, {}
+        widths = {}
         expected = (config.external_activation, config.external_scale)
         for name, layer in sfa_layers(self.model):
             for external, container in layer.externals_of(adapter_name):
@@ -254,11 +264,10 @@ class SFAModel(BaseTuner):
                         f"set the config back; these are fixed when an adapter is made."
                     )
             if adapter_name in layer.sfa_internal:
-                delta = layer.sfa_internal[adapter_name]
-                positions[name] = {p: delta.positions(p) for p in delta.changed}
-                if delta.granularity != config.granularity:
+                granularity = layer.sfa_internal[adapter_name].granularity
+                if granularity != config.granularity:
                     raise ValueError(
-                        f"the ticket of {adapter_name!r} is of {delta.granularity}, and its config says "
+                        f"the ticket of {adapter_name!r} is of {granularity}, and its config says "
                         f"{config.granularity}: set `internal_granularity` and `internal_block_size` back."
                     )
         announced = {
@@ -274,7 +283,7 @@ class SFAModel(BaseTuner):
         named = [h for h in config.modules_to_save or () if not any(n.endswith(h) for n in heads)]
         unnamed = [n for n in heads if not any(n.endswith(h) for h in config.modules_to_save or ())]
         for field_name, is_right in (
-            ("ticket_sizes", config.ticket_sizes == ticket_sizes(positions)),
+            ("ticket_sizes", config.ticket_sizes == ticket_sizes(self.positions(adapter_name))),
             ("external_widths", announced == widths),
             ("modules_to_save", not named and not unnamed),
         ):
@@ -352,7 +361,7 @@ class SFAModel(BaseTuner):
             if adapter_name in layer.sfa_internal:
                 delta = layer.sfa_internal[adapter_name]
                 for p in delta.changed:
-                    full = f"{name.removeprefix('base_model.model.')}.{p}"
+                    full = f"{name.removeprefix(PREFIX)}.{p}"
                     sizes[full], shapes[full] = len(delta.positions(p)), tuple(getattr(delta, p).shape)
         return unpack(tensors, sizes, lambda name, count: shapes[name])
 

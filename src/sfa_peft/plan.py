@@ -231,8 +231,8 @@ class Planner:
                     f"change while training, and would not be saved. Name it in `modules_to_save` (a few numbers), as "
                     f"{name.rpartition('.')[2]!r}."
                 )
-        backbone = set(backbones.known_targets(self.model))
-        return [name for name in self.leaves if name in set(leaves) - backbone]
+        added = set(leaves) - set(backbones.known_targets(self.model))
+        return [name for name in self.leaves if name in added]
 
     @property
     def _share(self) -> float | None:

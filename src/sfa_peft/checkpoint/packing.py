@@ -12,11 +12,10 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .validation import INTERNAL, POSITIONS, CheckpointError, is_positions_key
+from .validation import INTERNAL, POSITIONS, PREFIX, CheckpointError, is_positions_key
 
-PREFIX = "base_model.model"
-VALUES = f"{PREFIX}{INTERNAL}values"
-CODES = f"{PREFIX}{INTERNAL}positions"
+VALUES = f"{PREFIX}{INTERNAL[1:]}values"
+CODES = f"{PREFIX}{INTERNAL[1:]}positions"
 
 
 def join_codes(codes: Sequence[Tensor]) -> Tensor:
@@ -87,7 +86,7 @@ def unpack(
     result = {key: t for key, t in tensors.items() if key not in (VALUES, CODES)}
     for name, shape, own, code in zip(names, shapes, values.split(counts), codes, strict=True):
         module, _, parameter = name.rpartition(".")
-        key = f"{PREFIX}.{module}{INTERNAL}{parameter}"
+        key = f"{PREFIX}{module}{INTERNAL}{parameter}"
         result[key], result[key + POSITIONS] = own.reshape(shape), code
     return result
 
@@ -99,4 +98,4 @@ _OTHER_SIZES = (
 
 
 def _parameter_of(key: str) -> str:
-    return key.removeprefix(f"{PREFIX}.").replace(INTERNAL, ".")
+    return key.removeprefix(PREFIX).replace(INTERNAL, ".")

@@ -14,6 +14,7 @@ class CheckpointError(ValueError):
     """A checkpoint does not fit the model, contradicts itself, or is damaged. Nothing of it was loaded."""
 
 
+PREFIX = "base_model.model."  # of names in a file that PEFT writes
 INTERNAL = ".sfa_internal."
 POSITIONS = "_positions"
 # Where the units of a parameter are not known, positions may be up to here: more than any memory holds.
@@ -49,7 +50,7 @@ def check_sizes(
     Raises:
         CheckpointError: If tensors are missing, too many, or of another shape, or positions or values are damaged.
     """
-    own = {key.removeprefix("base_model.model."): key for key in tensors if is_adapter_key(key)}
+    own = {key.removeprefix(PREFIX): key for key in tensors if is_adapter_key(key)}
     announced: set[str] = set()
     positions: dict[str, Tensor] = {}
 

@@ -74,14 +74,8 @@ def ticket_of(model: nn.Module, adapter_name: str | None = None) -> Ticket:
     """
     tuner, adapter_name = adapter_of(model, adapter_name)
     config = tuner.peft_config[adapter_name]
-    positions = {
-        name: {p: delta.positions(p) for p in delta.changed}
-        for name, layer in sfa_layers(tuner.model)
-        if adapter_name in layer.sfa_internal
-        for delta in (layer.sfa_internal[adapter_name],)
-    }
-    shapes = shapes_of(tuner.candidates(adapter_name))
-    return Ticket(positions, shapes, config.granularity, copy.deepcopy(config.external_widths or {}))
+    shapes, widths = shapes_of(tuner.candidates(adapter_name)), copy.deepcopy(config.external_widths or {})
+    return Ticket(tuner.positions(adapter_name), shapes, config.granularity, widths)
 
 
 def searchable(model: nn.Module, adapter_name: str | None, replaces_externals: bool = False) -> tuple[Any, str]:
