@@ -33,8 +33,28 @@ def modules_outside_adapters(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
+def head_modules(model: nn.Module, config: SFAConfig) -> list[str]:
+    """The full names of the modules that `modules_to_save` means, in model order.
+
+    A module's full name means that module alone. What is no full name means every module whose name ends with it, as
+    in PEFT, where RF-DETR's `class_embed` could not be named, since `model.enc_out_class_embed` ends with it.
+    """
+    names = [name for name, _ in modules_outside_adapters(model)]
+    wanted = config.modules_to_save or ()
+    exact = set(wanted) & set(names)
+    endings = tuple(head for head in wanted if head not in exact)
+    found = [name for name in names if name in exact or (endings and name.endswith(endings))]
+    return [name for name in found if not in_heads(name.rpartition(".")[0], found)]
+
+
+def in_heads(name: str, heads: Iterable[str]) -> bool:
+    """Whether `name` is, or lies in, one of the modules with the full names `heads`."""
+    return any(name == head or name.startswith(f"{head}.") for head in heads)
+
+
 def base_parameters(model: nn.Module, roots: Sequence[str], config: SFAConfig) -> list[tuple[str, Tensor]]:
     """The base's parameters in the modules `roots`, outside the heads, by their own names and in model order."""
+    heads = head_modules(model, config)
     found: dict[int, tuple[str, Tensor]] = {}
     for name, module in modules_outside_adapters(model):
         if isinstance(module, ModulesToSaveWrapper):
@@ -45,7 +65,7 @@ def base_parameters(model: nn.Module, roots: Sequence[str], config: SFAConfig) -
         for parameter, tensor in own:
             full = f"{name}.{parameter}" if name else parameter
             is_inside = any(not root or full.startswith(f"{root}.") for root in roots)
-            if is_inside and not in_module(full, config.modules_to_save or ()):
+            if is_inside and not in_heads(full, heads):
                 found.setdefault(id(tensor), (full, tensor))
     return list(found.values())
 

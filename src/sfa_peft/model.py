@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from .base import check_base
+from .base import check_base, head_modules
 from .budget import External
 from .checkpoint import CheckpointError
 from .checkpoint.coding import encode_positions
@@ -64,7 +64,8 @@ class SFAModel(BaseTuner):
         recorded = config.ticket_sizes is not None
         if not sfa_layers(model):
             self._original_flags = [(p, p.requires_grad) for p in model.parameters()]
-        plan = Planner(model, config).plan()
+        planner = Planner(model, config)
+        plan = planner.plan()
         check_base(model, adapter_name, config, plan.modules)
         config.external_widths = plan.external_widths
         config.ticket_sizes = ticket_sizes(plan.positions)
@@ -72,7 +73,13 @@ class SFAModel(BaseTuner):
         self.peft_config[adapter_name] = config
         self._plan = plan
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            # PEFT would wrap every module whose name ends as a head's does.
+            heads, config.modules_to_save = config.modules_to_save, None
+            try:
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+            finally:
+                config.modules_to_save = heads
+            self._wrap_heads(model, planner.heads, adapter_name, config.inference_mode)
         except BaseException:
             discard_adapter(model, adapter_name)
             raise
@@ -80,6 +87,20 @@ class SFAModel(BaseTuner):
             del self._plan
         # Whether its weights are still to come from a file. Not a field: it is nothing to save.
         config.awaits_weights = recorded
+
+    def _wrap_heads(self, model: nn.Module, heads: Sequence[str], adapter_name: str, inference_mode: bool) -> None:
+        """Give an adapter its own copy of each head, as PEFT does it."""
+        for name in heads:
+            head = model.get_submodule(name)
+            if isinstance(head, ModulesToSaveWrapper):
+                head.update(adapter_name)
+                head.set_adapter(head.active_adapter, inference_mode=inference_mode)
+                continue
+            wrapper = ModulesToSaveWrapper(head, adapter_name)
+            is_active = adapter_name in self.active_adapters
+            wrapper.set_adapter(adapter_name if is_active else [], inference_mode=inference_mode)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, wrapper)
 
     def _prepare_adapter_config(self, peft_config: SFAConfig, model_config: dict[str, Any]) -> SFAConfig:
         return peft_config
@@ -280,12 +301,10 @@ class SFAModel(BaseTuner):
             for name, module in self.model.named_modules()
             if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
         }
-        named = [h for h in config.modules_to_save or () if not any(n.endswith(h) for n in heads)]
-        unnamed = [n for n in heads if not any(n.endswith(h) for h in config.modules_to_save or ())]
         for field_name, is_right in (
             ("ticket_sizes", config.ticket_sizes == ticket_sizes(self.positions(adapter_name))),
             ("external_widths", announced == widths),
-            ("modules_to_save", not named and not unnamed),
+            ("modules_to_save", heads == set(head_modules(self.model, config))),
         ):
             if not is_right:
                 raise ValueError(

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 
 from . import backbones
-from .base import backbone_parameters, in_module, modules_outside_adapters
+from .base import backbone_parameters, head_modules, in_module, modules_outside_adapters
 from .budget import External, absolute_budget, external_cost, widths_within
 from .checkpoint import CheckpointError
 from .config import DEFAULT_SHARE, SFAConfig
@@ -64,7 +64,7 @@ def without_empty(positions: Positions) -> Positions:
     return {m: own for m, own in kept.items() if own}
 
 
-def peft_verdict(config: SFAConfig, name: str) -> object:
+def peft_verdict(config: SFAConfig, name: str, heads: Iterable[str] = ()) -> object:
     """Whether PEFT's own rules leave a module to the adapter: excluded modules, heads and layer indices.
 
     True if they do. Something false otherwise, which tells PEFT whether the module was excluded by name.
@@ -72,7 +72,7 @@ def peft_verdict(config: SFAConfig, name: str) -> object:
     question = SimpleNamespace(
         target_modules=[name.rpartition(".")[2]] if "." in name else [name],
         exclude_modules=config.exclude_modules,
-        modules_to_save=config.modules_to_save,
+        modules_to_save=[re.escape(head) for head in heads],
         layers_to_transform=config.layers_to_transform,
         layers_pattern=config.layers_pattern,
     )
@@ -84,6 +84,7 @@ class Planner:
 
     def __init__(self, model: nn.Module, config: SFAConfig) -> None:
         self.model, self.config = model, config
+        self.heads = head_modules(model, config)
         self.shared = _shared_parameters(model)
         # Leaves inside an SFA layer belong to it; other tuners' layers are not adapted.
         self.leaves = {
@@ -115,12 +116,18 @@ class Planner:
         return Plan.of(positions, externals)
 
     def _check_heads(self) -> None:
-        names = [name for name, _ in self.model.named_modules()]
         for head in self.config.modules_to_save or ():
-            if not any(name.endswith(head) for name in names):
+            if not any(name.endswith(head) for name in self.heads):
                 raise ValueError(
                     f"SFAConfig.modules_to_save: {head!r} matches no module of {type(self.model).__name__}; its "
                     f"children are {[name for name, _ in self.model.named_children()]}."
+                )
+        for name in self.heads:
+            module = self.model.get_submodule(name)
+            if isinstance(module, nn.ModuleList | nn.ModuleDict):
+                raise ValueError(
+                    f"SFAConfig.modules_to_save names {name!r}, a {type(module).__name__}, which is called by its "
+                    f"items: name those, such as {f'{name}.{next(iter(module._modules), 0)}'!r}."
                 )
 
     # Where
@@ -299,7 +306,7 @@ class Planner:
         return allowed
 
     def _is_allowed(self, name: str) -> bool:
-        return bool(peft_verdict(self.config, name))
+        return bool(peft_verdict(self.config, name, self.heads))
 
     # How much
 

@@ -1,0 +1,122 @@
+"""The flags that all tasks share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate.tracking import get_available_trackers
+
+from . import data
+from .loading import default_workers
+from .methods import METHODS
+
+if TYPE_CHECKING:
+    from .task import Task
+
+
+class FlagError(ValueError):
+    """Flags that do not fit together, or not the model."""
+
+
+def parse(
+    task_class: type[Task], arguments: Sequence[str] | None = None, doc: str | None = None
+) -> argparse.Namespace:
+    """The flags of a task's script."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    model = parser.add_argument_group("model and method")
+    model.add_argument(
+        "--model", help="Hub id or folder: a whole dense checkpoint, or a backbone. Default: a nano one."
+    )
+    model.add_argument("--method", choices=tuple(METHODS), default="sfa")
+    model.add_argument("--budget", type=float, default=0.05, help="Fraction of the backbone that may be trained.")
+    model.add_argument("--external_share", type=float, help="Of SFA's budget, for external adapters. Default: SFA's.")
+    model.add_argument("--image_size", type=int, nargs=2, default=(96, 128), metavar=("HEIGHT", "WIDTH"))
+    task_class.add_arguments(parser)
+    data.add_arguments(parser, {**task_class.columns, **task_class.optional_columns})
+    loop = parser.add_argument_group("training")
+    loop.add_argument("--steps", type=int, default=400, help="Optimizer steps.")
+    loop.add_argument("--search_steps", type=int, default=80, help="Of the ticket search; 0 keeps the data-free one.")
+    loop.add_argument("--batch_size", type=int, default=8, help="Per process.")
+    loop.add_argument("--eval_batch_size", type=int, default=8, help="Per process.")
+    loop.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    loop.add_argument("--learning_rate", type=float, help="Of what is trained in the backbone. Default: by method.")
+    loop.add_argument("--internal_learning_rate", type=float, help="Of SFA's internal values. Default: measured best.")
+    loop.add_argument("--head_learning_rate", type=float, help="Of the head. Default: by method.")
+    loop.add_argument("--max_grad_norm", type=float, help="Clip gradients to this norm.")
+    loop.add_argument("--no_augmentation", action="store_true", help="Neither crop nor flip nor change colours.")
+    loop.add_argument("--num_workers", type=int, default=default_workers(), help="Processes that load data.")
+    loop.add_argument(
+        "--mixed_precision", choices=("no", "bf16", "fp16"), help="Default: as accelerate is configured."
+    )
+    loop.add_argument("--seed", type=int, default=0)
+    out = parser.add_argument_group("output")
+    out.add_argument("--output_dir", type=Path, default=Path("out"))
+    out.add_argument("--logging_steps", type=int, default=10)
+    out.add_argument("--eval_steps", type=int, help="Evaluate, and draw pictures, this often. Default: 4 times a run.")
+    out.add_argument("--checkpointing_steps", help="Write a checkpoint every so many steps, or every `epoch`.")
+    out.add_argument("--checkpoints_total_limit", type=int, default=2, help="How many checkpoints to keep.")
+    out.add_argument(
+        "--resume_from_checkpoint",
+        metavar="latest|FOLDER",
+        help="Go on from the latest checkpoint of --output_dir (from the start if there is none), or a certain one.",
+    )
+    out.add_argument(
+        "--log_with", default="tensorboard", help="A tracker that Accelerate knows (wandb, ...), `all` or `none`."
+    )
+    out.add_argument("--push_to_hub", metavar="REPO_ID", help="Push the adapter there at the end.")
+    parser.set_defaults(**task_class.defaults)
+    args = parser.parse_args(arguments)
+    for name in ("steps", "batch_size", "eval_batch_size", "gradient_accumulation_steps", "logging_steps"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    if not 0 < args.budget < 1:
+        parser.error("--budget must be a fraction between 0 and 1")
+    if args.push_to_hub and METHODS[args.method].config is None:
+        parser.error(f"--push_to_hub pushes adapters; --method {args.method} makes none")
+    if args.bad_data == "error" and args.streaming:
+        parser.error("--bad_data error reads everything before it begins, and --streaming nothing; choose one")
+    return args
+
+
+def trackers_of(name: str) -> str | None:
+    """What Accelerate takes for `--log_with`.
+
+    Raises:
+        FlagError: If that tracker is not known, or not installed.
+    """
+    if name in ("none", "all"):
+        return None if name == "none" else name
+    available = [str(tracker) for tracker in get_available_trackers()]
+    if name not in available:
+        raise FlagError(
+            f"--log_with {name}: no such tracker is installed; there is {available or 'none'}. Or give `none`."
+        )
+    return name
+
+
+def checkpointing_interval(args: argparse.Namespace, rows: data.Rows, processes: int) -> int | None:
+    """After how many steps a checkpoint is written; None for never.
+
+    Raises:
+        FlagError: If the flag is no number and not ``epoch``, or is ``epoch`` of a stream.
+    """
+    wanted = args.checkpointing_steps
+    if wanted is None:
+        return None
+    if wanted != "epoch":
+        if not (wanted.isdigit() and int(wanted)):
+            raise FlagError(f"--checkpointing_steps {wanted!r} is neither a number of steps nor `epoch`")
+        return int(wanted)
+    if rows.is_stream:
+        raise FlagError("--checkpointing_steps epoch: a stream has no known length; give a number of steps")
+    return -(-len(rows) // (args.batch_size * args.gradient_accumulation_steps * processes))
+
+
+def plain(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags as JSON can hold them."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}

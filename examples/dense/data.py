@@ -1,0 +1,204 @@
+"""Loads datasets in the columns that the Hub uses, whole or as a stream, and the names of their classes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+
+from .samples import Classes, DataError
+from .scenes import CLASSES, THINGS, make_scenes
+
+SCENES = {"train": 400, "validation": 80}
+
+
+def add_arguments(parser: argparse.ArgumentParser, columns: Mapping[str, str]) -> None:
+    """The flags that say where the data is and what its columns are called."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--dataset", help="A dataset's Hub id or folder. Default: embedded scenes, made from --data_seed."
+    )
+    group.add_argument("--dataset_config", help="The dataset's configuration, if it has several.")
+    group.add_argument("--dataset_revision", help="A branch, tag or commit of the dataset.")
+    group.add_argument("--train_split", default="train")
+    group.add_argument("--validation_split", default="validation", help="May be a part, such as 'train[90%%:]'.")
+    group.add_argument(
+        "--streaming", action="store_true", help="Read the dataset as it comes, without downloading it."
+    )
+    group.add_argument("--shuffle_buffer", type=int, default=1000, help="Rows that a stream is shuffled among.")
+    group.add_argument("--max_train_samples", type=int)
+    group.add_argument("--max_eval_samples", type=int)
+    group.add_argument("--data_seed", type=int, default=0, help="Of the embedded scenes.")
+    for role, column in columns.items():
+        group.add_argument(f"--{role}_column", default=column, help=f"Default: {column}.")
+    group.add_argument(
+        "--bad_data",
+        choices=("skip", "error"),
+        default="skip",
+        help="Rows that cannot be used: skip and count them, or read everything first and stop at what is wrong.",
+    )
+
+
+@dataclass
+class Rows:
+    """The rows of a split, with images as they are in their files.
+
+    Attributes:
+        rows: Of the dataset.
+        split: Its name, for messages.
+        image_column: Where the image is.
+    """
+
+    rows: datasets.Dataset | datasets.IterableDataset
+    split: str
+    image_column: str
+
+    @property
+    def is_stream(self) -> bool:
+        return isinstance(self.rows, datasets.IterableDataset)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index]
+
+    def where(self, row: Mapping[str, Any], index: int) -> str:
+        """The name of a row's file, or its place in the split."""
+        image = row.get(self.image_column)
+        path = image.get("path") if isinstance(image, Mapping) else None
+        return f"{path} (row {index} of {self.split})" if path else f"row {index} of {self.split}"
+
+
+def load_rows(args: argparse.Namespace, split: str, columns: Mapping[str, str]) -> Rows:
+    """The rows of a split, ``train`` or ``validation``.
+
+    Args:
+        args: The flags of `add_arguments`.
+        split: Which.
+        columns: What each column that is needed is called.
+
+    Raises:
+        DataError: If there is no such dataset, split or column, or it is empty. Says which there are.
+    """
+    limit = args.max_train_samples if split == "train" else args.max_eval_samples
+    name = args.train_split if split == "train" else args.validation_split
+    if args.dataset is None:
+        count = min(SCENES[split], limit or SCENES[split])
+        rows = make_scenes(count, seed=2 * args.data_seed + (split == "validation"), style="day")
+        rows = rows.to_iterable_dataset(num_shards=4) if args.streaming else rows
+    else:
+        rows = _load(args, name)
+        if limit:
+            rows = rows.take(limit) if args.streaming else rows.select(range(min(limit, len(rows))))
+    if not args.streaming and not len(rows):
+        raise DataError(f"split {name!r} of {args.dataset!r} is empty")
+    found = rows.column_names or list(next(iter(rows), {}))
+    for role, column in columns.items():
+        if column not in found:
+            raise DataError(
+                f"dataset {args.dataset!r} has no column {column!r}; it has {found}. Name it with --{role}_column."
+            )
+    for column, feature in (rows.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+    return Rows(rows, name, columns["image"])
+
+
+def _load(args: argparse.Namespace, split: str) -> datasets.Dataset | datasets.IterableDataset:
+    options = {"revision": args.dataset_revision} if args.dataset_revision else {}
+    try:
+        return datasets.load_dataset(
+            args.dataset, args.dataset_config, split=split, streaming=args.streaming, **options
+        )
+    except (DatasetNotFoundError, FileNotFoundError) as error:
+        raise DataError(f"--dataset {args.dataset!r} is neither a folder nor a dataset on the Hub: {error}") from error
+    except ValueError as error:
+        if "split" not in str(error).lower():
+            raise DataError(f"dataset {args.dataset!r} cannot be loaded: {error}") from error
+        with suppress(Exception):  # the message says more if the names of the splits can be had
+            known = datasets.get_dataset_split_names(args.dataset, args.dataset_config, **options)
+            raise DataError(
+                f"dataset {args.dataset!r} has no split {split!r}; it has {known}. Name others with --train_split and "
+                f"--validation_split."
+            ) from error
+        raise DataError(f"dataset {args.dataset!r} has no split {split!r}: {error}") from error
+
+
+def embedded_classes(things: bool) -> dict[int, str]:
+    """The classes of the embedded scenes: of pixels, or of objects."""
+    return dict(enumerate(THINGS if things else CLASSES))
+
+
+def load_classes(args: argparse.Namespace, rows: Rows, column: str, key: str | None = None) -> Classes:
+    """The classes: of ``--id2label``, of the features of the dataset, or of an `id2label.json` beside it.
+
+    Args:
+        args: With `id2label`, a file or ``repo_id/file`` of a dataset repository on the Hub.
+        rows: A split, for its features.
+        column: Where the classes are.
+        key: And where in it.
+
+    Raises:
+        DataError: If there are none, or they are damaged.
+    """
+    if args.id2label:
+        return _read_classes(_file_of(args.id2label), args.id2label)
+    if args.dataset is None:
+        return Classes(embedded_classes(things=key is not None))
+    names = _class_names((rows.rows.features or {}).get(column), key)
+    if names:
+        return Classes(dict(enumerate(names)))
+    folder = Path(args.dataset)
+    path = folder / "id2label.json"
+    if not folder.is_dir():
+        with suppress(EntryNotFoundError):
+            path = Path(
+                hf_hub_download(args.dataset, "id2label.json", repo_type="dataset", revision=args.dataset_revision)
+            )
+    if not path.is_file():
+        raise DataError(
+            f"dataset {args.dataset!r} does not name its classes: it has no id2label.json and no ClassLabel in column "
+            f'{column!r}. Give --id2label a file such as {{"0": "sky", ...}}.'
+        )
+    return _read_classes(path, str(path))
+
+
+def _file_of(name: str) -> Path:
+    if Path(name).is_file():
+        return Path(name)
+    parts = name.split("/")
+    if len(parts) < 3:
+        raise DataError(f"--id2label {name!r} is neither a file nor a `user/repository/file` on the Hub")
+    try:
+        return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:]), repo_type="dataset"))
+    except (EntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError) as error:
+        raise DataError(f"--id2label {name!r} is neither a file nor on the Hub: {error}") from error
+
+
+def _read_classes(path: Path, name: str) -> Classes:
+    try:
+        return Classes({int(i): str(label) for i, label in json.loads(path.read_text()).items()})
+    except (ValueError, AttributeError) as error:
+        raise DataError(f'{name!r} must map ids to names, as in {{"0": "sky", ...}}: {error}') from error
+
+
+def _class_names(feature: Any, key: str | None) -> list[str] | None:
+    """The names in a `ClassLabel`, which may lie in lists and in the dict that `key` is of."""
+    while isinstance(feature, datasets.List | datasets.LargeList):
+        feature = feature.feature
+    if isinstance(feature, Mapping) and key is not None:
+        return _class_names(feature.get(key), None)
+    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None

@@ -1,0 +1,160 @@
+"""What a person sees of a run: pictures of its predictions, and one HTML page that opens offline."""
+
+from __future__ import annotations
+
+import base64
+import math
+import platform
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import peft
+import torch
+import transformers
+from accelerate import Accelerator
+from torch import nn
+
+import sfa_peft
+
+from .augmentation import finished, to_tensors
+from .checkpoints import Progress
+from .data import Rows
+from .loading import first_rows, read_item
+from .pictures import draw_curves, save_grid
+from .samples import DataError, Problems, Sample
+from .task import Task, predictions
+
+SAMPLES = 5
+PICTURES = "pictures"
+BEFORE = "before.npz"
+TICKET = "ticket.png"
+
+
+class Report:
+    """Draws the same validation samples at each evaluation, and writes the page.
+
+    Args:
+        task: Paints annotations; has the flags.
+        rows: The validation split.
+        accelerator: Says where the model is.
+        progress: The curves and scores.
+        problems: What was wrong with each split.
+        command: How the run was started.
+
+    Attributes:
+        facts: What else the page tells, by name.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        rows: Rows,
+        accelerator: Accelerator,
+        progress: Progress,
+        problems: dict[str, Problems],
+        command: str,
+    ) -> None:
+        self.task, self.rows, self.accelerator = task, rows, accelerator
+        self.progress, self.problems, self.command = progress, problems, command
+        self.facts: dict[str, Any] = {}
+        self.samples: list[Sample] = []
+
+    def read_samples(self) -> None:
+        """Read the samples to be drawn.
+
+        Raises:
+            DataError: If none of them can be used.
+        """
+        read = [
+            read_item(self.task, self.rows, row, i, keeps_sample=True) for i, row in first_rows(self.rows, SAMPLES)
+        ]
+        self.samples = [item.sample for item in read if item.sample is not None]
+        if not self.samples:
+            wrong = Problems()
+            wrong.merge(item.problems for item in read)
+            raise DataError(
+                f"{len(read)} rows of {self.rows.split!r} were tried and none can be used: {'; '.join(wrong.lines())}"
+            )
+
+    def draw(self, model: nn.Module) -> Path:
+        """Draw image, truth, what the model predicted before training, and what it predicts now."""
+        task, step, folder = self.task, self.progress.step, self.folder
+        folder.mkdir(exist_ok=True)
+        images = [np.asarray(sample.image) for sample in self.samples]
+        tensors = torch.stack([finished(to_tensors(s, task.size))["image"] for s in self.samples])
+        with self.accelerator.autocast():
+            found = predictions(task, model, tensors.to(self.accelerator.device), self.samples)
+        painted = [task.paint(image, one) for image, one in zip(images, found, strict=True)]
+        columns = {
+            "image": images,
+            "truth": [task.paint(i, task.truth(s)) for i, s in zip(images, self.samples, strict=True)],
+        }
+        if step == 0:
+            np.savez(folder / BEFORE, *painted)
+            columns["before"] = painted
+        else:
+            with np.load(folder / BEFORE) as before:
+                columns["before"] = [before[key] for key in before.files]
+            columns[f"step {step}"] = painted
+        path = folder / f"step_{step:06d}.jpg"
+        save_grid(path, columns, task.legend(), self._summary())
+        return path
+
+    def write(self) -> Path:
+        """Write `report.html` into the run's folder, with its pictures in it."""
+        args, progress, labels = self.task.args, self.progress, self.task.id2label.values()
+        last = progress.scores[max(progress.scores)]
+        names = [name for name, value in last.items() if isinstance(value, float)]
+        per_class = next((value for name, value in last.items() if name.startswith("per_class")), [])
+        ticket = args.output_dir / TICKET
+        device = self.accelerator.device.type
+        facts = {
+            "method": f"{args.method}, budget {args.budget:.2%} of the backbone",
+            **self.facts,
+            "steps": f"{progress.step} of {args.steps}, {progress.seconds:.0f} s",
+            "seed": args.seed,
+            "processes": f"{self.accelerator.num_processes} on {device}, {self.accelerator.mixed_precision}",
+            "versions": f"Python {platform.python_version()}, torch {torch.__version__}, transformers "
+            f"{transformers.__version__}, peft {peft.__version__}, sfa_peft {sfa_peft.__version__}",
+        }
+        environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        page = environment.from_string((Path(__file__).parent / "report.html").read_text()).render(
+            title=f"{self.task.name.capitalize()}: {args.model or 'embedded backbone'} on "
+            f"{args.dataset or 'embedded scenes'}",
+            summary=self._summary(),
+            score_names=names,
+            scores={step: {n: number(s.get(n)) for n in names} for step, s in sorted(progress.scores.items())},
+            per_class=dict(zip(labels, map(number, per_class), strict=False)),
+            curves=_inline(draw_curves(progress.series)),
+            pictures={
+                f"step {int(p.stem.removeprefix('step_'))}": _inline(p.read_bytes())
+                for p in sorted(self.folder.glob("step_*.jpg"))
+            },
+            ticket=_inline(ticket.read_bytes()) if ticket.is_file() else None,
+            facts=facts,
+            problems=[f"{split}: {line}" for split, own in self.problems.items() for line in own.lines()],
+            command=self.command,
+        )
+        path = args.output_dir / "report.html"
+        path.write_text(page, encoding="utf-8")
+        return path
+
+    @property
+    def folder(self) -> Path:
+        return self.task.args.output_dir / PICTURES
+
+    def _summary(self) -> str:
+        scores, headline = self.progress.scores, self.task.headline
+        ends = [number(scores[step][headline]) for step in sorted({min(scores), max(scores)})]
+        return f"{self.task.args.method}: {headline} {' -> '.join(ends)}"
+
+
+def number(value: Any) -> str:
+    """A score for people; a dash where nothing counts."""
+    return "–" if value is None or math.isnan(value) else f"{value:.4f}"
+
+
+def _inline(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

@@ -1,0 +1,311 @@
+"""A run of a task's script: from flags to a saved adapter, pictures and a report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, gather_object, set_seed
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from tqdm.auto import tqdm
+
+from sfa_peft import Ticket, describe_adapter, install_ticket, search_ticket
+
+from .arguments import FlagError, checkpointing_interval, parse, plain, trackers_of
+from .checkpoints import TICKET, Checkpoints, Progress
+from .data import load_rows
+from .loading import TrainBatches, check_all
+from .methods import METHODS, Dense, Rates, adapt, is_adapter, is_head, trained_backbone_parameters
+from .models import patch_multiple, use_fast_attention
+from .nano_backbone import pretrained_nano_backbone
+from .report import Report, number
+from .samples import DataError, Problems
+from .task import Task
+from .training import evaluate, fit
+
+RUN = "run.json"
+RESULTS = "results.json"
+SEARCH = "search.safetensors"
+
+
+def main(task_class: type[Task]) -> None:
+    """Run a task's script; what is wrong with flags or data ends it with a sentence."""
+    try:
+        run(task_class, doc=sys.modules["__main__"].__doc__)
+    except (DataError, FlagError, FileNotFoundError) as error:
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from error
+
+
+def run(task_class: type[Task], arguments: Sequence[str] | None = None, doc: str | None = None) -> dict[str, Any]:
+    """Fine-tune, evaluate, save and report, as the flags say.
+
+    Returns:
+        What is written to `results.json`.
+
+    Raises:
+        DataError: If the data cannot be used.
+        FlagError: If flags do not fit together, or not the model.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    command = shlex.join([Path(sys.argv[0]).name, *given])
+    return Run(task_class, parse(task_class, given, doc), command).all()
+
+
+class Run:
+    """One run, from flags to results.
+
+    Args:
+        task_class: The task.
+        args: The flags.
+        command: How the run was started, for the report.
+    """
+
+    def __init__(self, task_class: type[Task], args: argparse.Namespace, command: str) -> None:
+        self.args = args
+        trackers = trackers_of(args.log_with)
+        # What a fully trained backbone does not use in a step (a mask token) would be waited for.
+        handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)] if args.method == "full" else []
+        self.accelerator = Accelerator(
+            mixed_precision=args.mixed_precision,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            log_with=trackers,
+            project_config=ProjectConfiguration(str(args.output_dir), logging_dir=str(args.output_dir / "logs")),
+            kwargs_handlers=handlers,
+        )
+        self.checkpoints = Checkpoints(args.output_dir, self.accelerator, args.checkpoints_total_limit)
+        self.resume = self._find_checkpoint()
+        self.model_name = args.model or pretrained_nano_backbone(self.accelerator, task_class.embedded_backbone)
+        with self.accelerator.main_process_first():
+            needed = {role: getattr(args, f"{role}_column") for role in task_class.columns}
+            self.train_rows = load_rows(args, "train", needed)
+            self.validation_rows = load_rows(args, "validation", needed)
+            self.task = task_class(args, task_class.load_classes(args, self.train_rows))
+        self.interval = checkpointing_interval(args, self.train_rows, self.accelerator.num_processes)
+        self.problems = {"train": Problems(), "validation": Problems()}
+        self.progress = Progress()
+        self.report = Report(self.task, self.validation_rows, self.accelerator, self.progress, self.problems, command)
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        if self.accelerator.is_main_process:
+            described = {"task": task_class.__name__, "model": self.model_name, "id2label": self.task.id2label}
+            _write_json(args.output_dir / RUN, described | {"args": plain(args)})
+        if trackers:
+            flags = {k: v if isinstance(v, int | float | str) else str(v) for k, v in plain(args).items()}
+            self.accelerator.init_trackers("sfa_peft", config=flags)
+
+    def all(self) -> dict[str, Any]:
+        """Do everything, and give the results."""
+        args = self.args
+        if args.bad_data == "error":
+            for rows in (self.train_rows, self.validation_rows):
+                check_all(self.task, rows, self.accelerator)
+        self.report.read_samples()
+        dense = self.base()
+        self.heads, self.whole = dense.heads, dense.backbone_parameters
+        share = {} if args.external_share is None else {"external_share": args.external_share}
+        model = adapt(dense, args.method, args.budget, **share)
+        self.trained = trained_backbone_parameters(model, self.heads)
+        self.report.facts |= {
+            "backbone parameters": f"{self.whole:,}",
+            "trained in the backbone": f"{self.trained:,} ({self.trained / self.whole:.2%})",
+        }
+        self._say(
+            f"{args.method}: trains {self.trained:,} of {self.whole:,} backbone parameters "
+            f"({self.trained / self.whole:.2%}), and the head"
+        )
+        if self.resume is None:
+            self._evaluate(model)
+            self._search(model)
+        elif (args.output_dir / TICKET).is_file():
+            install_ticket(model, Ticket.load(args.output_dir / TICKET))
+        set_seed(args.seed, device_specific=True)
+        model = fit(
+            self.task,
+            model,
+            self.heads,
+            self.train_rows,
+            self.accelerator,
+            rates=self._rates(),
+            decay=0.01 if METHODS[args.method].trains_backbone else 0.0,
+            progress=self.progress,
+            problems=self.problems["train"],
+            checkpoints=self.checkpoints if self.interval or self.resume else None,
+            resume=self.resume,
+            after_step=self._after_step,
+        )
+        if self.progress.step not in self.progress.scores:
+            self._evaluate(model)
+        results = self._finish(model)
+        self.accelerator.end_training()
+        return results
+
+    def base(self) -> Dense:
+        """The model as it was pretrained, with a fresh head if it has none of its own; the same each time."""
+        set_seed(self.args.seed)
+        dense = self.task.build(self.model_name)
+        backbone = dense.model.get_submodule(dense.backbone)
+        multiple = patch_multiple(backbone)
+        if any(side % multiple for side in self.args.image_size):
+            raise FlagError(f"--image_size {list(self.args.image_size)}: this model needs multiples of {multiple}")
+        use_fast_attention(dense.model, backbone, self.accelerator.device)
+        dense.model.to(self.accelerator.device)
+        return dense
+
+    def _find_checkpoint(self) -> Path | None:
+        args = self.args
+        if args.resume_from_checkpoint:
+            return self.checkpoints.find(args.resume_from_checkpoint)
+        if self.checkpoints.find("latest") or (args.output_dir / SEARCH).exists():
+            raise FlagError(
+                f"--output_dir {args.output_dir} has checkpoints of an earlier run: go on from them with "
+                f"--resume_from_checkpoint latest, or name another folder"
+            )
+        return None
+
+    def _evaluate(self, model: nn.Module) -> None:
+        """Score the model on the validation split, draw its predictions, and bring the report up to date."""
+        progress, headline = self.progress, self.task.headline
+        scores = evaluate(self.task, model, self.validation_rows, self.accelerator, self.problems["validation"])
+        progress.scores[progress.step] = scores
+        progress.add(headline, scores[headline])
+        self.accelerator.log({k: v for k, v in scores.items() if isinstance(v, float)}, step=progress.step)
+        self._say(f"step {progress.step}: {headline} {number(scores[headline])}")
+        if self.accelerator.is_main_process:
+            self.report.draw(model)
+            self.report.write()
+
+    def _search(self, model: nn.Module) -> None:
+        args = self.args
+        if args.method != "sfa" or not args.search_steps or args.external_share == 1:
+            return
+        report = search_ticket(
+            model,
+            TrainBatches(self.task, self.train_rows, self.accelerator, args.seed + 1),
+            steps=args.search_steps,
+            loss_fn=self.task.loss,
+            accelerator=self.accelerator,
+            checkpoint=args.output_dir / SEARCH if self.interval else None,
+            checkpoint_every=max(1, min(50, args.search_steps // 4)),
+            seed=args.seed,
+        )
+        self._say(f"\n{report}\n")
+        if self.accelerator.is_main_process:
+            report.ticket.save(args.output_dir / TICKET)
+
+    def _rates(self) -> Rates:
+        args = self.args
+        default = self.task.rates.get(args.method, METHODS[args.method].rates)
+        return Rates(
+            backbone=args.learning_rate or default.backbone,
+            internal=args.internal_learning_rate or default.internal,
+            head=args.head_learning_rate or default.head,
+        )
+
+    def _after_step(self, model: nn.Module) -> None:
+        step = self.progress.step
+        if step % (self.args.eval_steps or math.ceil(self.args.steps / 4)) == 0:
+            self._evaluate(model)
+        if self.interval and step % self.interval == 0:
+            self.checkpoints.save(step)
+
+    def _finish(self, model: nn.Module) -> dict[str, Any]:
+        args, progress, task = self.args, self.progress, self.task
+        before, after = progress.scores[0], progress.scores[progress.step]
+        self._say(
+            f"after {progress.step} steps ({progress.seconds:.0f} s): {task.headline} {number(after[task.headline])} "
+            f"(before: {number(before[task.headline])})"
+        )
+        if args.method == "sfa":
+            scores = {name: value for name, value in after.items() if isinstance(value, float)}
+            dataset = args.dataset or "embedded scenes"
+            describe_adapter(model, dataset=dataset, split=self.validation_rows.split, metrics=scores)
+        sizes = self._save(model)
+        if is_adapter(model):
+            self._check_reloaded(model)
+            if args.push_to_hub:
+                model.push_to_hub(args.push_to_hub)
+        for split, problems in self.problems.items():
+            problems.merge(gather_object([problems]))
+            for line in problems.lines():
+                self._say(f"{split}: left out {line}")
+        results = {
+            "task": task.name,
+            "method": args.method,
+            "seed": args.seed,
+            "trained_backbone_parameters": self.trained,
+            "backbone_parameters": self.whole,
+            "before": task.by_class(before),
+            "after": task.by_class(after),
+            "curves": progress.series,
+            "seconds": round(progress.seconds, 1),
+            "bytes": sizes,
+            "left_out": {split: {k: len(v) for k, v in p.found.items()} for split, p in self.problems.items()},
+        }
+        if self.accelerator.is_main_process:
+            _write_json(args.output_dir / RESULTS, results)
+            self.report.facts |= {f"saved, {part}": f"{count:,} bytes" for part, count in sizes.items()}
+            self._say(f"report: {self.report.write()}\nnumbers: {args.output_dir / RESULTS}")
+        return results
+
+    def _save(self, model: nn.Module) -> dict[str, int]:
+        """Save the adapter, or what else was trained, and say how many bytes it takes."""
+        folder, is_main = self.args.output_dir, self.accelerator.is_main_process
+        if is_adapter(model):
+            model.save_pretrained(folder, is_main_process=is_main)
+        if not (is_adapter(model) and model.active_peft_config.modules_to_save):
+            whole = METHODS[self.args.method].trains_backbone
+            tensors = {
+                name.removeprefix("base_model.model."): tensor.contiguous().clone()
+                for name, tensor in model.state_dict().items()
+                if whole or is_head(name, self.heads)
+            }
+            if is_main:
+                save_file(tensors, folder / ("model.safetensors" if whole else "head.safetensors"))
+        self.accelerator.wait_for_everyone()
+        sizes: dict[str, int] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            if path.name not in (TICKET, SEARCH):
+                sizes |= {part: sizes.get(part, 0) + count for part, count in checkpoint_bytes(path).items()}
+        self._say("saved bytes: " + ", ".join(f"{part} {count:,}" for part, count in sizes.items()))
+        return sizes
+
+    def _check_reloaded(self, model: nn.Module) -> None:
+        loaded = PeftModel.from_pretrained(self.base().model, str(self.args.output_dir))
+        ours, theirs = get_peft_model_state_dict(model), get_peft_model_state_dict(loaded)
+        if ours.keys() != theirs.keys() or any(not torch.equal(ours[k], theirs[k].to(ours[k].device)) for k in ours):
+            raise RuntimeError("the adapter that was loaded again is another than the one that was saved: a bug")
+        self._say("reloaded into a fresh base model: every tensor is the same")
+
+    def _say(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            tqdm.write(text)
+
+
+PARTS = (("sfa_internal.positions", "positions"), ("sfa_internal.", "internal values"), (".sfa_", "external"),
+         (".lora_", "LoRA"), ("shira_", "SHiRA"), ("", "head or whole model"))  # fmt: skip
+
+
+def checkpoint_bytes(path: Path) -> dict[str, int]:
+    """The bytes of a saved file by what they are for."""
+    sizes: dict[str, int] = {}
+    with safe_open(path, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118 - safe_open is not iterable
+            tensor = file.get_tensor(key)
+            part = next(part for mark, part in PARTS if mark in key)
+            sizes[part] = sizes.get(part, 0) + tensor.numel() * tensor.element_size()
+    total = path.stat().st_size
+    return sizes | {"names and rest": total - sum(sizes.values()), "total": total}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

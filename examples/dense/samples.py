@@ -1,0 +1,341 @@
+"""One annotated image, read from a dataset's row; what is wrong with a row is told by kind and file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from pycocotools import mask as rle
+
+IGNORE_INDEX = 255
+IGNORED_NAMES = {"unlabelled", "unlabeled", "void", "ignore", "ignored"}
+# Annotators round: what hangs over the image's edge by no more is cut off without a word.
+SLACK = 1.0
+
+Array = npt.NDArray[Any]
+Note = Callable[..., None]  # note(kind, detail)
+
+
+class BadSample(ValueError):
+    """A row that cannot be used: what kind of problem it has, and, if it helps, which value."""
+
+    def __init__(self, kind: str, detail: str = "") -> None:
+        super().__init__(kind, detail)
+        self.kind, self.detail = kind, detail
+
+
+class DataError(ValueError):
+    """The dataset, or the way in which it was described, cannot be used."""
+
+
+@dataclass
+class Sample:
+    """An image and its annotations, at the image's own size. What a task does not need is None.
+
+    Attributes:
+        image: RGB.
+        label: Class ids (height, width), 255 where ignored.
+        boxes: Corners ``x1, y1, x2, y2`` in pixels (n, 4).
+        masks: Of the same objects, boolean (n, height, width).
+        classes: Of the same objects, class ids (n,).
+        crowd: Of the same objects, whether it is a group that a detector is not judged by (n,).
+        areas: Of the same objects, in pixels (n,).
+        depth: Metres (height, width), 0 where unknown.
+    """
+
+    image: Image.Image
+    label: Array | None = None
+    boxes: Array | None = None
+    masks: Array | None = None
+    classes: Array | None = None
+    crowd: Array | None = None
+    areas: Array | None = None
+    depth: Array | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.image.height, self.image.width
+
+
+@dataclass
+class Problems:
+    """What was wrong with the data: by kind, where it was; each place counts once, however often it is read."""
+
+    found: dict[str, dict[str, None]] = field(default_factory=dict)
+
+    def add(self, kind: str, where: str) -> bool:
+        """Remember a problem; whether it is the first of its kind."""
+        is_first = kind not in self.found
+        self.found.setdefault(kind, {})[where] = None
+        return is_first
+
+    def merge(self, others: Iterable[Problems]) -> None:
+        for other in others:
+            for kind, places in other.found.items():
+                self.found.setdefault(kind, {}).update(places)
+
+    def lines(self) -> list[str]:
+        """For each kind, how often it came and where first."""
+        return [f"{len(places)} x {kind} (first: {next(iter(places))})" for kind, places in self.found.items()]
+
+
+class Classes:
+    """The classes that count, numbered from 0 without gaps, and what a dataset calls them.
+
+    Args:
+        id2label: The dataset's ids and names. Names such as `unlabelled` or `void` are ignored, not classes.
+    """
+
+    def __init__(self, id2label: Mapping[int, str]) -> None:
+        kept = [i for i in sorted(id2label) if id2label[i].lower() not in IGNORED_NAMES]
+        if not kept:
+            raise DataError("there is no class: id2label is empty, or all its names mean that a pixel is ignored")
+        self.id2label = {new: id2label[old] for new, old in enumerate(kept)}
+        self.new_ids = {old: new for new, old in enumerate(kept)}
+        self.ignored = {i for i in id2label if i not in self.new_ids}
+        self._ids_of_names = {name: new for new, name in self.id2label.items()}
+
+    def of_object(self, category: Any) -> int | None:
+        """The class of an object by the dataset's id or name; None if there is none."""
+        if isinstance(category, str):
+            return self._ids_of_names.get(category)
+        return self.new_ids.get(int(category)) if category is not None else None
+
+    def of_map(self, label: Array) -> Array:
+        """A map of the dataset's ids as a map of classes, 255 where ignored.
+
+        Raises:
+            BadSample: If it has an id that is neither a class nor ignored.
+        """
+        result = np.full(label.shape, IGNORE_INDEX, np.uint8)
+        for i in np.unique(label).tolist():
+            if i in self.new_ids:
+                result[label == i] = self.new_ids[i]
+            elif i not in self.ignored and i != IGNORE_INDEX:
+                raise BadSample("label outside id2label", f"it has {i}")
+        if (result == IGNORE_INDEX).all():
+            raise BadSample("label map without a class: every pixel is ignored")
+        return result
+
+
+def read_image(value: Any) -> Image.Image:
+    """An image of any mode as RGB. 16-bit grey is scaled to 8 bits; transparency is dropped.
+
+    Raises:
+        BadSample: If it is damaged, or its values have no known range.
+    """
+    image = _opened(value, "image")
+    if image.mode.startswith("I"):
+        grey = np.asarray(image)
+        if grey.min() < 0 or grey.max() > 0xFFFF:
+            raise BadSample("image of 32-bit integers outside 0..65535")
+        image = Image.fromarray((grey / 257).astype(np.uint8))
+    elif image.mode == "F":
+        grey = np.asarray(image)
+        if not np.isfinite(grey).all() or grey.min() < 0 or grey.max() > 255:
+            raise BadSample("image of floats outside 0..255")
+        image = Image.fromarray((grey * (255 if grey.max() <= 1 else 1)).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def read_label(value: Any, size: tuple[int, int]) -> Array:
+    """A map of class ids (height, width); of an image with a palette, the indices.
+
+    Raises:
+        BadSample: If it is damaged, has colours, or another size than the image.
+    """
+    label = np.asarray(_opened(value, "label map"))
+    if label.ndim == 3 and (label == label[..., :1]).all():
+        label = label[..., 0]
+    if label.ndim != 2:
+        raise BadSample("label map with colours instead of class ids")
+    _check_size("label map", label, size)
+    return label.astype(np.int64)
+
+
+def read_depth(value: Any, size: tuple[int, int], scale: float, note: Note) -> Array:
+    """A depth map in metres, 0 where unknown.
+
+    Args:
+        value: An image of one channel, or numbers (height, width); 0 is unknown.
+        size: Of the image.
+        scale: What a metre is in the map, such as 1000 for millimetres.
+        note: Told of values that are not finite or negative; they are unknown then.
+
+    Raises:
+        BadSample: If it is damaged, of another size, or has no known pixel.
+    """
+    raw = _opened(value, "depth map") if isinstance(value, Mapping | str | Image.Image) else value
+    if raw is None:
+        raise BadSample("depth map missing")
+    depth = np.asarray(raw, dtype=np.float32)
+    if depth.ndim != 2:
+        raise BadSample("depth map that is not of one channel")
+    _check_size("depth map", depth, size)
+    sound = np.isfinite(depth) & (depth >= 0)
+    if not sound.all():
+        note("depth not finite or negative")
+    depth = np.where(sound, depth / np.float32(scale), np.float32(0))
+    if not depth.any():
+        raise BadSample("depth map without a known pixel")
+    return depth
+
+
+def read_objects(
+    value: Any, classes: Classes, size: tuple[int, int], keys: Mapping[str, str], corners: bool, note: Note
+) -> dict[str, Array]:
+    """The boxes of an image with their classes, areas, crowd flags and places in the row.
+
+    Args:
+        value: The row's objects: a dict of lists, or a list of dicts.
+        classes: The classes.
+        size: Of the image.
+        keys: What the dataset calls `bbox` and `category`.
+        corners: Whether a box is ``x1, y1, x2, y2``; otherwise ``x, y, width, height``.
+        note: Told of each object that is left out: a box outside the image, without area, or a category that is no
+            class.
+
+    Returns:
+        `boxes` (corners), `classes`, `areas`, `crowd`, and `index`, the objects' places in the row.
+
+    Raises:
+        BadSample: If the lists do not fit together, or all objects of the row had to be left out.
+    """
+    given = _as_lists(value)
+    boxes, categories = given.get(keys["bbox"]), given.get(keys["category"])
+    count = 0 if not boxes else len(boxes)
+    if count and (categories is None or len(categories) != count):
+        raise BadSample("objects with another number of boxes than of categories")
+    height, width = size
+    limits = np.array([width, height, width, height], dtype=np.float64)
+    found: dict[str, list[Any]] = {"boxes": [], "classes": [], "areas": [], "crowd": [], "index": []}
+    for i in range(count):
+        box = np.asarray(boxes[i], dtype=np.float64)
+        if box.shape != (4,) or not np.isfinite(box).all():
+            note("box that is not four finite numbers")
+            continue
+        if not corners:
+            box[2:] += box[:2]
+        inside = np.clip(box, 0, limits)
+        area = float(np.prod(inside[2:] - inside[:2]))
+        if not (box[2:] > box[:2]).all():
+            note("box without area", str(box.tolist()))
+            continue
+        if not (inside[2:] > inside[:2]).all():
+            note("box outside the image", str(box.tolist()))
+            continue
+        number = classes.of_object(categories[i])
+        if number is None:
+            if not _is_ignored(categories[i], classes):
+                note("category outside id2label", f"it has {categories[i]!r}")
+            continue
+        if np.abs(inside - box).max() > SLACK:
+            note("box beyond the image's edge, cut off")
+        given_area = given["area"][i] if len(given.get("area") or ()) == count else None
+        found["boxes"].append(inside)
+        found["classes"].append(number)
+        found["areas"].append(float(given_area) if given_area else area)
+        found["crowd"].append(bool(given["iscrowd"][i]) if len(given.get("iscrowd") or ()) == count else False)
+        found["index"].append(i)
+    if count and not found["boxes"]:
+        raise BadSample("no usable object")
+    return {
+        "boxes": np.array(found["boxes"], np.float32).reshape(-1, 4),
+        "classes": np.array(found["classes"], np.int64),
+        "areas": np.array(found["areas"], np.float32),
+        "crowd": np.array(found["crowd"], bool),
+        "index": np.array(found["index"], np.int64),
+    }
+
+
+def read_masks(
+    row: Mapping[str, Any], columns: Mapping[str, str], objects: dict[str, Array], size: tuple[int, int]
+) -> Array:
+    """The masks of objects (n, height, width): from their polygons or run lengths, or from a map of their ids.
+
+    Raises:
+        BadSample: If the row has neither, or they are damaged.
+    """
+    given = _as_lists(row.get(columns["objects"]))
+    shapes = given.get("segmentation")
+    if shapes is not None:
+        return _drawn([shapes[i] for i in objects["index"]], size)
+    if row.get(columns["instances"]) is None:
+        raise BadSample("no masks: neither `segmentation` among the objects nor a map of instances")
+    ids = read_label(row[columns["instances"]], size)
+    named = given.get("id")
+    own = objects["index"] + 1 if named is None else np.array([named[i] for i in objects["index"]], np.int64)
+    return ids[None] == own[:, None, None]
+
+
+def boxes_of(masks: Array) -> Array:
+    """The corners of the boxes around masks (n, height, width), none of which is empty."""
+    boxes = []
+    for mask in masks:
+        rows, columns = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
+        boxes.append([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
+    return np.array(boxes, np.float32).reshape(-1, 4)
+
+
+def encoded(mask: Array) -> dict[str, Any]:
+    """A mask as pycocotools' run lengths."""
+    return rle.encode(np.asfortranarray(mask, dtype=np.uint8))
+
+
+def _drawn(shapes: Sequence[Any], size: tuple[int, int]) -> Array:
+    height, width = size
+    masks = np.zeros((len(shapes), height, width), bool)
+    for mask, shape in zip(masks, shapes, strict=True):
+        try:
+            if isinstance(shape, Mapping):
+                runs = dict(shape)
+                if isinstance(runs["counts"], list):
+                    runs = rle.frPyObjects(runs, height, width)
+                if list(runs["size"]) != [height, width]:
+                    raise BadSample("mask of another size than the image")
+            else:
+                polygons = [shape] if shape and np.isscalar(shape[0]) else shape
+                runs = rle.merge(rle.frPyObjects([list(map(float, p)) for p in polygons], height, width))
+            mask[:] = rle.decode(runs)
+        except BadSample:
+            raise
+        except Exception as error:  # pycocotools raises whatever it trips over
+            raise BadSample("mask that cannot be decoded", repr(error)) from error
+    return masks
+
+
+def _opened(value: Any, what: str) -> Image.Image:
+    if value is None:
+        raise BadSample(f"{what} missing")
+    try:
+        image = datasets.Image().decode_example(value)
+        image.load()
+    except Exception as error:  # decoders raise whatever they trip over in a damaged file
+        raise BadSample(f"{what} that cannot be read", repr(error)) from error
+    return image
+
+
+def _check_size(what: str, array: Array, size: tuple[int, int]) -> None:
+    if array.shape[:2] != size:
+        shape = f"{array.shape[1]} x {array.shape[0]} instead of {size[1]} x {size[0]}"
+        raise BadSample(f"{what} of another size than the image", shape)
+
+
+def _as_lists(objects: Any) -> Mapping[str, Any]:
+    if isinstance(objects, Mapping):
+        return objects
+    if not objects:
+        return {}
+    return {key: [one.get(key) for one in objects] for key in objects[0]}
+
+
+def _is_ignored(category: Any, classes: Classes) -> bool:
+    if isinstance(category, str):
+        return category.lower() in IGNORED_NAMES
+    return category is not None and int(category) in classes.ignored

@@ -1,0 +1,158 @@
+"""What a dense task is: the data it reads, its model, its loss, its metric and its picture."""
+
+from __future__ import annotations
+
+import argparse
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PretrainedConfig
+
+from .data import Rows
+from .methods import Dense, Rates
+from .metrics import InMemoryMetric
+from .models import heads_of, load_backbone
+from .samples import Array, Classes, Note, Sample
+
+
+class Task(ABC):
+    """A dense task. `training.run` does the rest, the same for all.
+
+    Attributes:
+        name: For people.
+        columns: What each column that is needed is called by default.
+        optional_columns: The same of columns that may be missing.
+        headline: The score that a run is judged by, of those that the metric gives.
+        backbone_path: Where the backbone is in the model.
+        dense_config: The config class of whole checkpoints of the task; others are backbones, and get a fresh head.
+        embedded_backbone: What the embedded backbone is, ``swin`` or ``dinov2``.
+        defaults: Values of common flags, where the task's own are better.
+        rates: Learning rates of methods, where the task's own are better.
+        args: The flags.
+        classes: The classes; None if the task has none.
+    """
+
+    name: ClassVar[str]
+    columns: ClassVar[Mapping[str, str]]
+    optional_columns: ClassVar[Mapping[str, str]] = {}
+    headline: ClassVar[str]
+    backbone_path: ClassVar[str]
+    dense_config: ClassVar[type[PretrainedConfig]]
+    embedded_backbone: ClassVar[str] = "swin"
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    rates: ClassVar[Mapping[str, Rates]] = {}
+
+    def __init__(self, args: argparse.Namespace, classes: Classes | None = None) -> None:
+        self.args, self.classes = args, classes
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Add the task's own flags."""
+
+    @classmethod
+    def load_classes(cls, args: argparse.Namespace, rows: Rows) -> Classes | None:
+        """The classes of a dataset, for tasks that have any."""
+        return None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of what the model sees."""
+        height, width = self.args.image_size
+        return height, width
+
+    @property
+    def column(self) -> dict[str, str]:
+        """What each column is called."""
+        return {role: getattr(self.args, f"{role}_column") for role in {**self.columns, **self.optional_columns}}
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        return self.classes.id2label if self.classes else {}
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """The classes as a transformers config takes them."""
+        return {"id2label": self.id2label, "label2id": {name: i for i, name in self.id2label.items()}}
+
+    def build(self, name_or_path: str) -> Dense:
+        """The model: a whole checkpoint with a head for these classes, or a backbone with a fresh one.
+
+        Raises:
+            ValueError: If the checkpoint is neither.
+        """
+        config = AutoConfig.from_pretrained(name_or_path)
+        if isinstance(config, self.dense_config):
+            model = self.load_whole(name_or_path)
+        else:
+            model = self.fresh(load_backbone(name_or_path, config, **self.backbone_options()))
+        return Dense(model, self.backbone_path, heads_of(model, self.backbone_path))
+
+    def backbone_options(self) -> dict[str, Any]:
+        """Fields of the backbone's config that the head depends on."""
+        return {"reshape_hidden_states": True}
+
+    @abstractmethod
+    def load_whole(self, name_or_path: str) -> nn.Module:
+        """A whole checkpoint, with fresh classifiers if its classes are others."""
+
+    @abstractmethod
+    def fresh(self, backbone: nn.Module) -> nn.Module:
+        """A backbone with a fresh head."""
+
+    @abstractmethod
+    def read(self, row: Mapping[str, Any], note: Note) -> Sample:
+        """Read a row; tell `note` what was left out of it.
+
+        Raises:
+            BadSample: If it cannot be used.
+        """
+
+    @abstractmethod
+    def batch(self, tensors: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+        """Samples for training as the model's arguments, and what else the loss needs."""
+
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """The training loss; the model's own unless the task has another."""
+        return model(**batch).loss
+
+    @abstractmethod
+    def predict(self, model: nn.Module, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Any]:
+        """Predictions for images (batch, 3, height, width), each at its own size, in the form of `truth`."""
+
+    @abstractmethod
+    def truth(self, sample: Sample) -> Any:
+        """What a prediction should be."""
+
+    @abstractmethod
+    def metric(self) -> InMemoryMetric:
+        """The metric of predictions."""
+
+    @abstractmethod
+    def paint(self, image: Array, annotation: Any) -> Array:
+        """A picture (height, width, 3) of a prediction or of the truth, over its image."""
+
+    def by_class(self, scores: Mapping[str, Any]) -> dict[str, Any]:
+        """Scores with those that are one for each class as a dict from its name."""
+        names = self.id2label.values()
+        return {
+            key: dict(zip(names, value, strict=True)) if isinstance(value, list) else value
+            for key, value in scores.items()
+        }
+
+    def legend(self) -> dict[str, tuple[float, float, float]]:
+        """The colours in the pictures."""
+        return {}
+
+
+@torch.no_grad()
+def predictions(task: Task, model: nn.Module, images: Tensor, samples: Sequence[Sample]) -> list[Any]:
+    """What a model predicts in eval mode; the mode is put back."""
+    was_training = model.training
+    model.eval()
+    try:
+        return task.predict(model, images, [sample.size for sample in samples])
+    finally:
+        model.train(was_training)

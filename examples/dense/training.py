@@ -1,0 +1,124 @@
+"""The one training loop, and evaluation, for every task and every method."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm.auto import tqdm
+
+from .checkpoints import Checkpoints, Progress
+from .data import Rows
+from .loading import TrainBatches, Waiting, eval_batches
+from .methods import Rates, optimizer_for
+from .samples import Problems
+from .task import Task, predictions
+
+
+def fit(
+    task: Task,
+    model: nn.Module,
+    heads: Sequence[str],
+    rows: Rows,
+    accelerator: Accelerator,
+    *,
+    rates: Rates,
+    decay: float = 0.0,
+    progress: Progress | None = None,
+    problems: Problems | None = None,
+    checkpoints: Checkpoints | None = None,
+    resume: Path | None = None,
+    after_step: Callable[[nn.Module], None] = lambda model: None,
+) -> nn.Module:
+    """Train what is trainable with AdamW, a warm-up and a polynomial decay, for the steps that the flags say.
+
+    Args:
+        task: With the flags; gives batches and the loss.
+        model: The adapted model.
+        heads: Names of its heads, which have a rate of their own.
+        rows: To train on.
+        accelerator: Says where and how.
+        rates: Learning rates.
+        decay: Weight decay of a fully trained backbone.
+        progress: Kept up to date.
+        problems: Told what was wrong with the data.
+        checkpoints: Where to write a checkpoint before the first step; `after_step` may write others.
+        resume: A checkpoint to go on from.
+        after_step: Called after each step with the model.
+
+    Returns:
+        The model, unwrapped.
+
+    Raises:
+        RuntimeError: If the loss is not finite any more.
+    """
+    args = task.args
+    progress = Progress() if progress is None else progress
+    optimizer = optimizer_for(model, heads, rates, decay)
+    warm_up = max(1, min(30, args.steps // 10))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / warm_up) * max(0.0, 1 - step / args.steps) ** 0.9
+    )
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    if checkpoints is not None:
+        accelerator.register_for_checkpointing(progress, schedule)
+        if resume is None:
+            checkpoints.save(0)
+        else:
+            checkpoints.load(resume)
+    per_step = args.gradient_accumulation_steps
+    batches = TrainBatches(
+        task, rows, accelerator, args.seed, progress.step * per_step, args.steps * per_step, problems
+    )
+    waiting = Waiting(batches)
+    wrapped.train()
+    with tqdm(
+        total=args.steps, initial=progress.step, desc="training", disable=not accelerator.is_main_process
+    ) as bar:
+        began = time.perf_counter()
+        for batch in batches:
+            with accelerator.accumulate(wrapped):
+                loss = task.loss(wrapped, batch)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients and args.max_grad_norm:
+                    accelerator.clip_grad_norm_(wrapped.parameters(), args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            progress.recent.append(loss.detach())
+            if not accelerator.sync_gradients:
+                continue
+            if not accelerator.optimizer_step_was_skipped:
+                schedule.step()
+            progress.step += 1
+            progress.seconds += time.perf_counter() - began
+            bar.update()
+            if progress.step % args.logging_steps == 0:
+                mean = accelerator.reduce(torch.tensor(progress.take_recent(), device=loss.device), "mean").item()
+                if not math.isfinite(mean):
+                    raise RuntimeError(f"the loss is {mean} at step {progress.step}: lower the learning rates")
+                progress.add("loss", mean)
+                bar.set_postfix(loss=f"{mean:.3f}")
+                rate, part = schedule.get_last_lr()[0], waiting.part(progress.seconds)
+                accelerator.log({"loss": mean, "learning_rate": rate, "waiting_for_data": part}, step=progress.step)
+            after_step(accelerator.unwrap_model(wrapped))
+            began = time.perf_counter()
+    return accelerator.unwrap_model(wrapped)
+
+
+def evaluate(
+    task: Task, model: nn.Module, rows: Rows, accelerator: Accelerator, problems: Problems | None = None
+) -> dict[str, Any]:
+    """The task's scores on a split, at the annotations' own size, over all processes."""
+    metric = task.metric()
+    for images, samples in eval_batches(task, rows, accelerator, Problems() if problems is None else problems):
+        with accelerator.autocast():
+            found = predictions(task, model, images, samples)
+        metric.add_batch(predictions=found, references=[task.truth(sample) for sample in samples])
+    metric.gather(accelerator)
+    return metric.compute()

@@ -1,0 +1,123 @@
+"""Fine-tune a DINOv2 model for depth estimation with SFA, or with a peer at the same budget.
+
+    python examples/depth_estimation.py                                        # embedded data and backbone
+    python examples/depth_estimation.py --model facebook/dpt-dinov2-small-nyu --dataset me/my-depth \
+        --max_depth 10 --image_size 476 630 --budget 0.02 --output_dir out
+
+The model is a DPT checkpoint on DINOv2, or a DINOv2 backbone that gets a fresh DPT head. The dataset has the columns
+`image` and `depth_map`, an image of one channel or numbers, 0 where unknown. Run it under `accelerate launch` for several
+processes or mixed precision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DPTConfig, DPTForDepthEstimation
+
+from dense.metrics import DepthErrors
+from dense.pictures import paint_depth
+from dense.run import main
+from dense.samples import Array, Note, Sample, read_depth, read_image
+from dense.task import Task
+
+LEAST = 1e-3  # metres; less has no logarithm that helps
+VARIANCE_FOCUS = 0.85
+
+
+class DepthEstimation(Task):
+    """The depth of each pixel in metres, by DPT (Ranftl et al., 2021); judged by AbsRel."""
+
+    name = "depth estimation"
+    columns = {"image": "image", "depth": "depth_map"}
+    headline = "abs_rel"
+    backbone_path = "backbone"
+    dense_config = DPTConfig
+    embedded_backbone = "dinov2"
+    defaults = {"max_grad_norm": 1.0}
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--max_depth", type=float, default=80.0, help="Metres; truth beyond does not count.")
+        parser.add_argument("--depth_scale", type=float, default=1.0, help="What a metre is in the map: 1000 for mm.")
+        parser.add_argument("--head_channels", type=int, default=64, help="Hidden size of a fresh head.")
+
+    def backbone_options(self) -> dict[str, Any]:
+        return {"reshape_hidden_states": False, "apply_layernorm": False}
+
+    def load_whole(self, name_or_path: str) -> nn.Module:
+        return DPTForDepthEstimation.from_pretrained(name_or_path)
+
+    def fresh(self, backbone: nn.Module) -> nn.Module:
+        channels = self.args.head_channels
+        # DPT's own factors are for patches of 16 pixels; so its output has about the size of the image.
+        coarse = 2.0 ** round(math.log2(backbone.config.patch_size / 16))
+        model = DPTForDepthEstimation(
+            DPTConfig(
+                backbone_config=backbone.config,
+                hidden_size=backbone.config.hidden_size,
+                neck_hidden_sizes=[channels] * len(backbone.config.out_features),
+                fusion_hidden_size=channels,
+                reassemble_factors=[f if f < 1 else int(f) for f in (4 * coarse, 2 * coarse, coarse, coarse / 2)],
+                head_in_index=-1,
+            )
+        )
+        model.backbone.load_state_dict(backbone.state_dict())
+        # A fresh head that ends in a ReLU dies easily: where it gives 0, nothing trains it any more.
+        model.head.head[-1] = nn.Softplus()
+        with torch.no_grad():
+            model.head.head[-2].bias.fill_(self.args.max_depth / 10)
+        return model
+
+    def read(self, row: Mapping[str, Any], note: Note) -> Sample:
+        sample = Sample(read_image(row[self.column["image"]]))
+        sample.depth = read_depth(row[self.column["depth"]], sample.size, self.args.depth_scale, note)
+        return sample
+
+    def batch(self, tensors: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+        return {
+            "pixel_values": torch.stack([t["image"] for t in tensors]),
+            "depth": torch.stack([t["depth"] for t in tensors]),
+        }
+
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """The scale-invariant log loss (Eigen et al., 2014).
+
+        ``sqrt(mean d² - 0.85 (mean d)²)`` with ``d = log prediction - log truth`` where the truth is known.
+        """
+        predicted = model(pixel_values=batch["pixel_values"]).predicted_depth.float()
+        truth = batch["depth"]
+        predicted = F.interpolate(predicted[:, None], size=truth.shape[-2:], mode="bilinear", align_corners=False)[
+            :, 0
+        ]
+        known = (truth > LEAST) & (truth <= self.args.max_depth)
+        if not known.any():
+            return 0 * predicted.sum()
+        d = (predicted[known] + LEAST).log() - truth[known].log()
+        return ((d**2).mean() - VARIANCE_FOCUS * d.mean() ** 2).clamp(min=1e-8).sqrt()
+
+    def predict(self, model: nn.Module, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Array]:
+        predicted = model(pixel_values=images).predicted_depth.float()
+        return [
+            F.interpolate(one[None, None], size=size, mode="bilinear", align_corners=False)[0, 0].cpu().numpy()
+            for one, size in zip(predicted, sizes, strict=True)
+        ]
+
+    def truth(self, sample: Sample) -> Array:
+        return sample.depth
+
+    def metric(self) -> DepthErrors:
+        return DepthErrors(LEAST, self.args.max_depth)
+
+    def paint(self, image: Array, annotation: Array) -> Array:
+        return paint_depth(annotation, self.args.max_depth)
+
+
+if __name__ == "__main__":
+    main(DepthEstimation)

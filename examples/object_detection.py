@@ -1,0 +1,146 @@
+"""Fine-tune a DINOv2 model for object detection with SFA, or with a peer at the same budget.
+
+    python examples/object_detection.py                                        # embedded data and backbone
+    python examples/object_detection.py --model Roboflow/rf-detr-base --dataset rishitdagli/cppe-5 \
+        --validation_split test --image_size 560 560 --budget 0.02 --output_dir out
+
+The model is an RF-DETR checkpoint, or a DINOv2 backbone that gets a fresh RF-DETR head. The dataset has the columns
+`image` and `objects`, with `bbox` and `category` in it. Run it under `accelerate launch` for several processes or mixed
+precision.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import RfDetrConfig, RfDetrForObjectDetection
+from transformers.image_transforms import center_to_corners_format, corners_to_center_format
+from transformers.models.rf_detr.configuration_rf_detr import RfDetrDinov2Config
+
+from dense.data import Rows, load_classes
+from dense.metrics import CocoAP
+from dense.pictures import paint_objects, palette
+from dense.run import main
+from dense.samples import Array, Classes, Note, Sample, read_image, read_objects
+from dense.task import Task
+
+DETECTIONS = 100  # that COCO judges an image by
+
+
+def add_object_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what the objects in a row are called."""
+    parser.add_argument("--id2label", help="A JSON file of class names, or user/repository/file on the Hub.")
+    parser.add_argument("--bbox_key", default="bbox", help="What the objects' boxes are called. Default: bbox.")
+    parser.add_argument("--category_key", default="category", help="What their classes are called. Default: category.")
+    parser.add_argument(
+        "--bbox_format", choices=("xywh", "xyxy"), default="xywh", help="COCO's x, y, width, height; or corners."
+    )
+
+
+class ObjectDetection(Task):
+    """Boxes with classes, by RF-DETR (Robinson et al., 2025); judged by COCO's AP."""
+
+    name = "object detection"
+    columns = {"image": "image", "objects": "objects"}
+    headline = "ap"
+    backbone_path = "model.backbone.backbone"
+    dense_config = RfDetrConfig
+    embedded_backbone = "dinov2"
+    defaults = {"max_grad_norm": 1.0}
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        add_object_arguments(parser)
+        parser.add_argument("--head_channels", type=int, default=128, help="Hidden size of a fresh head.")
+        parser.add_argument("--queries", type=int, default=50, help="Of a fresh head: how many objects it can find.")
+        parser.add_argument("--query_groups", type=int, default=5, help="Of a fresh head: copies of the queries that train along.")  # fmt: skip
+        parser.add_argument("--decoder_layers", type=int, default=3, help="Of a fresh head.")
+
+    @classmethod
+    def load_classes(cls, args: argparse.Namespace, rows: Rows) -> Classes:
+        return load_classes(args, rows, args.objects_column, args.category_key)
+
+    def load_whole(self, name_or_path: str) -> nn.Module:
+        return RfDetrForObjectDetection.from_pretrained(name_or_path, **self.labels, ignore_mismatched_sizes=True)
+
+    def fresh(self, backbone: nn.Module) -> nn.Module:
+        args, own = self.args, backbone.config
+        described = RfDetrDinov2Config(
+            hidden_size=own.hidden_size,
+            num_hidden_layers=own.num_hidden_layers,
+            num_attention_heads=own.num_attention_heads,
+            patch_size=own.patch_size,
+            image_size=own.image_size,
+            out_features=own.out_features,
+            num_windows=1,
+        )
+        model = RfDetrForObjectDetection(
+            RfDetrConfig(
+                backbone_config=described,
+                d_model=args.head_channels,
+                decoder_layers=args.decoder_layers,
+                decoder_ffn_dim=4 * args.head_channels,
+                decoder_self_attention_heads=max(1, args.head_channels // 32),
+                decoder_cross_attention_heads=max(1, args.head_channels // 16),
+                num_queries=args.queries,
+                group_detr=args.query_groups,
+                **self.labels,
+            )
+        )
+        # RF-DETR's own is DINOv2 with windows and other position embeddings; a plain one keeps working as pretrained.
+        model.model.backbone.backbone = backbone
+        return model
+
+    def read(self, row: Mapping[str, Any], note: Note) -> Sample:
+        sample = Sample(read_image(row[self.column["image"]]))
+        keys = {"bbox": self.args.bbox_key, "category": self.args.category_key}
+        found = read_objects(
+            row[self.column["objects"]], self.classes, sample.size, keys, self.args.bbox_format == "xyxy", note
+        )
+        sample.boxes, sample.classes, sample.areas, sample.crowd = (
+            found[name] for name in ("boxes", "classes", "areas", "crowd")
+        )
+        return sample
+
+    def batch(self, tensors: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+        height, width = self.size
+        scale = torch.tensor([width, height, width, height])
+        return {
+            "pixel_values": torch.stack([t["image"] for t in tensors]),
+            "labels": [
+                {"class_labels": t["classes"], "boxes": corners_to_center_format(t["boxes"] / scale)} for t in tensors
+            ],
+        }
+
+    def predict(self, model: nn.Module, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[dict[str, Array]]:
+        output = model(pixel_values=images)
+        probabilities = output.logits.float().sigmoid()
+        count = probabilities.shape[-1]
+        scores, places = probabilities.flatten(1).topk(min(DETECTIONS, probabilities[0].numel()))
+        corners = center_to_corners_format(output.pred_boxes.float())
+        found = []
+        for (height, width), score, place, own in zip(sizes, scores, places, corners, strict=True):
+            scale = own.new_tensor([width, height, width, height])
+            boxes = (own[place // count].clamp(0, 1) * scale).cpu().numpy()
+            found.append({"scores": score.cpu().numpy(), "labels": (place % count).cpu().numpy(), "boxes": boxes})
+        return found
+
+    def truth(self, sample: Sample) -> dict[str, Array]:
+        return {"labels": sample.classes, "boxes": sample.boxes, "areas": sample.areas, "crowd": sample.crowd}
+
+    def metric(self) -> CocoAP:
+        return CocoAP(self.id2label)
+
+    def paint(self, image: Array, annotation: Mapping[str, Any]) -> Array:
+        return paint_objects(image, annotation, self.id2label, palette(len(self.id2label)))
+
+    def legend(self) -> dict[str, tuple[float, float, float]]:
+        return dict(zip(self.id2label.values(), palette(len(self.id2label)), strict=True))
+
+
+if __name__ == "__main__":
+    main(ObjectDetection)
