@@ -28,6 +28,7 @@ from data import Segmentation
 from methods import HEADS, RATES, optimizer_for
 from models import backbone_parameters, build_model, use_fast_attention
 from scenes import make_scenes
+
 from semantic_segmentation import evaluate, train
 
 # A budget here is a factor on the budget.

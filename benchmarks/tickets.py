@@ -37,6 +37,7 @@ from data import Segmentation, load_segmentation
 from methods import HEADS, RATES, Rates, adapt, optimizer_for, trained_backbone_parameters
 from models import backbone_parameters, build_model, use_fast_attention
 from nano_backbone import pretrained_nano_backbone
+
 from semantic_segmentation import evaluate, train
 
 PARALLEL = ("mlp_parallel",)

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from methods import HEADS, RATES, optimizer_for
 from models import build_model, use_fast_attention
+
 from semantic_segmentation import evaluate, train
 
 DTYPES = ((None, None), ("bfloat16", None), ("float16", None), ("bfloat16", "bfloat16"), ("float16", "float16"))

@@ -5,8 +5,8 @@
         --max_depth 10 --image_size 476 630 --budget 0.02 --output_dir out
 
 The model is a DPT checkpoint on DINOv2, or a DINOv2 backbone that gets a fresh DPT head. The dataset has the columns
-`image` and `depth_map`, an image of one channel or numbers, 0 where unknown. Run it under `accelerate launch` for several
-processes or mixed precision.
+`image` and `depth_map`, an image of one channel or numbers, 0 where unknown. Run it under `accelerate launch` for
+several processes or mixed precision.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@
     python examples/instance_segmentation.py --model facebook/mask2former-swin-tiny-coco-instance \
         --dataset me/my-instances --image_size 512 512 --budget 0.02 --output_dir out
 
-The model is a Mask2Former checkpoint, or a Swin backbone that gets a fresh Mask2Former head. The dataset has the columns
-`image` and `objects`, with `bbox` and `category` in it; masks are `segmentation` in `objects` (COCO's polygons or run
-lengths), or a column `instances`, a map of the objects' ids. Run it under `accelerate launch` for several processes or
-mixed precision.
+The model is a Mask2Former checkpoint, or a Swin backbone that gets a fresh Mask2Former head. The dataset has the
+columns `image` and `objects`, with `bbox` and `category` in it; masks are `segmentation` in `objects` (COCO's polygons
+or run lengths), or a column `instances`, a map of the objects' ids. Run it under `accelerate launch` for several
+processes or mixed precision.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dense.pictures import paint_objects, palette
 from dense.run import main
 from dense.samples import (
     Array,
-    BadSample,
+    BadSampleError,
     Classes,
     Note,
     Sample,
@@ -107,7 +107,7 @@ class InstanceSegmentation(Task):
         if not kept.all():
             note("mask without a pixel")
         if len(kept) and not kept.any():
-            raise BadSample("no usable object")
+            raise BadSampleError("no usable object")
         sample.masks, sample.classes, sample.crowd = masks[kept], found["classes"][kept], found["crowd"][kept]
         return sample
 

@@ -5,8 +5,8 @@
         --validation_split test --image_size 560 560 --budget 0.02 --output_dir out
 
 The model is an RF-DETR checkpoint, or a DINOv2 backbone that gets a fresh RF-DETR head. The dataset has the columns
-`image` and `objects`, with `bbox` and `category` in it. Run it under `accelerate launch` for several processes or mixed
-precision.
+`image` and `objects`, with `bbox` and `category` in it. Run it under `accelerate launch` for several processes or
+mixed precision.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ class ObjectDetection(Task):
         add_object_arguments(parser)
         parser.add_argument("--head_channels", type=int, default=128, help="Hidden size of a fresh head.")
         parser.add_argument("--queries", type=int, default=50, help="Of a fresh head: how many objects it can find.")
-        parser.add_argument("--query_groups", type=int, default=5, help="Of a fresh head: copies of the queries that train along.")  # fmt: skip
+        parser.add_argument(
+            "--query_groups", type=int, default=5, help="Of a fresh head: copies of the queries, for training alone."
+        )
         parser.add_argument("--decoder_layers", type=int, default=3, help="Of a fresh head.")
 
     @classmethod

@@ -6,16 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from peft import get_peft_model
-
-import tiny
-
 import scenes
+import torch
 from data import load_segmentation
 from methods import lora_config
 from metrics import MeanIoU
 from models import LinearHead, build_model, feature_levels
+from peft import get_peft_model
+
+import tiny
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -12,13 +12,11 @@ from accelerate.tracking import get_available_trackers
 from . import data
 from .loading import default_workers
 from .methods import METHODS
+from .nano_backbone import KINDS
+from .samples import FlagError
 
 if TYPE_CHECKING:
     from .task import Task
-
-
-class FlagError(ValueError):
-    """Flags that do not fit together, or not the model."""
 
 
 def parse(
@@ -31,6 +29,12 @@ def parse(
     model = parser.add_argument_group("model and method")
     model.add_argument(
         "--model", help="Hub id or folder: a whole dense checkpoint, or a backbone. Default: a nano one."
+    )
+    model.add_argument(
+        "--backbone",
+        choices=tuple(KINDS),
+        default=task_class.embedded_backbone,
+        help=f"Which nano one, without --model. Default: {task_class.embedded_backbone}.",
     )
     model.add_argument("--method", choices=tuple(METHODS), default="sfa")
     model.add_argument("--budget", type=float, default=0.05, help="Fraction of the backbone that may be trained.")

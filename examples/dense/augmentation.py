@@ -25,8 +25,8 @@ def to_tensors(sample: Sample, size: tuple[int, int]) -> Tensors:
     """A sample resized to a height and width, whatever its own proportions.
 
     Returns:
-        `image` (3, height, width) in [0, 1]; and what the sample has of `label` (1, height, width), `depth` (1, height,
-        width), `masks` (n, height, width), `boxes` (n, 4) and `classes` (n,), without crowds.
+        `image` (3, height, width) in [0, 1]; and what the sample has of `label` (1, height, width), `depth`
+        (1, height, width), `masks` (n, height, width), `boxes` (n, 4) and `classes` (n,), without crowds.
     """
     height, width = size
     image = sample.image.resize((width, height), Image.Resampling.BILINEAR)

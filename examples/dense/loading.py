@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from .augmentation import Augmentation, finished, to_tensors
 from .data import Rows
-from .samples import BadSample, DataError, Problems, Sample
+from .samples import BadSampleError, DataError, Problems, Sample
 
 if TYPE_CHECKING:
     from .task import Task
@@ -59,7 +59,7 @@ def read_item(task: Task, rows: Rows, row: dict[str, Any], index: int, keeps_sam
     try:
         sample = task.read(row, note)
         tensors = to_tensors(sample, task.size)
-    except BadSample as error:
+    except BadSampleError as error:
         note(error.kind, error.detail)
         return Item(None, None, problems)
     return Item(tensors, sample if keeps_sample else None, problems)

@@ -87,8 +87,8 @@ def lora_config(dense: Dense, budget: int) -> LoraConfig:
 def shira_config(dense: Dense, budget: int, seed: int = 0) -> ShiraConfig:
     """SHiRA on the linear layers of the backbone: the largest rank that fits, on as many layers as the rest pays for.
 
-    SHiRA has one rank for all its layers; so that the budget is used, the rank is raised by one where leaving out a few
-    layers makes room for it.
+    SHiRA has one rank for all its layers; so that the budget is used, the rank is raised by one where leaving out a
+    few layers makes room for it.
 
     Raises:
         ValueError: If the budget does not pay for one rank of one layer.
@@ -111,7 +111,7 @@ def shira_config(dense: Dense, budget: int, seed: int = 0) -> ShiraConfig:
 
 
 def adaptformer_config(dense: Dense, budget: int) -> SFAConfig:
-    """AdaptFormer (Chen et al., 2022): bottlenecks beside every MLP, ReLU, what they add scaled by 0.1; nothing else."""
+    """AdaptFormer (Chen et al., 2022): bottlenecks with ReLU beside every MLP, what they add scaled by 0.1."""
     return SFAConfig(
         budget=budget,
         target_modules=[],

@@ -135,8 +135,8 @@ class CocoAP(InMemoryMetric):
 
     A prediction is a dict of ``scores`` (n,), ``labels`` (n,), class ids, and ``boxes`` (n, 4), corners in pixels; for
     masks also ``masks``, n run-length encodings of pycocotools. A reference is the same without scores, and may have
-    ``crowd`` (n,), regions that are neither right nor wrong, and ``areas`` (n,), which decide what is small; by default
-    those of the masks or boxes.
+    ``crowd`` (n,), regions that are neither right nor wrong, and ``areas`` (n,), which decide what is small; by
+    default those of the masks or boxes.
 
     Args:
         id2label: The classes.
@@ -241,7 +241,7 @@ def _mean(precision: npt.NDArray[np.float64]) -> float:
 class DepthErrors(InMemoryMetric):
     """Errors of depth maps: AbsRel, RMSE, log10, and the part of pixels within a factor of 1.25, 1.25² and 1.25³.
 
-    With prediction p and truth t in metres, over the pixels of an image where t counts: ``abs_rel = mean |p - t| / t``,
+    With prediction p and truth t in metres, over an image's pixels where t counts: ``abs_rel = mean |p - t| / t``,
     ``rmse = sqrt(mean (p - t)²)``, ``log10 = mean |log10 p - log10 t|``, ``delta_i = part of max(p/t, t/p) < 1.25^i``.
     Each is then averaged over images, as is usual on NYUv2 and KITTI (Eigen et al., 2014; Bhat et al., 2021).
 

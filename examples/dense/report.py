@@ -153,7 +153,7 @@ class Report:
 
 def number(value: Any) -> str:
     """A score for people; a dash where nothing counts."""
-    return "–" if value is None or math.isnan(value) else f"{value:.4f}"
+    return "-" if value is None or math.isnan(value) else f"{value:.4f}"
 
 
 def _inline(png: bytes) -> str:

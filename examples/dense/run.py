@@ -22,15 +22,13 @@ from tqdm.auto import tqdm
 
 from sfa_peft import Ticket, describe_adapter, install_ticket, search_ticket
 
-from .arguments import FlagError, checkpointing_interval, parse, plain, trackers_of
+from .arguments import checkpointing_interval, parse, plain, trackers_of
 from .checkpoints import TICKET, Checkpoints, Progress
-from .data import load_rows
 from .loading import TrainBatches, check_all
 from .methods import METHODS, Dense, Rates, adapt, is_adapter, is_head, trained_backbone_parameters
-from .models import patch_multiple, use_fast_attention
 from .nano_backbone import pretrained_nano_backbone
 from .report import Report, number
-from .samples import DataError, Problems
+from .samples import DataError, FlagError, Problems
 from .task import Task
 from .training import evaluate, fit
 
@@ -85,12 +83,9 @@ class Run:
         )
         self.checkpoints = Checkpoints(args.output_dir, self.accelerator, args.checkpoints_total_limit)
         self.resume = self._find_checkpoint()
-        self.model_name = args.model or pretrained_nano_backbone(self.accelerator, task_class.embedded_backbone)
+        self.model_name = args.model or pretrained_nano_backbone(self.accelerator, args.backbone)
         with self.accelerator.main_process_first():
-            needed = {role: getattr(args, f"{role}_column") for role in task_class.columns}
-            self.train_rows = load_rows(args, "train", needed)
-            self.validation_rows = load_rows(args, "validation", needed)
-            self.task = task_class(args, task_class.load_classes(args, self.train_rows))
+            self.task, self.train_rows, self.validation_rows = task_class.load(args)
         self.interval = checkpointing_interval(args, self.train_rows, self.accelerator.num_processes)
         self.problems = {"train": Problems(), "validation": Problems()}
         self.progress = Progress()
@@ -152,14 +147,7 @@ class Run:
     def base(self) -> Dense:
         """The model as it was pretrained, with a fresh head if it has none of its own; the same each time."""
         set_seed(self.args.seed)
-        dense = self.task.build(self.model_name)
-        backbone = dense.model.get_submodule(dense.backbone)
-        multiple = patch_multiple(backbone)
-        if any(side % multiple for side in self.args.image_size):
-            raise FlagError(f"--image_size {list(self.args.image_size)}: this model needs multiples of {multiple}")
-        use_fast_attention(dense.model, backbone, self.accelerator.device)
-        dense.model.to(self.accelerator.device)
-        return dense
+        return self.task.build(self.model_name, self.accelerator.device)
 
     def _find_checkpoint(self) -> Path | None:
         args = self.args

@@ -21,12 +21,16 @@ Array = npt.NDArray[Any]
 Note = Callable[..., None]  # note(kind, detail)
 
 
-class BadSample(ValueError):
+class BadSampleError(ValueError):
     """A row that cannot be used: what kind of problem it has, and, if it helps, which value."""
 
     def __init__(self, kind: str, detail: str = "") -> None:
         super().__init__(kind, detail)
         self.kind, self.detail = kind, detail
+
+
+class FlagError(ValueError):
+    """Flags that do not fit together, or not the model."""
 
 
 class DataError(ValueError):
@@ -111,16 +115,16 @@ class Classes:
         """A map of the dataset's ids as a map of classes, 255 where ignored.
 
         Raises:
-            BadSample: If it has an id that is neither a class nor ignored.
+            BadSampleError: If it has an id that is neither a class nor ignored.
         """
         result = np.full(label.shape, IGNORE_INDEX, np.uint8)
         for i in np.unique(label).tolist():
             if i in self.new_ids:
                 result[label == i] = self.new_ids[i]
             elif i not in self.ignored and i != IGNORE_INDEX:
-                raise BadSample("label outside id2label", f"it has {i}")
+                raise BadSampleError("label outside id2label", f"it has {i}")
         if (result == IGNORE_INDEX).all():
-            raise BadSample("label map without a class: every pixel is ignored")
+            raise BadSampleError("label map without a class: every pixel is ignored")
         return result
 
 
@@ -128,18 +132,18 @@ def read_image(value: Any) -> Image.Image:
     """An image of any mode as RGB. 16-bit grey is scaled to 8 bits; transparency is dropped.
 
     Raises:
-        BadSample: If it is damaged, or its values have no known range.
+        BadSampleError: If it is damaged, or its values have no known range.
     """
     image = _opened(value, "image")
     if image.mode.startswith("I"):
         grey = np.asarray(image)
         if grey.min() < 0 or grey.max() > 0xFFFF:
-            raise BadSample("image of 32-bit integers outside 0..65535")
+            raise BadSampleError("image of 32-bit integers outside 0..65535")
         image = Image.fromarray((grey / 257).astype(np.uint8))
     elif image.mode == "F":
         grey = np.asarray(image)
         if not np.isfinite(grey).all() or grey.min() < 0 or grey.max() > 255:
-            raise BadSample("image of floats outside 0..255")
+            raise BadSampleError("image of floats outside 0..255")
         image = Image.fromarray((grey * (255 if grey.max() <= 1 else 1)).astype(np.uint8))
     return image.convert("RGB")
 
@@ -148,13 +152,13 @@ def read_label(value: Any, size: tuple[int, int]) -> Array:
     """A map of class ids (height, width); of an image with a palette, the indices.
 
     Raises:
-        BadSample: If it is damaged, has colours, or another size than the image.
+        BadSampleError: If it is damaged, has colours, or another size than the image.
     """
     label = np.asarray(_opened(value, "label map"))
     if label.ndim == 3 and (label == label[..., :1]).all():
         label = label[..., 0]
     if label.ndim != 2:
-        raise BadSample("label map with colours instead of class ids")
+        raise BadSampleError("label map with colours instead of class ids")
     _check_size("label map", label, size)
     return label.astype(np.int64)
 
@@ -169,21 +173,21 @@ def read_depth(value: Any, size: tuple[int, int], scale: float, note: Note) -> A
         note: Told of values that are not finite or negative; they are unknown then.
 
     Raises:
-        BadSample: If it is damaged, of another size, or has no known pixel.
+        BadSampleError: If it is damaged, of another size, or has no known pixel.
     """
     raw = _opened(value, "depth map") if isinstance(value, Mapping | str | Image.Image) else value
     if raw is None:
-        raise BadSample("depth map missing")
+        raise BadSampleError("depth map missing")
     depth = np.asarray(raw, dtype=np.float32)
     if depth.ndim != 2:
-        raise BadSample("depth map that is not of one channel")
+        raise BadSampleError("depth map that is not of one channel")
     _check_size("depth map", depth, size)
     sound = np.isfinite(depth) & (depth >= 0)
     if not sound.all():
         note("depth not finite or negative")
     depth = np.where(sound, depth / np.float32(scale), np.float32(0))
     if not depth.any():
-        raise BadSample("depth map without a known pixel")
+        raise BadSampleError("depth map without a known pixel")
     return depth
 
 
@@ -205,13 +209,13 @@ def read_objects(
         `boxes` (corners), `classes`, `areas`, `crowd`, and `index`, the objects' places in the row.
 
     Raises:
-        BadSample: If the lists do not fit together, or all objects of the row had to be left out.
+        BadSampleError: If the lists do not fit together, or all objects of the row had to be left out.
     """
     given = _as_lists(value)
     boxes, categories = given.get(keys["bbox"]), given.get(keys["category"])
     count = 0 if not boxes else len(boxes)
     if count and (categories is None or len(categories) != count):
-        raise BadSample("objects with another number of boxes than of categories")
+        raise BadSampleError("objects with another number of boxes than of categories")
     height, width = size
     limits = np.array([width, height, width, height], dtype=np.float64)
     found: dict[str, list[Any]] = {"boxes": [], "classes": [], "areas": [], "crowd": [], "index": []}
@@ -244,7 +248,7 @@ def read_objects(
         found["crowd"].append(bool(given["iscrowd"][i]) if len(given.get("iscrowd") or ()) == count else False)
         found["index"].append(i)
     if count and not found["boxes"]:
-        raise BadSample("no usable object")
+        raise BadSampleError("no usable object")
     return {
         "boxes": np.array(found["boxes"], np.float32).reshape(-1, 4),
         "classes": np.array(found["classes"], np.int64),
@@ -260,14 +264,14 @@ def read_masks(
     """The masks of objects (n, height, width): from their polygons or run lengths, or from a map of their ids.
 
     Raises:
-        BadSample: If the row has neither, or they are damaged.
+        BadSampleError: If the row has neither, or they are damaged.
     """
     given = _as_lists(row.get(columns["objects"]))
     shapes = given.get("segmentation")
     if shapes is not None:
         return _drawn([shapes[i] for i in objects["index"]], size)
     if row.get(columns["instances"]) is None:
-        raise BadSample("no masks: neither `segmentation` among the objects nor a map of instances")
+        raise BadSampleError("no masks: neither `segmentation` among the objects nor a map of instances")
     ids = read_label(row[columns["instances"]], size)
     named = given.get("id")
     own = objects["index"] + 1 if named is None else np.array([named[i] for i in objects["index"]], np.int64)
@@ -298,33 +302,33 @@ def _drawn(shapes: Sequence[Any], size: tuple[int, int]) -> Array:
                 if isinstance(runs["counts"], list):
                     runs = rle.frPyObjects(runs, height, width)
                 if list(runs["size"]) != [height, width]:
-                    raise BadSample("mask of another size than the image")
+                    raise BadSampleError("mask of another size than the image")
             else:
                 polygons = [shape] if shape and np.isscalar(shape[0]) else shape
                 runs = rle.merge(rle.frPyObjects([list(map(float, p)) for p in polygons], height, width))
             mask[:] = rle.decode(runs)
-        except BadSample:
+        except BadSampleError:
             raise
         except Exception as error:  # pycocotools raises whatever it trips over
-            raise BadSample("mask that cannot be decoded", repr(error)) from error
+            raise BadSampleError("mask that cannot be decoded", repr(error)) from error
     return masks
 
 
 def _opened(value: Any, what: str) -> Image.Image:
     if value is None:
-        raise BadSample(f"{what} missing")
+        raise BadSampleError(f"{what} missing")
     try:
         image = datasets.Image().decode_example(value)
         image.load()
     except Exception as error:  # decoders raise whatever they trip over in a damaged file
-        raise BadSample(f"{what} that cannot be read", repr(error)) from error
+        raise BadSampleError(f"{what} that cannot be read", repr(error)) from error
     return image
 
 
 def _check_size(what: str, array: Array, size: tuple[int, int]) -> None:
     if array.shape[:2] != size:
         shape = f"{array.shape[1]} x {array.shape[0]} instead of {size[1]} x {size[0]}"
-        raise BadSample(f"{what} of another size than the image", shape)
+        raise BadSampleError(f"{what} of another size than the image", shape)
 
 
 def _as_lists(objects: Any) -> Mapping[str, Any]:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import argparse
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
-from .data import Rows
+from .data import Rows, load_rows
 from .methods import Dense, Rates
 from .metrics import InMemoryMetric
-from .models import heads_of, load_backbone
-from .samples import Array, Classes, Note, Sample
+from .models import heads_of, load_backbone, patch_multiple, use_fast_attention
+from .samples import Array, Classes, FlagError, Note, Sample
 
 
 class Task(ABC):
@@ -49,6 +49,7 @@ class Task(ABC):
         self.args, self.classes = args, classes
 
     @classmethod
+    @abstractmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         """Add the task's own flags."""
 
@@ -56,6 +57,17 @@ class Task(ABC):
     def load_classes(cls, args: argparse.Namespace, rows: Rows) -> Classes | None:
         """The classes of a dataset, for tasks that have any."""
         return None
+
+    @classmethod
+    def load(cls, args: argparse.Namespace) -> tuple[Self, Rows, Rows]:
+        """The task with the classes of its dataset, and the rows for training and for validation.
+
+        Raises:
+            DataError: If the dataset cannot be used.
+        """
+        needed = {role: getattr(args, f"{role}_column") for role in cls.columns}
+        train, validation = (load_rows(args, split, needed) for split in ("train", "validation"))
+        return cls(args, cls.load_classes(args, train)), train, validation
 
     @property
     def size(self) -> tuple[int, int]:
@@ -77,18 +89,23 @@ class Task(ABC):
         """The classes as a transformers config takes them."""
         return {"id2label": self.id2label, "label2id": {name: i for i, name in self.id2label.items()}}
 
-    def build(self, name_or_path: str) -> Dense:
+    def build(self, name_or_path: str, device: torch.device) -> Dense:
         """The model: a whole checkpoint with a head for these classes, or a backbone with a fresh one.
 
         Raises:
-            ValueError: If the checkpoint is neither.
+            FlagError: If the checkpoint is neither, or cannot work at this image size.
         """
         config = AutoConfig.from_pretrained(name_or_path)
         if isinstance(config, self.dense_config):
             model = self.load_whole(name_or_path)
         else:
             model = self.fresh(load_backbone(name_or_path, config, **self.backbone_options()))
-        return Dense(model, self.backbone_path, heads_of(model, self.backbone_path))
+        backbone = model.get_submodule(self.backbone_path)
+        multiple = patch_multiple(backbone)
+        if any(side % multiple for side in self.size):
+            raise FlagError(f"--image_size {self.size[0]} {self.size[1]}: this model needs multiples of {multiple}")
+        use_fast_attention(model, backbone, device)
+        return Dense(model.to(device), self.backbone_path, heads_of(model, self.backbone_path))
 
     def backbone_options(self) -> dict[str, Any]:
         """Fields of the backbone's config that the head depends on."""
@@ -107,7 +124,7 @@ class Task(ABC):
         """Read a row; tell `note` what was left out of it.
 
         Raises:
-            BadSample: If it cannot be used.
+            BadSampleError: If it cannot be used.
         """
 
     @abstractmethod

@@ -38,6 +38,7 @@ from .layer import sfa_layers
 from .model import discard_adapter
 from .plan import LOADING
 from .registration import NAME, extend
+from .renaming import key_mapping
 from .saved import difference_of, tensors_of, weights_of
 from .ticket.install import ticket_of
 
@@ -127,8 +128,10 @@ def from_pretrained(
     Raises:
         CheckpointError: If the adapter is damaged, or does not fit the model.
     """
-    with _loading(model, adapter_name), _readable_errors(model_id, kwargs):
-        config = args[1] if len(args) > 1 else kwargs.get("config")  # PEFT reads no config then
+    given = inspect.signature(original).bind(model, model_id, adapter_name, *args, **kwargs).arguments
+    mapping = given.get("key_mapping") or getattr(model, "_checkpoint_conversion_mapping", None)
+    with _loading(model, adapter_name), _readable_errors(model_id, kwargs), key_mapping(mapping):
+        config = given.get("config")  # PEFT reads no config then
         if isinstance(config, SFAConfig):
             _check_same(SFAConfig.from_pretrained(model_id, **kwargs), config)
         return original(model, model_id, adapter_name, *args, **kwargs)
@@ -147,7 +150,8 @@ def load_adapter(
     Raises:
         CheckpointError: If the adapter is damaged, or does not fit the model.
     """
-    with _loading(model, adapter_name), _readable_errors(model_id, kwargs):
+    given = inspect.signature(original).bind(model_id, adapter_name, *args, **kwargs).arguments
+    with _loading(model, adapter_name), _readable_errors(model_id, kwargs), key_mapping(given.get("key_mapping")):
         if adapter_name in model.peft_config:  # PEFT reads no config then
             _check_same(SFAConfig.from_pretrained(model_id, **kwargs), model.peft_config[adapter_name])
         return original(model_id, adapter_name, *args, **kwargs)

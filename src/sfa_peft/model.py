@@ -362,7 +362,7 @@ class SFAModel(BaseTuner):
         cls, model: nn.Module, config: SFAConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         try:
-            unpacked = cls._unpacked(model, adapter_name, state_dict)
+            unpacked = cls._unpacked(model, config, adapter_name, state_dict)
             remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, unpacked)
             decoded = cls._decoded(model, adapter_name, remapped)
         except CheckpointError:
@@ -370,11 +370,17 @@ class SFAModel(BaseTuner):
                 forsake_adapter(model, adapter_name)
             raise
         config.awaits_weights = False
+        for name in ("renamed_from", "packed_names"):
+            vars(config).pop(name, None)
         return decoded
 
     @classmethod
-    def _unpacked(cls, model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _unpacked(
+        cls, model: nn.Module, config: SFAConfig, adapter_name: str, tensors: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         """The tensors of a checkpoint by their own names; a file has the internal ones packed together."""
+        packed = getattr(config, "packed_names", {})
+        tensors = {packed.get(key, key): tensor for key, tensor in tensors.items()}
         sizes, shapes = {}, {}
         for name, layer in sfa_layers(model):
             if adapter_name in layer.sfa_internal:
@@ -382,7 +388,7 @@ class SFAModel(BaseTuner):
                 for p in delta.changed:
                     full = f"{name.removeprefix(PREFIX)}.{p}"
                     sizes[full], shapes[full] = len(delta.positions(p)), tuple(getattr(delta, p).shape)
-        return unpack(tensors, sizes, lambda name, count: shapes[name])
+        return unpack(tensors, sizes, lambda name, count: shapes[name], getattr(config, "renamed_from", {}))
 
     @classmethod
     def _decoded(cls, model: nn.Module, adapter_name: str, remapped: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from .checkpoint import CheckpointError
 from .checkpoint.packing import unpack
 from .checkpoint.seal import CONFIG, DIGEST, WEIGHTS, AdapterFile, read
 from .checkpoint.validation import check_sizes
+from .renaming import rename_config
 
 if TYPE_CHECKING:
     from .config import SFAConfig
@@ -86,6 +87,7 @@ def checked(config: SFAConfig, weights: Path) -> SFAConfig:
     positions_of(config, file)
     config.weights_digest = None
     config.sealed_shapes = file.shapes  # type: ignore[attr-defined]  # for the model to be compared with
+    rename_config(config, file.tensors)
     return config
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -61,7 +62,10 @@ def pack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def unpack(
-    tensors: Mapping[str, Tensor], sizes: Mapping[str, int], values_shape: Callable[[str, int], tuple[int, ...]]
+    tensors: Mapping[str, Tensor],
+    sizes: Mapping[str, int],
+    values_shape: Callable[[str, int], tuple[int, ...]],
+    packed_as: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Tensor]:
     """Undo `pack`. Tensors that are not packed stay as they are.
 
@@ -69,6 +73,7 @@ def unpack(
         tensors: The tensors of a file.
         sizes: For each parameter in the ticket, the number of its units.
         values_shape: For a parameter and its number of units, the shape of their values.
+        packed_as: What parameters were called when they were packed, where that was another name.
 
     Raises:
         CheckpointError: If the packed tensors are not of these sizes.
@@ -77,7 +82,7 @@ def unpack(
         return dict(tensors)
     if VALUES not in tensors or CODES not in tensors:
         raise CheckpointError(f"of {VALUES!r} and {CODES!r} there is only one; the checkpoint is damaged.")
-    values, names = tensors[VALUES], sorted(sizes)
+    values, names = tensors[VALUES], sorted(sizes, key=lambda name: packed_as.get(name, name))
     codes = split_codes(CODES, tensors[CODES], len(names))
     shapes = [values_shape(name, sizes[name]) for name in names]
     counts = [prod(shape) for shape in shapes]

@@ -1,0 +1,116 @@
+"""One frozen backbone, three tasks: segmentation, detection and depth of one image by switching SFA adapters.
+
+    python examples/multi_task.py                                              # trains the three adapters first
+    python examples/multi_task.py --runs out/segmentation out/detection out/depth --image street.jpg
+
+`--runs` are output folders of the other examples, trained with SFA on the same backbone. The backbone is loaded once,
+each adapter brings its own head. The predictions are drawn, and the memory is compared with that of whole models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from accelerate import PartialState
+from torch import nn
+
+from dense.pictures import save_grid
+from dense.run import RESULTS, run
+from dense.samples import BadSampleError, DataError, FlagError, read_image
+from dense.scenes import make_scene
+from dense.switching import Switchboard, Trained
+from depth_estimation import DepthEstimation
+from instance_segmentation import InstanceSegmentation
+from object_detection import ObjectDetection
+from semantic_segmentation import SemanticSegmentation
+
+TASKS = {
+    task.__name__: task for task in (SemanticSegmentation, InstanceSegmentation, ObjectDetection, DepthEstimation)
+}
+# What is trained if no runs are given, all on the embedded DINOv2 backbone.
+DEFAULT = {"segmentation": SemanticSegmentation, "detection": ObjectDetection, "depth": DepthEstimation}
+MIB = 1 << 20
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--runs", nargs="+", type=Path, help="Folders of finished runs. Default: train three now.")
+    parser.add_argument("--image", type=Path, help="Default: one of the embedded scenes.")
+    parser.add_argument("--steps", type=int, default=300, help="Of each training.")
+    parser.add_argument("--search_steps", type=int, default=60, help="Of each ticket search.")
+    parser.add_argument("--output_dir", type=Path, default=Path("out/multi_task"))
+    return parser.parse_args(arguments)
+
+
+def train_all(args: argparse.Namespace) -> list[Path]:
+    """Train an adapter for each default task, unless an earlier call has done it; the folders."""
+    folders = [args.output_dir / name for name in DEFAULT]
+    for folder, task in zip(folders, DEFAULT.values(), strict=True):
+        if not (folder / RESULTS).is_file():
+            print(f"\n{task.name}: training an adapter into {folder}")
+            flags = {"backbone": "dinov2", "steps": args.steps, "search_steps": args.search_steps}
+            given = [f"--{name}={value}" for name, value in flags.items()]
+            run(task, [*given, f"--output_dir={folder}", "--log_with=none"])
+    return folders
+
+
+def bytes_of(*modules: nn.Module) -> int:
+    """Bytes of all parameters and buffers, each counted once, wherever it is."""
+    tensors = {id(t): t for m in modules for t in (*m.parameters(), *m.buffers()) if not t.is_meta}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def main() -> None:
+    args = parse_arguments()
+    device = PartialState().device
+    runs = [Trained.load(folder, TASKS) for folder in args.runs or train_all(args)]
+    whole = sum(bytes_of(trained.task.build(trained.model, device).model) for trained in runs)
+    switchboard = Switchboard(runs, device, keeps_base=False)
+    together = bytes_of(switchboard.model)
+    backbone = sum(p.numel() * p.element_size() for n, p in switchboard.model.named_parameters() if is_backbone(n))
+
+    if args.image is None:
+        image = make_scene(seed=12345)["image"]
+    else:
+        image = read_image({"path": str(args.image), "bytes": None})
+    pictures, seconds = {"image": [np.asarray(image)]}, {}
+    for trained in runs:
+        switchboard.paint(trained.name, image)  # the first call of a model is slower
+        began = time.perf_counter()
+        pictures[f"{trained.task.name} ({trained.name})"] = [switchboard.paint(trained.name, image)]
+        seconds[trained.name] = time.perf_counter() - began
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    picture = args.output_dir / "answers.png"
+    save_grid(picture, pictures, {}, f"one backbone, {len(runs)} adapters")
+    for name, own in seconds.items():
+        print(f"{name}: answered in {1000 * own:.0f} ms, with the switch")
+    print(
+        f"in memory: one backbone of {backbone / MIB:.1f} MiB, {len(runs)} adapters and heads of "
+        f"{(together - backbone) / MIB:.1f} MiB; together {together / MIB:.1f} MiB. {len(runs)} whole models: "
+        f"{whole / MIB:.1f} MiB, {whole / together:.2f} times as much."
+    )
+    on_disk = sum((trained.folder / "adapter_model.safetensors").stat().st_size for trained in runs)
+    print(f"on disk: the adapters take {on_disk / MIB:.1f} MiB, the whole models {whole / MIB:.1f} MiB")
+    numbers = {"bytes_together": together, "bytes_of_backbone": backbone, "bytes_of_whole_models": whole}
+    (args.output_dir / RESULTS).write_text(json.dumps(numbers | {"bytes_on_disk": on_disk}, indent=2) + "\n")
+    print(f"picture: {picture}")
+
+
+def is_backbone(name: str) -> bool:
+    """Whether a parameter of the adapted model is the backbone's own."""
+    return name.startswith("base_model.model.backbone.") and ".sfa_" not in name
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (FlagError, DataError, BadSampleError) as error:
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from error
