@@ -30,6 +30,7 @@ from dense.samples import (
     Array,
     BadSampleError,
     Classes,
+    FlagError,
     Note,
     Sample,
     boxes_of,
@@ -75,6 +76,12 @@ class InstanceSegmentation(Task):
     def fresh(self, backbone: nn.Module) -> nn.Module:
         args, own = self.args, backbone.config
         height, width = self.size
+        if len(getattr(own, "depths", ())) < 3:
+            raise FlagError(
+                f"--model: Mask2Former needs a pyramid of three stages or more, and {own.model_type} has none"
+            )
+        if args.head_channels % 32:
+            raise FlagError(f"--head_channels {args.head_channels} must be a multiple of 32, the groups of its norms")
         model = Mask2FormerForUniversalSegmentation(
             Mask2FormerConfig(
                 backbone_config=own,

@@ -15,6 +15,7 @@ os.environ |= {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
 
+import datasets  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
@@ -41,6 +42,12 @@ def _dots_for_pictures(request, monkeypatch):
     """A dot in place of the ticket's picture, which takes half a second, except where a test asks for `pictures`."""
     if "pictures" not in request.fixturenames:
         monkeypatch.setattr("sfa_peft.hub.draw_ticket", lambda ticket, path: Image.new("RGB", (1, 1)).save(path))
+
+
+@pytest.fixture(autouse=True)
+def _streams_end_at_once(monkeypatch):
+    """Datasets waits 5 seconds at the end of each pass over a stream of parquet files."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
 
 
 @pytest.fixture

@@ -83,7 +83,8 @@ class Augmentation:
         names = [n for n in kinds if n in tensors and (n not in ("masks", "boxes") or len(tensors[n]))]
         change = self._change(tuple(kinds[n] for n in names))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
+            # Not torch.manual_seed, which keeps a note for CUDA of each call.
+            torch.default_generator.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
             changed = change(*(tensors[n][None] for n in names))
         changed = changed if isinstance(changed, list | tuple) else [changed]
         result = tensors | {name: value[0] for name, value in zip(names, changed, strict=True)}

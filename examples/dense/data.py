@@ -76,10 +76,13 @@ class Rows:
         return self.rows[index]
 
     def where(self, row: Mapping[str, Any], index: int) -> str:
-        """The name of a row's file, or its place in the split."""
+        """The name of a row's file, and its place in the split."""
         image = row.get(self.image_column)
         path = image.get("path") if isinstance(image, Mapping) else None
-        return f"{path} (row {index} of {self.split})" if path else f"row {index} of {self.split}"
+        place = f"row {index} of {self.split}"
+        if self.is_stream:  # which is shuffled
+            return path or place
+        return f"{path} ({place})" if path else place
 
 
 def load_rows(args: argparse.Namespace, split: str, columns: Mapping[str, str]) -> Rows:
@@ -126,15 +129,8 @@ def _load(args: argparse.Namespace, split: str) -> datasets.Dataset | datasets.I
     except (DatasetNotFoundError, FileNotFoundError) as error:
         raise DataError(f"--dataset {args.dataset!r} is neither a folder nor a dataset on the Hub: {error}") from error
     except ValueError as error:
-        if "split" not in str(error).lower():
-            raise DataError(f"dataset {args.dataset!r} cannot be loaded: {error}") from error
-        with suppress(Exception):  # the message says more if the names of the splits can be had
-            known = datasets.get_dataset_split_names(args.dataset, args.dataset_config, **options)
-            raise DataError(
-                f"dataset {args.dataset!r} has no split {split!r}; it has {known}. Name others with --train_split and "
-                f"--validation_split."
-            ) from error
-        raise DataError(f"dataset {args.dataset!r} has no split {split!r}: {error}") from error
+        hint = " Name splits with --train_split and --validation_split." if "split" in str(error).lower() else ""
+        raise DataError(f"split {split!r} of dataset {args.dataset!r} cannot be loaded: {error}{hint}") from error
 
 
 def embedded_classes(things: bool) -> dict[int, str]:

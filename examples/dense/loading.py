@@ -54,7 +54,7 @@ def read_item(task: Task, rows: Rows, row: dict[str, Any], index: int, keeps_sam
     where, problems = rows.where(row, index), Problems()
 
     def note(kind: str, detail: str = "") -> None:
-        problems.add(kind, f"{where}: {detail}" if detail else where)
+        problems.add(kind, where, detail)
 
     try:
         sample = task.read(row, note)
@@ -204,7 +204,7 @@ class TrainBatches:
         skipped = self.start if self.rows.is_stream else 0
         for _ in tqdm(range(skipped), desc="reading up to where the run was", disable=not skipped):
             next(batches)
-        while True:
+        for _ in range(self.start, self.stop):
             began = time.perf_counter()
             items = next(batches, None)
             if items is None:
@@ -268,10 +268,9 @@ def check_all(task: Task, rows: Rows, accelerator: Accelerator) -> None:
 
 def tell(problems: Problems, more: Problems, split: str) -> None:
     """Remember problems, and say at once what is the first of its kind."""
-    for kind, places in more.found.items():
-        for where in places:
-            if problems.add(kind, where):
-                tqdm.write(f"{split}: skipped {kind} ({where}); more of the kind are only counted")
+    for kind in more.found.keys() - problems.found.keys():
+        tqdm.write(f"{split}: skipped {kind} ({more.first(kind)}); more of the kind are only counted")
+    problems.merge([more])
 
 
 def _options(workers: int) -> dict[str, Any]:

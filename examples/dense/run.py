@@ -35,6 +35,11 @@ from .training import evaluate, fit
 RUN = "run.json"
 RESULTS = "results.json"
 SEARCH = "search.safetensors"
+# Flags that do not change what a run ends with, and may be others when it goes on.
+FREE = {
+    *("output_dir", "logging_steps", "eval_steps", "eval_batch_size", "num_workers", "log_with", "push_to_hub"),
+    *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
+}
 
 
 def main(task_class: type[Task]) -> None:
@@ -152,6 +157,7 @@ class Run:
     def _find_checkpoint(self) -> Path | None:
         args = self.args
         if args.resume_from_checkpoint:
+            self._check_same_run()
             return self.checkpoints.find(args.resume_from_checkpoint)
         if self.checkpoints.find("latest") or (args.output_dir / SEARCH).exists():
             raise FlagError(
@@ -159,6 +165,18 @@ class Run:
                 f"--resume_from_checkpoint latest, or name another folder"
             )
         return None
+
+    def _check_same_run(self) -> None:
+        """Check that a run goes on with the flags that it was started with, as far as they decide what it ends with."""
+        path = self.args.output_dir / RUN
+        started = json.loads(path.read_text())["args"] if path.is_file() else {}
+        for name, value in plain(self.args).items():
+            before = started.get(name, value)
+            if name not in FREE and _as_json(before) != _as_json(value):
+                raise FlagError(
+                    f"--{name} {value}: the run in {self.args.output_dir} was started with {before}; go on with that, "
+                    f"or begin anew in another folder"
+                )
 
     def _evaluate(self, model: nn.Module) -> None:
         """Score the model on the validation split, draw its predictions, and bring the report up to date."""
@@ -214,7 +232,7 @@ class Run:
             f"(before: {number(before[task.headline])})"
         )
         if args.method == "sfa":
-            scores = {name: value for name, value in after.items() if isinstance(value, float)}
+            scores = {name: v for name, v in after.items() if isinstance(v, float) and math.isfinite(v)}
             dataset = args.dataset or "embedded scenes"
             describe_adapter(model, dataset=dataset, split=self.validation_rows.split, metrics=scores)
         sizes = self._save(model)
@@ -239,6 +257,7 @@ class Run:
             "bytes": sizes,
             "left_out": {split: {k: len(v) for k, v in p.found.items()} for split, p in self.problems.items()},
         }
+        results = _as_json(results)
         if self.accelerator.is_main_process:
             _write_json(args.output_dir / RESULTS, results)
             self.report.facts |= {f"saved, {part}": f"{count:,} bytes" for part, count in sizes.items()}
@@ -295,5 +314,14 @@ def checkpoint_bytes(path: Path) -> dict[str, int]:
     return sizes | {"names and rest": total - sum(sizes.values()), "total": total}
 
 
+def _as_json(value: Any) -> Any:
+    """A value as JSON can hold it: scores of which nothing counts are null."""
+    if isinstance(value, dict):
+        return {key: _as_json(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(one) for one in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -69,24 +69,29 @@ class Sample:
 
 @dataclass
 class Problems:
-    """What was wrong with the data: by kind, where it was; each place counts once, however often it is read."""
+    """What was wrong with the data: by kind, in which rows (each counts once), and which value it was."""
 
-    found: dict[str, dict[str, None]] = field(default_factory=dict)
+    found: dict[str, dict[str, str]] = field(default_factory=dict)
 
-    def add(self, kind: str, where: str) -> bool:
-        """Remember a problem; whether it is the first of its kind."""
+    def add(self, kind: str, where: str, detail: str = "") -> bool:
+        """Remember a problem of a row; whether it is the first of its kind."""
         is_first = kind not in self.found
-        self.found.setdefault(kind, {})[where] = None
+        self.found.setdefault(kind, {}).setdefault(where, detail)
         return is_first
 
     def merge(self, others: Iterable[Problems]) -> None:
         for other in others:
-            for kind, places in other.found.items():
-                self.found.setdefault(kind, {}).update(places)
+            for kind, rows in other.found.items():
+                own = self.found.setdefault(kind, {})
+                own.update({where: detail for where, detail in rows.items() if where not in own})
 
     def lines(self) -> list[str]:
-        """For each kind, how often it came and where first."""
-        return [f"{len(places)} x {kind} (first: {next(iter(places))})" for kind, places in self.found.items()]
+        """For each kind, in how many rows it came, and where first."""
+        return [f"{len(rows)} x {kind} (first: {self.first(kind)})" for kind, rows in self.found.items()]
+
+    def first(self, kind: str) -> str:
+        where, detail = next(iter(self.found[kind].items()))
+        return f"{where}: {detail}" if detail else where
 
 
 class Classes:

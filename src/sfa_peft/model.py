@@ -33,6 +33,8 @@ from .layer import SFALayer, layer_class, sfa_layers
 from .plan import LOADING, Plan, Planner, peft_verdict, ticket_sizes
 from .ticket.selection import Positions
 
+ALIGNMENT = 64  # bytes, as torch allocates
+
 
 class SFAModel(BaseTuner):
     """A base model with Selective Feature Adapters (Deng et al., arXiv 2310.01843).
@@ -372,7 +374,7 @@ class SFAModel(BaseTuner):
         config.awaits_weights = False
         for name in ("renamed_from", "packed_names"):
             vars(config).pop(name, None)
-        return decoded
+        return {key: _own(tensor) for key, tensor in decoded.items()}
 
     @classmethod
     def _unpacked(
@@ -417,6 +419,15 @@ class SFAModel(BaseTuner):
             check_finite(key, tensor)
             heads[key] = tensor.to(own[key].dtype) if key in own else tensor
         return adapter | heads
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A tensor with a storage of its own, at an address that kernels like: one in a file's memory may be at any.
+
+    With `low_cpu_mem_usage` a model takes tensors as they are, and a sum over odd addresses rounds in another way.
+    """
+    is_own = tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.data_ptr() % ALIGNMENT == 0
+    return tensor if is_own else tensor.clone()
 
 
 def forsake_adapter(model: nn.Module, adapter_name: str) -> None:
