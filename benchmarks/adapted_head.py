@@ -15,22 +15,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import set_seed
 from peft import PeftModel, get_peft_model
-from torch.utils.data import DataLoader
 
-from sfa_peft import SFAConfig, search_ticket
+from sfa_peft import SFAConfig
 from tickets import Bench
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-from data import Segmentation
-from methods import HEADS, RATES, optimizer_for
-from models import backbone_parameters, build_model, use_fast_attention
-from scenes import make_scenes
+from dense.data import Rows
+from dense.methods import METHODS
+from dense.scenes import make_scenes
 
-from semantic_segmentation import evaluate, train
-
+HEADS = ["decode_head"]
 # A budget here is a factor on the budget.
 WAYS: dict[str, dict[str, Any]] = {
     "head saved whole": {"modules_to_save": HEADS},
@@ -50,28 +46,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--only", help="Only ways whose name contains this.")
     args = parser.parse_args()
-    args.cpu, args.rates, args.model, args.dataset = False, (), None, None
-    bench = Bench(args)
+    args.cpu, args.model, args.dataset = False, None, None
+    bench = Bench(args, head="upernet")
+    day = bench.train_rows
     with tempfile.TemporaryDirectory() as folder:
-        set_seed(0)
-        model = build_model(bench.model, bench.data.id2label, "upernet").to(bench.accelerator.device)
-        use_fast_attention(model, bench.accelerator.device)
-        dusk = make_scenes(400, seed=1, style="dusk")
-        data = Segmentation({"train": dusk, "validation": dusk.select([0])}, bench.data.id2label, bench.size)
-        loader: DataLoader[Any] = DataLoader(
-            data.train, batch_size=8, shuffle=True, drop_last=True, collate_fn=data.train_batch
-        )
-        model = train(model, optimizer_for(model, "full", RATES["full"]), loader, args.steps, bench.accelerator)
+        dense = bench.base(seed=0)
+        budget = int(args.budget * dense.backbone_parameters)
+        bench.train_rows = Rows(make_scenes(400, seed=1, style="dusk"), "dusk", "image")
+        model = bench.train(dense.model, dense.heads, 0, METHODS["full"].rates, decay=0.01)
+        bench.train_rows = day
         model.save_pretrained(f"{folder}/base")
-        budget = int(args.budget * backbone_parameters(model))
-        print(
-            f"trained on dusk: mean IoU by day {100 * evaluate(model, bench.data, bench.accelerator)['mean_iou']:.1f}"
-        )
-
-        def base() -> Any:
-            model = build_model(f"{folder}/base", bench.data.id2label)
-            use_fast_attention(model, bench.accelerator.device)
-            return model.to(bench.accelerator.device)
+        print(f"trained on dusk: mean IoU by day {100 * bench.scores(model)['mean_iou']:.1f}")
 
         found: dict[str, list[float]] = {}
         sizes: dict[str, int] = {}
@@ -79,16 +64,13 @@ def main() -> None:
             for name, options in WAYS.items():
                 if args.only and args.only not in name:
                     continue
-                set_seed(seed)
                 own = options | {"budget": budget * options.get("budget", 1)}
-                model = get_peft_model(base(), SFAConfig(**own))
-                search_ticket(model, bench.loader(seed + 1000), steps=args.search_steps, seed=seed, progress=False)
-                set_seed(seed)
-                optimizer = optimizer_for(model, "sfa", RATES["sfa"])
-                model = train(model, optimizer, bench.loader(seed), args.steps, bench.accelerator)
+                model = get_peft_model(bench.base(seed, f"{folder}/base").model, SFAConfig(**own))
+                bench.search(model, seed)
+                model = bench.train(model, HEADS, seed, METHODS["sfa"].rates)
                 model.save_pretrained(f"{folder}/adapter")
-                loaded = PeftModel.from_pretrained(base(), f"{folder}/adapter")
-                found.setdefault(name, []).append(100 * evaluate(loaded, bench.data, bench.accelerator)["mean_iou"])
+                loaded = PeftModel.from_pretrained(bench.base(seed, f"{folder}/base").model, f"{folder}/adapter")
+                found.setdefault(name, []).append(100 * bench.scores(loaded)["mean_iou"])
                 sizes[name] = (Path(folder) / "adapter" / "adapter_model.safetensors").stat().st_size
                 print(f"seed {seed}, {name}: mean IoU {found[name][-1]:.2f}, {sizes[name]:,} bytes", flush=True)
     print("| way | mean IoU | spread | bytes |\n| --- | --- | --- | --- |")

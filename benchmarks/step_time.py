@@ -34,7 +34,7 @@ def dinov2_s() -> nn.Module:
 def swin_t() -> nn.Module:
     model = SwinBackbone(SwinConfig(image_size=224, out_features=["stage1", "stage2", "stage3", "stage4"]))
     if not torch.cuda.is_available():
-        model.set_attn_implementation("eager")  # see use_fast_attention in examples/models.py
+        model.set_attn_implementation("eager")  # see use_fast_attention in examples/dense/models.py
     return model
 
 

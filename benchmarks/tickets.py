@@ -18,7 +18,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,19 +26,18 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from peft import get_peft_model
-from torch.utils.data import DataLoader
+from torch import nn
 
-from sfa_peft import Quotas, SFAConfig, search_ticket
+from sfa_peft import Quotas, TicketReport, search_ticket
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-from data import Segmentation, load_segmentation
-from methods import HEADS, RATES, Rates, adapt, optimizer_for, trained_backbone_parameters
-from models import backbone_parameters, build_model, use_fast_attention
-from nano_backbone import pretrained_nano_backbone
-
-from semantic_segmentation import evaluate, train
+from dense.arguments import parse
+from dense.loading import TrainBatches
+from dense.methods import METHODS, Dense, Rates, adapt, trained_backbone_parameters
+from dense.nano_backbone import pretrained_nano_backbone
+from dense.training import evaluate, fit
+from semantic_segmentation import SemanticSegmentation
 
 PARALLEL = ("mlp_parallel",)
 
@@ -147,52 +146,57 @@ def suites() -> dict[str, list[Run]]:
 
 
 class Bench:
-    """The data, the backbone, and what does not change between runs."""
+    """The data, the backbone, and what does not change between runs.
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    Args:
+        args: `model`, `dataset`, `image_size`, `steps`, `search_steps` and `cpu`.
+        head: Of the segmentation model.
+    """
+
+    def __init__(self, args: argparse.Namespace, head: str = "linear") -> None:
         self.args = args
         self.accelerator = Accelerator(cpu=args.cpu)
-        self.size = tuple(args.image_size)
-        self.rates: dict[str, dict[str, float]] = {}
-        for given in args.rates:
-            method, kind, rate = re.fullmatch(r"(\w+):(\w+)=(.+)", given).groups()
-            self.rates.setdefault(method, {})[kind] = float(rate)
-        self.model = args.model or pretrained_nano_backbone(self.accelerator, self.size, scenes=1500, steps=2000)
-        self.data: Segmentation = load_segmentation(args.dataset, self.size)
-
-    def loader(self, seed: int) -> DataLoader[Any]:
-        return DataLoader(
-            self.data.train,
-            batch_size=8,
-            shuffle=True,
-            drop_last=True,
-            collate_fn=self.data.train_batch,
-            generator=torch.Generator().manual_seed(seed),
+        size = tuple(args.image_size)
+        self.model = args.model or pretrained_nano_backbone(self.accelerator, "swin", size, scenes=1500, steps=2000)
+        flags = ["--head", head, "--steps", str(args.steps), "--image_size", *map(str, size)]
+        if args.dataset:
+            flags += ["--dataset", args.dataset]
+        self.task, self.train_rows, self.validation_rows = SemanticSegmentation.load(
+            parse(SemanticSegmentation, flags)
         )
 
-    def run(self, run: Run, seed: int) -> dict[str, Any]:
-        started = time.perf_counter()
+    def base(self, seed: int, model: str | None = None) -> Dense:
+        """The pretrained backbone with a fresh head, or another model."""
         set_seed(seed)
-        model = build_model(self.model, self.data.id2label, "linear")
-        use_fast_attention(model, self.accelerator.device)
-        model.to(self.accelerator.device)
-        whole = backbone_parameters(model)
-        steps = 0
-        if run.method == "sfa":
-            model = get_peft_model(model, SFAConfig(budget=run.budget, modules_to_save=HEADS, **run.config))
-            if run.search is not None:
-                options = {"steps": self.args.search_steps} | run.search
-                report = search_ticket(model, self.loader(seed + 1000), seed=seed, progress=False, **options)
-                steps = report.steps
-        else:
-            model = adapt(model, run.method, run.budget)
-        trained = whole if run.method == "full" else trained_backbone_parameters(model)
-        rates = Rates(**(vars(RATES[run.method]) | self.rates.get(run.method, {}) | run.rates))
+        return self.task.build(model or self.model, self.accelerator.device)
+
+    def search(self, model: nn.Module, seed: int, **options: Any) -> TicketReport:
+        batches = TrainBatches(self.task, self.train_rows, self.accelerator, seed + 1000)
+        given = {"steps": self.args.search_steps, "seed": seed, "progress": False, "loss_fn": self.task.loss} | options
+        return search_ticket(model, batches, **given)
+
+    def train(self, model: nn.Module, heads: Sequence[str], seed: int, rates: Rates, decay: float = 0.0) -> nn.Module:
         set_seed(seed)
-        optimizer = optimizer_for(model, run.method, rates)
-        model = train(model, optimizer, self.loader(seed), self.args.steps, self.accelerator)
-        result = evaluate(model, self.data, self.accelerator)
+        self.task.args.seed = seed
+        model = fit(self.task, model, heads, self.train_rows, self.accelerator, rates=rates, decay=decay)
         self.accelerator.free_memory()
+        return model
+
+    def scores(self, model: nn.Module) -> dict[str, Any]:
+        return evaluate(self.task, model, self.validation_rows, self.accelerator)
+
+    def run(self, run: Run, seed: int, tuned: dict[str, dict[str, float]]) -> dict[str, Any]:
+        started = time.perf_counter()
+        dense = self.base(seed)
+        whole = dense.backbone_parameters
+        model = adapt(dense, run.method, run.budget, **run.config)
+        trained = trained_backbone_parameters(model, dense.heads)
+        steps = 0
+        if run.method == "sfa" and run.search is not None:
+            steps = self.search(model, seed, **run.search).steps
+        rates = Rates(**(vars(METHODS[run.method].rates) | tuned.get(run.method, {}) | run.rates))
+        decay = 0.01 if METHODS[run.method].trains_backbone else 0.0
+        result = self.scores(self.train(model, dense.heads, seed, rates, decay))
         return {
             "mean_iou": round(100 * result["mean_iou"], 2),
             "pixel_accuracy": round(100 * result["pixel_accuracy"], 2),
@@ -203,8 +207,20 @@ class Bench:
         }
 
 
+def tuned_rates(given: Iterable[str]) -> dict[str, dict[str, float]]:
+    """Learning rates by method and kind, of ``METHOD:KIND=RATE``."""
+    rates: dict[str, dict[str, float]] = {}
+    for one in given:
+        found = re.fullmatch(r"(\w+):(\w+)=(.+)", one)
+        if found is None:
+            raise SystemExit(f"--rates {one!r} is not METHOD:KIND=RATE, such as lora:backbone=0.01")
+        method, kind, rate = found.groups()
+        rates.setdefault(method, {})[kind] = float(rate)
+    return rates
+
+
 def key(run: Run, seed: int) -> tuple[str, float, int]:
-    return run.label, run.budget if run.method in ("sfa", "lora") else 0.0, seed
+    return run.label, run.budget if METHODS[run.method].config else 0.0, seed
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -293,6 +309,7 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown suite {sorted(unknown)[0]!r}; choose from {', '.join(every)}")
 
+    rates = tuned_rates(args.rates)
     part, parts = map(int, args.part.split("/"))
     # Seed by seed, so that a run that is stopped has something to say about everything.
     wanted = {key(run, seed): (run, seed) for seed in args.seeds for name in args.suites for run in every[name]}
@@ -307,7 +324,7 @@ def main() -> None:
         if any((r["label"], r["budget"], r["seed"]) == (label, budget, seed) for r in read(args.results)):
             continue
         assert bench is not None
-        result = {"label": label, "budget": budget, "seed": seed} | bench.run(run, seed)
+        result = {"label": label, "budget": budget, "seed": seed} | bench.run(run, seed, rates)
         with args.results.open("a") as file:
             file.write(json.dumps(result) + "\n")
         print(json.dumps(result), flush=True)

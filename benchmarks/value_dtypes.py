@@ -13,18 +13,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from accelerate.utils import set_seed
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 
-from sfa_peft import SFAConfig, search_ticket
 from tickets import Bench
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-from methods import HEADS, RATES, optimizer_for
-from models import build_model, use_fast_attention
-
-from semantic_segmentation import evaluate, train
+from dense.methods import METHODS, adapt
 
 DTYPES = ((None, None), ("bfloat16", None), ("float16", None), ("bfloat16", "bfloat16"), ("float16", "float16"))
 
@@ -39,31 +34,23 @@ def main() -> None:
     parser.add_argument("--search_steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     args = parser.parse_args()
-    args.cpu, args.rates = False, ()
+    args.cpu = False
     bench = Bench(args)
-
-    def base(seed: int) -> PeftModel:
-        set_seed(seed)
-        model = build_model(bench.model, bench.data.id2label, "linear")
-        use_fast_attention(model, bench.accelerator.device)
-        return model.to(bench.accelerator.device)
 
     found: dict[tuple[str | None, str | None], list[tuple[float, int]]] = {}
     for seed in args.seeds:
-        model = get_peft_model(base(seed), SFAConfig(budget=args.budget, modules_to_save=HEADS))
-        search_ticket(model, bench.loader(seed + 1000), steps=args.search_steps, seed=seed, progress=False)
-        set_seed(seed)
-        model = train(
-            model, optimizer_for(model, "sfa", RATES["sfa"]), bench.loader(seed), args.steps, bench.accelerator
-        )
+        dense = bench.base(seed)
+        model = adapt(dense, "sfa", args.budget)
+        bench.search(model, seed)
+        model = bench.train(model, dense.heads, seed, METHODS["sfa"].rates)
         for dtypes in DTYPES:
             config = model.peft_config["default"]
             config.values_dtype, config.heads_dtype = dtypes
             with tempfile.TemporaryDirectory() as folder:
                 model.save_pretrained(folder)
                 size = (Path(folder) / "adapter_model.safetensors").stat().st_size
-                loaded = PeftModel.from_pretrained(base(seed + 1), folder)
-            iou = 100 * evaluate(loaded, bench.data, bench.accelerator)["mean_iou"]
+                loaded = PeftModel.from_pretrained(bench.base(seed + 1).model, folder)
+            iou = 100 * bench.scores(loaded)["mean_iou"]
             found.setdefault(dtypes, []).append((iou, size))
             print(
                 f"seed {seed}, values {dtypes[0]}, heads {dtypes[1]}: mean IoU {iou:.3f}, {size:,} bytes", flush=True

@@ -367,7 +367,7 @@ def test_every_checkpoint_leads_to_the_same_end(folders, tmp_path):
         checkpoint = str(tmp_path / FOLDER / f"step_{step}")
         run(task, flags_of(folders, task, tmp_path, *keep, "--resume_from_checkpoint", checkpoint))
         assert all(torch.equal(tensor, trained(tmp_path)[name]) for name, tensor in expected.items())
-    with pytest.raises(FlagError, match="--budget 0.2: the run in .* was started with 0.1; go on with that"):
+    with pytest.raises(FlagError, match=r"--budget 0.2: the run in .* was started with 0.1; go on with that"):
         run(task, flags_of(folders, task, tmp_path, *keep, "--resume_from_checkpoint", checkpoint, "--budget", "0.2"))
 
 

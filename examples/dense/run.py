@@ -167,7 +167,7 @@ class Run:
         return None
 
     def _check_same_run(self) -> None:
-        """Check that a run goes on with the flags that it was started with, as far as they decide what it ends with."""
+        """Check that a run goes on with the flags that it was started with, as far as they decide its end."""
         path = self.args.output_dir / RUN
         started = json.loads(path.read_text())["args"] if path.is_file() else {}
         for name, value in plain(self.args).items():

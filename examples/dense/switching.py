@@ -145,11 +145,11 @@ class Switchboard:
         )
         for trained in others:
             self.model.load_adapter(str(trained.folder), trained.name, key_mapping=base.key_mappings[trained.name])
+        self.model.to(device).eval()
         if not keeps_base:
             for module in self.model.modules():
                 if isinstance(module, ModulesToSaveWrapper):
-                    module.original_module.to("meta")
-        self.model.to(device).eval()
+                    module.original_module = nn.Identity()
 
     def predict(self, name: str, image: Image.Image, adapted: bool = True) -> Any:
         """One task's prediction for an image, at its own size; with `adapted` False the base model's."""

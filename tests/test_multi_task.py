@@ -1,0 +1,231 @@
+"""Several tasks on one backbone, and the page, in a real browser."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from peft import PeftModel
+from PIL import Image
+from transformers import Dinov2Model
+
+import tiny
+
+from dense.augmentation import finished, to_tensors
+from dense.run import run
+from dense.samples import FlagError, Sample
+from dense.scenes import make_scene, make_scenes
+from dense.switching import Switchboard, Trained
+from dense.task import predictions
+from multi_task import TASKS, bytes_of
+from multi_task import main as multi_task
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+CPU = torch.device("cpu")
+SMALL = {
+    "segmentation": ("SemanticSegmentation", ["--head", "upernet", "--head_channels", "16"]),
+    "detection": ("ObjectDetection", ["--head_channels", "32", "--queries", "10", "--query_groups", "2"]),
+    "depth": ("DepthEstimation", ["--head_channels", "16"]),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Runs of three tasks, trained for a moment on one tiny DINOv2."""
+    root = tmp_path_factory.mktemp("runs")
+    torch.manual_seed(0)
+    config = tiny.dinov2_config(num_hidden_layers=4, hidden_size=32, reshape_hidden_states=False)
+    Dinov2Model(config).save_pretrained(root / "dinov2")
+    for split in ("train", "validation"):
+        make_scenes(6, seed=1).to_parquet(root / f"{split}.parquet")
+    (root / "data").mkdir()
+    for split in ("train", "validation"):
+        (root / f"{split}.parquet").rename(root / "data" / f"{split}.parquet")
+    names = {"0": "sky", **{str(i): f"class {i}" for i in range(1, 9)}}
+    (root / "data" / "id2label.json").write_text(json.dumps(names))
+    for name, (task, own) in SMALL.items():
+        flags = [
+            "--model",
+            str(root / "dinov2"),
+            "--output_dir",
+            str(root / name),
+            "--steps",
+            "8",
+            "--batch_size",
+            "2",
+        ]
+        more = ["--image_size", "48", "64", "--budget", "0.1", "--search_steps", "2", "--num_workers", "0"]
+        run(TASKS[task], [*flags, *more, "--dataset", str(root / "data"), "--log_with", "none", *own])
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    return root
+
+
+def load(folders):
+    return [Trained.load(folders / name, TASKS) for name in SMALL]
+
+
+def same(one, other):
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(np.array_equal(one[k], other[k]) for k in one)
+    return np.array_equal(one, other)
+
+
+@pytest.mark.slow
+def test_one_backbone_answers_as_each_task_alone(folders):
+    image = make_scene(7)["image"]
+    runs = load(folders)
+    board = Switchboard(runs, CPU)
+    for trained in (*runs, *runs[::-1]):  # switched back and forth
+        base = trained.task.build(trained.model, CPU).model
+        sample = Sample(image)
+        pixels = finished(to_tensors(sample, trained.task.size))["image"][None]
+        (alone,) = predictions(trained.task, PeftModel.from_pretrained(base, str(trained.folder)), pixels, [sample])
+        assert same(board.predict(trained.name, image), alone)
+    (frozen,) = [
+        p for n, p in board.model.named_parameters() if n.endswith("layer.0.attention.q_proj.base_layer.weight")
+    ]
+    assert torch.equal(frozen, Dinov2Model.from_pretrained(runs[0].model).encoder.layer[0].attention.q_proj.weight)
+
+
+@pytest.mark.slow
+def test_the_backbone_is_in_memory_once(folders):
+    runs = load(folders)
+    whole = [trained.task.build(trained.model, CPU) for trained in runs]
+    backbone = bytes_of(whole[0].model.get_submodule(whole[0].backbone))
+    together = bytes_of(Switchboard(runs, CPU, keeps_base=False).model)
+    heads = sum(bytes_of(dense.model) for dense in whole) - 3 * backbone
+    adapters = 3 * 0.1 * 2 * backbone  # values and positions
+    assert backbone + heads < together < backbone + heads + adapters
+
+
+@pytest.mark.slow
+def test_without_the_adapter_the_base_model_answers(folders):
+    image = make_scene(7)["image"]
+    board = Switchboard(load(folders), CPU)
+    torch.manual_seed(0)
+    adapted, base = board.predict("depth", image), board.predict("depth", image, adapted=False)
+    assert adapted.shape == base.shape == (96, 128)
+    assert not np.allclose(adapted, base)
+    assert board.paint("detection", image).ndim == 3
+
+
+@pytest.mark.slow
+def test_the_script_draws_and_compares(folders, tmp_path, monkeypatch, capsys):
+    image = tmp_path / "street.png"
+    Image.fromarray(np.asarray(make_scene(3)["image"])[..., 0].astype(np.uint16) * 257).save(image)  # 16-bit grey
+    runs = [str(folders / name) for name in SMALL]
+    monkeypatch.setattr(
+        sys, "argv", ["multi_task.py", "--runs", *runs, "--image", str(image), "--output_dir", str(tmp_path / "out")]
+    )
+    multi_task()
+    told = capsys.readouterr().out
+    numbers = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert numbers["bytes_together"] < numbers["bytes_of_whole_models"]
+    assert "3 whole models" in told
+    assert (tmp_path / "out" / "answers.png").stat().st_size > 5_000
+
+
+@pytest.mark.slow
+def test_runs_that_cannot_be_used_together_are_refused(folders, tmp_path):
+    with pytest.raises(FlagError, match=r"is not the folder of a finished run: run.json is missing"):
+        Trained.load(tmp_path, TASKS)
+    shutil.copytree(folders / "depth", tmp_path / "depth")
+    one, other = Trained.load(folders / "depth", TASKS), Trained.load(tmp_path / "depth", TASKS)
+    with pytest.raises(FlagError, match="must have different names"):
+        Switchboard([one, other], CPU)
+    described = json.loads((tmp_path / "depth" / "run.json").read_text())
+    (tmp_path / "depth" / "run.json").write_text(json.dumps(described | {"model": "another"}))
+    (tmp_path / "depth").rename(tmp_path / "elsewhere")
+    with pytest.raises(FlagError, match="several models"):
+        Switchboard([one, Trained.load(tmp_path / "elsewhere", TASKS)], CPU)
+
+
+# The page
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture
+def page_url(folders):
+    """The app in a process of its own, on a free port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    runs = [str(folders / name) for name in SMALL]
+    server = subprocess.Popen(
+        [sys.executable, str(EXAMPLES / "app.py"), "--port", str(port), "--runs", *runs],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 90
+        while True:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert server.poll() is None, server.stdout.read()
+            assert time.monotonic() < deadline, "the page did not come up"
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(10)
+
+
+def pixels_of(page, element):
+    """The size of the picture that is shown in an element, once it is there."""
+    picture = page.locator(f"#{element} img")
+    picture.wait_for(timeout=60_000)
+    page.wait_for_function("e => document.querySelector(e).complete", arg=f"#{element} img")
+    return picture.evaluate("e => [e.naturalWidth, e.naturalHeight]")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    CHROMIUM is None and "CI" not in os.environ, reason="no Chromium; with CI set, its absence is a failure"
+)
+def test_a_person_uploads_an_image_and_switches_tasks(page_url, tmp_path):
+    from playwright.sync_api import expect, sync_playwright
+
+    make_scene(5)["image"].save(tmp_path / "street.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        )
+        page = browser.new_page()
+        errors = []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(page_url)
+        expect(page.locator("#words")).to_contain_text("of the backbone trained", timeout=60_000)
+
+        page.locator("#predict").click()
+        expect(page.get_by_text("Upload an image first.").first).to_be_visible(timeout=30_000)
+
+        page.locator("#upload input[type=file]").set_input_files(tmp_path / "street.png")
+        pixels_of(page, "upload")
+        page.locator("#predict").click()
+        assert pixels_of(page, "base") == pixels_of(page, "adapted") == [128, 96]
+        assert pixels_of(page, "ticket")[0] > 300
+        before = page.locator("#adapted img").get_attribute("src")
+
+        page.locator("#task input").click()
+        page.get_by_role("option", name="depth estimation").click()
+        expect(page.locator("#adapter input")).to_have_value(re.compile("depth$"), timeout=30_000)
+        page.locator("#predict").click()
+        expect(page.locator("#words")).to_contain_text("abs_rel", timeout=60_000)
+        expect(page.locator("#adapted img")).not_to_have_attribute("src", before)
+        assert not errors
+        browser.close()
