@@ -1,7 +1,7 @@
 """The dense tasks of the examples, every method at one budget, seed by seed: the headline score with its spread.
 
-Runs the examples' own loop, in one process, one run after the other. Each result is appended to a file as soon as it is
-there, and what is in the file is not run again. Everything behind `--` is flags of the example.
+Runs the examples' own loop, in one process, one run after the other. Each result is appended to a file as soon as it
+is there, and what is in the file is not run again. Everything behind `--` is flags of the example.
 
     python benchmarks/dense_tasks.py depth_estimation --methods sfa lora full --results depth.jsonl -- --steps 300
 """

@@ -2,19 +2,20 @@
 
     python examples/instance_segmentation.py                                   # embedded data and backbone
     python examples/instance_segmentation.py --model facebook/mask2former-swin-tiny-coco-instance \
-        --dataset me/my-instances --image_size 512 512 --budget 0.02 --output_dir out
+        --dataset qubvel-hf/ade20k-mini --image_size 512 512 --budget 0.02 --output_dir out
 
 The model is a Mask2Former checkpoint, or a Swin backbone that gets a fresh Mask2Former head. The dataset has the
 columns `image` and `objects`, with `bbox` and `category` in it; masks are `segmentation` in `objects` (COCO's polygons
-or run lengths), or a column `instances`, a map of the objects' ids. Run it under `accelerate launch` for several
-processes or mixed precision.
+or run lengths), or a column `instances`, a map of the objects' ids. Or it has `image` and `annotation`, whose red
+channel is the class and whose green one the object, as in transformers' example. Run it under `accelerate launch` for
+several processes or mixed precision.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from dense.samples import (
     Array,
     BadSampleError,
     Classes,
+    DataError,
     FlagError,
     Note,
     Sample,
@@ -38,6 +40,7 @@ from dense.samples import (
     read_image,
     read_masks,
     read_objects,
+    read_painted_objects,
 )
 from dense.task import Task
 from object_detection import DETECTIONS, add_object_arguments
@@ -49,8 +52,8 @@ class InstanceSegmentation(Task):
     """A mask and a class for each object, by Mask2Former (Cheng et al., 2022); judged by COCO's AP of masks."""
 
     name = "instance segmentation"
-    columns = {"image": "image", "objects": "objects"}
-    optional_columns = {"instances": "instances"}
+    columns = {"image": "image"}
+    optional_columns = {"objects": "objects", "instances": "instances", "annotation": "annotation"}
     headline = "ap"
     backbone_path = "model.pixel_level_module.encoder"
     dense_config = Mask2FormerConfig
@@ -65,8 +68,20 @@ class InstanceSegmentation(Task):
         parser.add_argument("--decoder_layers", type=int, default=3, help="Of a fresh head.")
 
     @classmethod
+    def load(cls, args: argparse.Namespace) -> tuple[Self, Rows, Rows]:
+        task, train, validation = super().load(args)
+        for rows in (train, validation):
+            if not {task.column["objects"], task.column["annotation"]} & set(rows.columns):
+                raise DataError(
+                    f"dataset {args.dataset!r} has neither a column {task.column['objects']!r} nor "
+                    f"{task.column['annotation']!r}; it has {rows.columns}. Name one with --objects_column or "
+                    f"--annotation_column."
+                )
+        return task, train, validation
+
+    @classmethod
     def load_classes(cls, args: argparse.Namespace, rows: Rows) -> Classes:
-        return load_classes(args, rows, args.objects_column, args.category_key)
+        return load_classes(args, rows, args.objects_column, args.category_key, ignored={"background"})
 
     def load_whole(self, name_or_path: str) -> nn.Module:
         return Mask2FormerForUniversalSegmentation.from_pretrained(
@@ -105,11 +120,14 @@ class InstanceSegmentation(Task):
 
     def read(self, row: Mapping[str, Any], note: Note) -> Sample:
         sample = Sample(read_image(row[self.column["image"]]))
-        keys = {"bbox": self.args.bbox_key, "category": self.args.category_key}
-        found = read_objects(
-            row[self.column["objects"]], self.classes, sample.size, keys, self.args.bbox_format == "xyxy", note
-        )
-        masks = read_masks(row, self.column, found, sample.size)
+        if self.column["objects"] in row:
+            keys = {"bbox": self.args.bbox_key, "category": self.args.category_key}
+            corners = self.args.bbox_format == "xyxy"
+            found = read_objects(row[self.column["objects"]], self.classes, sample.size, keys, corners, note)
+            masks = read_masks(row, self.column, found, sample.size)
+        else:
+            found = read_painted_objects(row[self.column["annotation"]], self.classes, sample.size, note)
+            masks = found["masks"]
         kept = masks.any((1, 2))
         if not kept.all():
             note("mask without a pixel")

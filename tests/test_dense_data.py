@@ -488,3 +488,27 @@ def test_samples_can_be_limited(folder):
     assert (len(train), len(validation)) == (3, 2)
     embedded = load_rows(flags(DepthEstimation, "--max_train_samples", 2), "train", {"image": "image"})
     assert len(embedded) == 2
+
+
+def test_painted_objects_as_transformers_has_them(tmp_path):
+    painted = np.zeros((12, 16, 3), np.uint8)
+    painted[2:6, 2:6] = (1, 1, 0)  # red the class, green the object
+    painted[2:6, 8:14] = (1, 2, 0)
+    painted[8:, 8:] = (3, 1, 0)
+    rows = {"image": [Image.new("RGB", (16, 12))] * 2, "annotation": [Image.fromarray(painted)] * 2}
+    features = datasets.Features({"image": datasets.Image(), "annotation": datasets.Image()})
+    for split in ("train", "validation"):
+        datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / f"{split}.parquet")
+    (tmp_path / "label2id.json").write_text(json.dumps({"background": 0, "person": 1, "car": 3}))
+    task, train, _ = InstanceSegmentation.load(flags(InstanceSegmentation, "--dataset", tmp_path))
+    assert task.id2label == {0: "person", 1: "car"}
+    notes = Notes()
+    sample = task.read(train[0], notes)
+    assert sample.classes.tolist() == [0, 0, 1]
+    assert boxes_of(sample.masks).tolist() == [[2, 2, 6, 6], [8, 2, 14, 6], [8, 8, 16, 12]]
+    assert not notes
+    wrong = {"image": stored(Image.new("RGB", (16, 12))), "annotation": stored(Image.new("L", (16, 12)))}
+    with pytest.raises(BadSampleError, match="without a red channel"):
+        task.read(wrong, notes)
+    with pytest.raises(DataError, match="neither a column 'objects' nor 'x'; it has"):
+        InstanceSegmentation.load(flags(InstanceSegmentation, "--dataset", tmp_path, "--annotation_column", "x"))

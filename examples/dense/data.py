@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from .samples import Classes, DataError
 from .scenes import CLASSES, THINGS, make_scenes
 
 SCENES = {"train": 400, "validation": 80}
+NAMES = ("id2label.json", "label2id.json")
 
 
 def add_arguments(parser: argparse.ArgumentParser, columns: Mapping[str, str]) -> None:
@@ -66,6 +67,10 @@ class Rows:
     def is_stream(self) -> bool:
         return isinstance(self.rows, datasets.IterableDataset)
 
+    @property
+    def columns(self) -> list[str]:
+        return self.rows.column_names or list(next(iter(self.rows), {}))
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -108,16 +113,17 @@ def load_rows(args: argparse.Namespace, split: str, columns: Mapping[str, str]) 
             rows = rows.take(limit) if args.streaming else rows.select(range(min(limit, len(rows))))
     if not args.streaming and not len(rows):
         raise DataError(f"split {name!r} of {args.dataset!r} is empty")
-    found = rows.column_names or list(next(iter(rows), {}))
+    result = Rows(rows, name, columns["image"])
     for role, column in columns.items():
-        if column not in found:
+        if column not in result.columns:
             raise DataError(
-                f"dataset {args.dataset!r} has no column {column!r}; it has {found}. Name it with --{role}_column."
+                f"dataset {args.dataset!r} has no column {column!r}; it has {result.columns}. Name it with "
+                f"--{role}_column."
             )
     for column, feature in (rows.features or {}).items():
         if isinstance(feature, datasets.Image):
-            rows = rows.cast_column(column, datasets.Image(decode=False))
-    return Rows(rows, name, columns["image"])
+            result.rows = result.rows.cast_column(column, datasets.Image(decode=False))
+    return result
 
 
 def _load(args: argparse.Namespace, split: str) -> datasets.Dataset | datasets.IterableDataset:
@@ -138,7 +144,9 @@ def embedded_classes(things: bool) -> dict[int, str]:
     return dict(enumerate(THINGS if things else CLASSES))
 
 
-def load_classes(args: argparse.Namespace, rows: Rows, column: str, key: str | None = None) -> Classes:
+def load_classes(
+    args: argparse.Namespace, rows: Rows, column: str, key: str | None = None, ignored: Collection[str] = ()
+) -> Classes:
     """The classes: of ``--id2label``, of the features of the dataset, or of an `id2label.json` beside it.
 
     Args:
@@ -146,30 +154,29 @@ def load_classes(args: argparse.Namespace, rows: Rows, column: str, key: str | N
         rows: A split, for its features.
         column: Where the classes are.
         key: And where in it.
+        ignored: Names that are no class, beside the usual ones.
 
     Raises:
         DataError: If there are none, or they are damaged.
     """
     if args.id2label:
-        return _read_classes(_file_of(args.id2label), args.id2label)
+        return Classes(_read_names(_file_of(args.id2label), args.id2label), ignored)
     if args.dataset is None:
         return Classes(embedded_classes(things=key is not None))
     names = _class_names((rows.rows.features or {}).get(column), key)
     if names:
-        return Classes(dict(enumerate(names)))
-    folder = Path(args.dataset)
-    path = folder / "id2label.json"
-    if not folder.is_dir():
-        with suppress(EntryNotFoundError):
-            path = Path(
-                hf_hub_download(args.dataset, "id2label.json", repo_type="dataset", revision=args.dataset_revision)
-            )
-    if not path.is_file():
-        raise DataError(
-            f"dataset {args.dataset!r} does not name its classes: it has no id2label.json and no ClassLabel in column "
-            f'{column!r}. Give --id2label a file such as {{"0": "sky", ...}}.'
-        )
-    return _read_classes(path, str(path))
+        return Classes(dict(enumerate(names)), ignored)
+    for name in NAMES:
+        path = Path(args.dataset) / name
+        if not Path(args.dataset).is_dir():
+            with suppress(EntryNotFoundError):
+                path = Path(hf_hub_download(args.dataset, name, repo_type="dataset", revision=args.dataset_revision))
+        if path.is_file():
+            return Classes(_read_names(path, str(path)), ignored)
+    raise DataError(
+        f"dataset {args.dataset!r} does not name its classes: it has neither {' nor '.join(NAMES)}, and no ClassLabel "
+        f'in column {column!r}. Give --id2label a file such as {{"0": "sky", ...}}.'
+    )
 
 
 def _file_of(name: str) -> Path:
@@ -184,9 +191,13 @@ def _file_of(name: str) -> Path:
         raise DataError(f"--id2label {name!r} is neither a file nor on the Hub: {error}") from error
 
 
-def _read_classes(path: Path, name: str) -> Classes:
+def _read_names(path: Path, name: str) -> dict[int, str]:
+    """Names by ids, of a file that maps ids to names, or names to ids."""
     try:
-        return Classes({int(i): str(label) for i, label in json.loads(path.read_text()).items()})
+        pairs = json.loads(path.read_text()).items()
+        if all(isinstance(value, int) for _, value in pairs):
+            return {i: label for label, i in pairs}
+        return {int(i): str(label) for i, label in pairs}
     except (ValueError, AttributeError) as error:
         raise DataError(f'{name!r} must map ids to names, as in {{"0": "sky", ...}}: {error}') from error
 

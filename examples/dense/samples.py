@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,10 +99,11 @@ class Classes:
 
     Args:
         id2label: The dataset's ids and names. Names such as `unlabelled` or `void` are ignored, not classes.
+        ignored: More such names, in lower case.
     """
 
-    def __init__(self, id2label: Mapping[int, str]) -> None:
-        kept = [i for i in sorted(id2label) if id2label[i].lower() not in IGNORED_NAMES]
+    def __init__(self, id2label: Mapping[int, str], ignored: Collection[str] = ()) -> None:
+        kept = [i for i in sorted(id2label) if id2label[i].lower() not in IGNORED_NAMES.union(ignored)]
         if not kept:
             raise DataError("there is no class: id2label is empty, or all its names mean that a pixel is ignored")
         self.id2label = {new: id2label[old] for new, old in enumerate(kept)}
@@ -281,6 +282,41 @@ def read_masks(
     named = given.get("id")
     own = objects["index"] + 1 if named is None else np.array([named[i] for i in objects["index"]], np.int64)
     return ids[None] == own[:, None, None]
+
+
+def read_painted_objects(value: Any, classes: Classes, size: tuple[int, int], note: Note) -> dict[str, Array]:
+    """Masks and classes of an image whose red channel is the class of each pixel, and whose green one its object.
+
+    It is the form that transformers' own instance segmentation example reads.
+
+    Args:
+        value: The image.
+        classes: The classes; other ids are left out, and told of unless they are ignored.
+        size: Of the image that it annotates.
+        note: Told of what is left out.
+
+    Raises:
+        BadSampleError: If it is damaged, has no colours, or another size.
+    """
+    painted = np.asarray(_opened(value, "annotation"))
+    if painted.ndim != 3 or painted.shape[2] < 2:
+        raise BadSampleError("annotation without a red channel of classes and a green one of objects")
+    _check_size("annotation", painted, size)
+    keys = painted[..., 0].astype(np.int64) * 256 + painted[..., 1]
+    masks, numbers = [], []
+    for key in np.unique(keys).tolist():
+        category = key // 256
+        number = classes.of_object(category)
+        if number is not None:
+            masks.append(keys == key)
+            numbers.append(number)
+        elif category not in classes.ignored and category != IGNORE_INDEX:
+            note("category outside id2label", f"it has {category}")
+    return {
+        "masks": np.array(masks, bool).reshape(-1, *size),
+        "classes": np.array(numbers, np.int64),
+        "crowd": np.zeros(len(numbers), bool),
+    }
 
 
 def boxes_of(masks: Array) -> Array:
