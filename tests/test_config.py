@@ -130,7 +130,10 @@ def test_an_unknown_architecture_needs_names():
         return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
 
     refused(model(), "no block of a known architecture.*target_modules")
-    refused(model(), "external_modules", budget=0.5, target_modules=["0"])
+    refused(model(), "external_modules", external_width=2, internal_density=0.1, target_modules=["0"])
+    with pytest.warns(UserWarning, match="internal only.*external_modules"):
+        adapted = get_peft_model(model(), SFAConfig(budget=30, target_modules=["0"]))
+    assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == 30
     adapted = get_peft_model(model(), SFAConfig(budget=40, target_modules=["0"], external_modules=["2"]))
     assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == 40
 

@@ -158,12 +158,6 @@ def test_a_second_adapters_budget_counts_the_base_alone():
         assert own == int(0.1 * backbone_size(tiny.swin(), heads))
 
 
-def test_one_adapter_per_sample_is_refused():
-    model = get_peft_model(tiny.swin(), SFAConfig(budget=0.1))
-    with pytest.raises(ValueError, match="for each sample"):
-        model(tiny.pixels(), adapter_names=["default", "default"])
-
-
 def test_explicit_widths_and_density():
     width = {"attention.o_proj": 4, r"layers\.1\.blocks\.\d\.mlp\.fc2": 0.25}
     places = ["attention", "mlp"]

@@ -4,7 +4,7 @@ from .registration import add_peft_type, register
 
 add_peft_type()
 
-from . import integration  # noqa: E402, F401
+from . import hotswap, integration  # noqa: E402, F401
 from .checkpoint import CheckpointError  # noqa: E402
 from .checkpoint.fingerprint import BaseMismatchWarning  # noqa: E402
 from .config import SFAConfig  # noqa: E402

@@ -29,6 +29,7 @@ from .internal import (
     changes_of,
     sparse_forward,
 )
+from .mixed import joined, rows_of
 
 
 class InputOf:
@@ -40,8 +41,13 @@ class InputOf:
     def __init__(self) -> None:
         self.values: dict[int, Tensor] = {}
 
+    @property
+    def thread(self) -> int:
+        # A compiled graph runs in the thread that calls it, and cannot ask which one that is.
+        return 0 if torch.compiler.is_compiling() else get_ident()
+
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.values[get_ident()] = args[0]
+        self.values[self.thread] = args[0]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InputOf:
         memo[id(self)] = copied = InputOf()
@@ -52,7 +58,7 @@ class InputOf:
 
     def take(self) -> Tensor:
         """Hand the input over, once: an activation must not outlive its forward pass in an attribute."""
-        value = self.values.pop(get_ident(), None)
+        value = self.values.pop(self.thread, None)
         if value is None:
             raise RuntimeError(
                 "a parallel external adapter ran before the module whose input it reads; was the hook removed, or "
@@ -61,7 +67,7 @@ class InputOf:
         return value
 
     def forget(self) -> None:
-        self.values.pop(get_ident(), None)
+        self.values.pop(self.thread, None)
 
 
 class ParallelInput:
@@ -120,6 +126,18 @@ class SFALayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter = [adapter_name]
         self.searching = False
+
+    @property
+    def in_features(self) -> int | None:
+        """Input channels of the leaf, None if they cannot be told; PEFT's layers have them."""
+        base = self.get_base_layer()
+        return getattr(base, "in_features", None) or getattr(base, "in_channels", None) or self.out_features
+
+    @property
+    def out_features(self) -> int | None:
+        """Output channels of the leaf, None if they cannot be told."""
+        channels = channels_of(self.get_base_layer())
+        return channels and channels[0]
 
     @property
     def op(self) -> Op:
@@ -195,12 +213,14 @@ class SFALayer(nn.Module, BaseTunerLayer):
             )
         return sparse_forward(self.op, x, base.weight, base.bias, deltas)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
             self._forget_inputs()
             return self._base_forward(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_forward(x, adapter_names, *args, **kwargs)
 
         names = self.merged_adapters if self.merged else self.active_adapters
         folded = self.merged or self.searching
@@ -209,6 +229,24 @@ class SFALayer(nn.Module, BaseTunerLayer):
         y = self._add_externals(y, names)
         self._forget_inputs()
         return y
+
+    def _mixed_forward(self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+        """Run each sample with the adapter that it is to have."""
+        rows = rows_of(adapter_names, len(x), x.device)
+        parts = []
+        for name, own in rows.items():
+            part = x.index_select(0, own)
+            deltas = [self.sfa_internal[name]] if name in self.sfa_internal else []
+            y = self._changed_forward(part, deltas) if deltas else self._base_forward(part, *args, **kwargs)
+            if name in self.sfa_external:
+                y = y + self.sfa_external[name](y)
+            if name in self.sfa_parallel:
+                value = self.parallel_inputs[name].hook.take()
+                value = value.index_select(0, rows_of(adapter_names, len(value), value.device)[name])
+                y = y + self.sfa_parallel[name](value).to(y.dtype)
+            parts.append(y)
+        self._forget_inputs()
+        return joined(parts, list(rows.values()))
 
     def _forget_inputs(self) -> None:
         for parallel in self.parallel_inputs.values():

@@ -27,9 +27,12 @@ from .checkpoint.validation import (
     is_adapter_key,
     is_positions_key,
 )
+from .combining import check_combinable, combined, fill
 from .config import SFAConfig
 from .external import ExternalAdapter
+from .heads import Head, wrap_heads
 from .layer import SFALayer, layer_class, sfa_layers
+from .mixed import BASE
 from .plan import LOADING, Plan, Planner, peft_verdict, ticket_sizes
 from .ticket.selection import Positions
 
@@ -60,14 +63,18 @@ class SFAModel(BaseTuner):
     tuner_layer_cls = SFALayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        # A copy, since injection fills in sizes, and the user may use the config object for another model.
-        config = copy.deepcopy(self.peft_config[adapter_name])
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, plan: Plan | None = None, **kwargs: Any
+    ) -> None:
+        """Inject an adapter as `BaseTuner.inject_adapter` does, by its config, or by a plan that was made already."""
+        # A copy, since injection fills in sizes, and the user may use the config object for another model. One that
+        # is loaded is of this adapter, and PEFT hands out the object that it was given.
+        config = self.peft_config[adapter_name] if LOADING.get() else copy.deepcopy(self.peft_config[adapter_name])
         recorded = config.ticket_sizes is not None
         if not sfa_layers(model):
             self._original_flags = [(p, p.requires_grad) for p in model.parameters()]
         planner = Planner(model, config)
-        plan = planner.plan()
+        plan = planner.plan() if plan is None else plan
         check_base(model, adapter_name, config, plan.modules)
         config.external_widths = plan.external_widths
         config.ticket_sizes = ticket_sizes(plan.positions)
@@ -81,7 +88,8 @@ class SFAModel(BaseTuner):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             finally:
                 config.modules_to_save = heads
-            self._wrap_heads(model, planner.heads, adapter_name, config.inference_mode)
+            is_active = adapter_name in self.active_adapters
+            wrap_heads(model, planner.heads, adapter_name, is_active, config.inference_mode)
         except BaseException:
             discard_adapter(model, adapter_name)
             raise
@@ -89,20 +97,6 @@ class SFAModel(BaseTuner):
             del self._plan
         # Whether its weights are still to come from a file. Not a field: it is nothing to save.
         config.awaits_weights = recorded
-
-    def _wrap_heads(self, model: nn.Module, heads: Sequence[str], adapter_name: str, inference_mode: bool) -> None:
-        """Give an adapter its own copy of each head, as PEFT does it."""
-        for name in heads:
-            head = model.get_submodule(name)
-            if isinstance(head, ModulesToSaveWrapper):
-                head.update(adapter_name)
-                head.set_adapter(head.active_adapter, inference_mode=inference_mode)
-                continue
-            wrapper = ModulesToSaveWrapper(head, adapter_name)
-            is_active = adapter_name in self.active_adapters
-            wrapper.set_adapter(adapter_name if is_active else [], inference_mode=inference_mode)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, wrapper)
 
     def _prepare_adapter_config(self, peft_config: SFAConfig, model_config: dict[str, Any]) -> SFAConfig:
         return peft_config
@@ -158,16 +152,81 @@ class SFAModel(BaseTuner):
         super().delete_adapter(adapter_name)
         unwrap_empty_layers(self.model)
         names = active or list(self.peft_config)[:1]
-        if names:
+        # Setting the adapters that are active already would unmerge them.
+        if names and any(
+            own != names
+            for own in (self.active_adapters, *(layer.active_adapters for _, layer in sfa_layers(self.model)))
+        ):
             self.set_adapter(names[0] if len(names) == 1 else names)
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
-        if adapter_names is not None:
+    def _enable_peft_forward_hooks(
+        self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Iterator[None]:
+        """Let each sample of the next forward pass have its own adapter, ``__base__`` for none."""
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        unknown = set(adapter_names) - self.peft_config.keys() - {BASE}
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        if any(layer.merged for _, layer in sfa_layers(self.model)):
             raise ValueError(
-                "SFA does not run another adapter for each sample yet; group the samples and set_adapter."
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        yield
+
+        def add_names(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            return args, kwargs | {"adapter_names": list(adapter_names)}
+
+        mixing = [module for module in self.model.modules() if isinstance(module, SFALayer | Head)]
+        handles = [module.register_forward_pre_hook(add_names, with_kwargs=True) for module in mixing]
+        heads = [module for module in mixing if isinstance(module, Head)]
+        try:
+            for head in heads:
+                head.is_mixed = True
+            yield
+        finally:
+            for head in heads:
+                head.is_mixed = False
+            for handle in handles:
+                handle.remove()
+
+    def add_weighted_adapter(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add an adapter that is a weighted sum of others: ``sum_i weights_i * adapter_i``, exactly.
+
+        The tickets are united, and the values of a position that several have are summed. External adapters stand side
+        by side: its width is the sum of theirs. The new adapter is not active, and frozen.
+
+        Args:
+            adapters: The adapters; one head of each name at most among them, which the new adapter takes over.
+            weights: The weight of each.
+            adapter_name: The new adapter. If there is one of that name, nothing is done, as in PEFT.
+            combination_type: ``linear``, the only one.
+
+        Raises:
+            ValueError: If the adapters cannot be combined.
+        """
+        if adapter_name in self.peft_config:
+            return
+        if combination_type != "linear":
+            raise ValueError(f"Invalid combination_type: {combination_type}; SFA has 'linear'.")
+        check_combinable(self.model, self.peft_config, adapters, weights)
+        config, plan = combined(self.model, self.peft_config, adapters)
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name, plan=plan)
+        except BaseException:
+            self.peft_config.pop(adapter_name)
+            raise
+        fill(self.model, adapters, weights, adapter_name)
+        own = [p for _, layer in sfa_layers(self.model) for p in layer.parameters_of(adapter_name)]
+        for p in own:
+            p.requires_grad_(False)
+        self.peft_config[adapter_name].awaits_weights = False
 
     def unload(self) -> nn.Module:
         """Give back the base model, its original heads included (PEFT's own `unload` leaves the trained heads in)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -104,6 +105,12 @@ class Planner:
                 "`external_modules` or `target_modules`."
             )
         if self.config.uses_budget:
+            if candidates and self._lacks_places and self.config.external_places:
+                warnings.warn(
+                    f"{type(self.model).__name__} has no block of a known architecture, so this adapter is internal "
+                    f"only. Name modules in SFAConfig.external_modules for external adapters, or use [] for none.",
+                    stacklevel=2,
+                )
             externals, size = self._sizes_from_budget(places, candidates)
         else:
             externals, size = self._explicit_sizes(places, candidates)
@@ -150,7 +157,7 @@ class Planner:
         if not config.external_places:
             return []
         if not backbones.has_known_blocks(self.model):
-            if config.target_modules is None:
+            if config.target_modules is None or self._share is not None:
                 return []  # candidates tells the user what to name
             raise ValueError(
                 f"{type(self.model).__name__} has no block of a known architecture ({', '.join(backbones.KNOWN)}), so "
@@ -250,11 +257,16 @@ class Planner:
         no_external = config.external_modules == set() or (
             config.external_modules is None and not config.external_places
         )
-        if no_external:
+        if no_external or (config.target_modules and self._lacks_places):
             return 0.0
         if config.target_modules == set():
             return 1.0
         return DEFAULT_SHARE if config.external_share == "auto" else float(config.external_share)
+
+    @property
+    def _lacks_places(self) -> bool:
+        """Whether external adapters are wanted wherever the architecture has its places, and it is not known."""
+        return self.config.external_modules is None and not backbones.has_known_blocks(self.model)
 
     def _refuse_foreign(self, name: str, field_name: str) -> None:
         module = self.leaves.get(name)

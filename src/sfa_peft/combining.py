@@ -1,0 +1,139 @@
+"""Combining adapters into one: sparse task arithmetic (Ilharco et al., "Editing Models with Task Arithmetic", 2023).
+
+Internal changes are a weighted sum on the union of the tickets. External adapters stand side by side in one of the sum
+of their widths, which computes the weighted sum of what each computes, exactly: ``sum_i w_i up_i(act(down_i(x)))``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .budget import External
+from .config import SFAConfig
+from .heads import Head
+from .layer import SFALayer, sfa_layers
+from .plan import Plan, Planner, ticket_sizes
+from .ticket.selection import Positions
+
+MUST_AGREE = ("external_activation", "internal_granularity", "internal_block_size", "external_dropout")
+
+
+def check_combinable(model: nn.Module, configs: dict[str, SFAConfig], adapters: Sequence[str], weights: Any) -> None:
+    """Check that adapters can be combined.
+
+    Raises:
+        ValueError: If there is no such adapter, their kinds differ, more than one has a certain head, or the numbers
+            of adapters and weights differ.
+    """
+    if not adapters or len(adapters) != len(weights):
+        raise ValueError(f"{len(adapters)} adapters need as many weights, at least one; got {len(weights)} weights.")
+    if len(set(adapters)) < len(adapters):
+        raise ValueError(f"adapters={list(adapters)!r} names an adapter twice; add up its weights.")
+    for name in adapters:
+        if name not in configs:
+            raise ValueError(f"Adapter {name} does not exist")
+    first = configs[adapters[0]]
+    for name in adapters[1:]:
+        for field in MUST_AGREE:
+            if getattr(configs[name], field) != getattr(first, field):
+                raise ValueError(
+                    f"adapters {adapters[0]!r} and {name!r} cannot be combined: their {field} are "
+                    f"{getattr(first, field)!r} and {getattr(configs[name], field)!r}."
+                )
+    heads = [m for m in model.modules() if isinstance(m, Head)]
+    shared = [head for head in heads if sum(name in head.modules_to_save for name in adapters) > 1]
+    if shared:
+        raise ValueError(
+            "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
+            f"{len(shared)} such instance(s)."
+        )
+    if any(layer.merged for _, layer in sfa_layers(model)):
+        raise ValueError("unmerge_adapter before adapters are combined: merged values are in the base.")
+
+
+def combined(model: nn.Module, configs: dict[str, SFAConfig], adapters: Sequence[str]) -> tuple[SFAConfig, Plan]:
+    """The config and the plan of an adapter that holds what several hold: all tickets, and all widths."""
+    positions: Positions = {}
+    for name, layer in sfa_layers(model):
+        for adapter in adapters:
+            if adapter in layer.sfa_internal:
+                delta = layer.sfa_internal[adapter]
+                for parameter in delta.changed:
+                    own = positions.setdefault(name, {})
+                    both = [t for t in (own.get(parameter), delta.positions(parameter)) if t is not None]
+                    own[parameter] = torch.cat(both).unique()
+    externals: dict[tuple[bool, str], External] = {}
+    for adapter in adapters:
+        for own_externals in Planner(model, configs[adapter]).recorded_externals().values():
+            for external in own_externals:
+                key = (external.mlp_input is not None, external.module)
+                width = external.width + (externals[key].width if key in externals else 0)
+                externals[key] = replace(externals.get(key, external), width=width)
+    plan = Plan.of(positions, externals.values())
+    heads = [head for name in adapters for head in configs[name].modules_to_save or ()]
+    config = replace(
+        configs[adapters[0]],
+        modules_to_save=list(dict.fromkeys(heads)) or None,
+        external_scale=1.0,  # each adapter's own is in the values
+        external_widths=plan.external_widths,
+        ticket_sizes=ticket_sizes(plan.positions),
+        external_placement="uniform",
+        external_width=None,
+        internal_density=None,
+        budget=_parameters(model, plan, configs[adapters[0]]),
+    )
+    return config, plan
+
+
+def _parameters(model: nn.Module, plan: Plan, config: SFAConfig) -> int:
+    base = {name: layer.get_base_layer() for name, layer in sfa_layers(model)}
+    internal = sum(
+        len(own) * config.granularity.size(getattr(base[module], name).shape)
+        for module, parameters in plan.positions.items()
+        for name, own in parameters.items()
+    )
+    return internal + sum(external.cost for own in plan.externals.values() for external in own)
+
+
+def fill(model: nn.Module, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+    """Give a combined adapter, injected without effect, its values and its heads."""
+    for _, layer in sfa_layers(model):
+        _fill_internal(layer, adapters, weights, adapter_name)
+        for kind in ("sfa_external", "sfa_parallel"):
+            _fill_external(getattr(layer, kind), adapters, weights, adapter_name)
+    for module in model.modules():
+        if isinstance(module, Head) and adapter_name in module.modules_to_save:
+            (source,) = [name for name in adapters if name in module.modules_to_save]
+            module.modules_to_save[adapter_name].load_state_dict(module.modules_to_save[source].state_dict())
+
+
+@torch.no_grad()
+def _fill_internal(layer: SFALayer, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+    if adapter_name not in layer.sfa_internal:
+        return
+    new = layer.sfa_internal[adapter_name]
+    for parameter in new.changed:
+        values, positions = getattr(new, parameter), new.positions(parameter).long()
+        total = torch.zeros_like(values, dtype=torch.promote_types(values.dtype, torch.float32))
+        for adapter, weight in zip(adapters, weights, strict=True):
+            if adapter in layer.sfa_internal and parameter in layer.sfa_internal[adapter].changed:
+                delta = layer.sfa_internal[adapter]
+                at = torch.searchsorted(positions, delta.positions(parameter).long())
+                total[at] += weight * getattr(delta, parameter).to(total.dtype)
+        values.copy_(total)
+
+
+@torch.no_grad()
+def _fill_external(own: nn.ModuleDict, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+    if adapter_name not in own:
+        return
+    new = own[adapter_name]
+    parts = [(own[a], w) for a, w in zip(adapters, weights, strict=True) if a in own]
+    new.down.weight.copy_(torch.cat([part.down.weight for part, _ in parts]))
+    new.down.bias.copy_(torch.cat([part.down.bias for part, _ in parts]))
+    new.up.weight.copy_(torch.cat([weight * part.scale * part.up.weight for part, weight in parts], dim=1))

@@ -1,0 +1,121 @@
+"""PEFT's `hotswap_adapter` for SFA: other values, and another ticket, in the place of an adapter that is loaded.
+
+`peft.utils.hotswap` knows LoRA alone, and has no hook; the function that swaps is replaced by one that asks first.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import PeftType, hotswap
+from torch import Tensor, nn
+
+from .base import check_base
+from .checkpoint.packing import unpack
+from .checkpoint.validation import INTERNAL, POSITIONS, PREFIX, check_sizes
+from .config import SFAConfig
+from .layer import sfa_layers
+from .model import SFAModel
+from .registration import NAME, PeftTooDifferentError
+from .ticket.selection import Positions
+
+# What a swap cannot change; the ticket it can.
+FIXED = (
+    "external_activation",
+    "external_scale",
+    "external_widths",
+    "internal_block_size",
+    "internal_granularity",
+    "modules_to_save",
+)
+
+
+def swap(model: nn.Module, tensors: dict[str, Tensor], adapter_name: str, config: SFAConfig) -> None:
+    """Give an adapter what another was saved with; if that fails, it has its own again.
+
+    With the same numbers of units in each parameter, values and positions are copied into the tensors that are there,
+    so that a compiled model goes on without compiling anew.
+
+    Args:
+        model: A `PeftModel`, or what `torch.compile` made of one.
+        tensors: Of the other adapter's file, with the adapter's name in them.
+        adapter_name: The adapter.
+        config: The other adapter's.
+
+    Raises:
+        CheckpointError: If the file does not fit.
+        ValueError: If the adapter is merged, or the model is compiled and the ticket has other sizes.
+    """
+    compiled = getattr(model, "_orig_mod", None)
+    peft_model = model if compiled is None else compiled
+    tuner: SFAModel = peft_model.base_model
+    layers = sfa_layers(tuner.model)
+    if any(adapter_name in layer.merged_adapters for _, layer in layers):
+        raise ValueError(
+            f"Cannot hot-swap adapter {adapter_name!r} because it is currently merged into the base weights; call "
+            f"unmerge_adapter() first."
+        )
+    tensors = {SFAModel._remove_adapter_name_from_key(key, adapter_name): tensor for key, tensor in tensors.items()}
+    own = tuner.peft_config[adapter_name]
+    check_base(tuner.model, adapter_name, config, [name for name, _ in layers])
+    if (own.ticket_sizes or {}) == (config.ticket_sizes or {}):
+        set_peft_model_state_dict(peft_model, tensors, adapter_name)
+        return
+    if compiled is not None:
+        raise ValueError(
+            f"the ticket of the adapter to be swapped in has other sizes than that of {adapter_name!r}, for which the "
+            f"model is compiled; swap before torch.compile, or load it as an adapter of its own."
+        )
+    positions = _positions(tensors, config)
+    kept, old = get_peft_model_state_dict(peft_model, adapter_name=adapter_name), tuner.positions(adapter_name)
+    kept = {key: tensor.clone() for key, tensor in kept.items()}
+    try:
+        tuner.install(adapter_name, positions)
+        set_peft_model_state_dict(peft_model, tensors, adapter_name)
+    except BaseException:
+        tuner.install(adapter_name, old)
+        set_peft_model_state_dict(peft_model, kept, adapter_name)
+        raise
+
+
+def _positions(tensors: dict[str, Tensor], config: SFAConfig) -> Positions:
+    """The ticket in a file, after all checks that need no model."""
+    shapes, sizes = getattr(config, "sealed_shapes", {}), config.ticket_sizes or {}
+    units = {name: config.granularity.count(shape) for name, shape in shapes.items()}
+    unpacked = unpack(tensors, sizes, lambda name, count: config.granularity.values_shape(shapes[name], count))
+    decoded = check_sizes(unpacked, sizes, config.external_widths or {}, units)
+    positions: Positions = {}
+    for key, own in decoded.items():
+        module, _, parameter = key.removeprefix(PREFIX).removesuffix(POSITIONS).replace(INTERNAL, ".").rpartition(".")
+        positions.setdefault(module, {})[parameter] = own
+    return positions
+
+
+def _asking_first(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def hotswap_adapter_from_state_dict(
+        model: nn.Module,
+        state_dict: dict[str, Tensor],
+        adapter_name: str,
+        config: Any,
+        parameter_prefix: str = "lora_",
+    ) -> None:
+        if not isinstance(config, SFAConfig):
+            original(model, state_dict, adapter_name, config, parameter_prefix)
+            return
+        with torch.no_grad():
+            swap(model, state_dict, adapter_name, config)
+
+    hotswap_adapter_from_state_dict.sfa_original = original  # type: ignore[attr-defined]
+    return hotswap_adapter_from_state_dict
+
+
+if not hasattr(hotswap, "hotswap_adapter_from_state_dict") or not hasattr(hotswap, "CONFIG_KEYS_TO_CHECK"):
+    raise PeftTooDifferentError("peft.utils.hotswap is not as sfa_peft knows it; install a version that it declares.")
+_current = hotswap.hotswap_adapter_from_state_dict
+hotswap.hotswap_adapter_from_state_dict = _asking_first(getattr(_current, "sfa_original", _current))
+hotswap.CONFIG_KEYS_TO_CHECK[PeftType[NAME]] = list(FIXED)
