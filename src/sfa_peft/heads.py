@@ -19,6 +19,9 @@ class Head(ModulesToSaveWrapper):
 
     is_mixed = False
 
+    def _get_name(self) -> str:
+        return ModulesToSaveWrapper.__name__  # what people know it by, in messages and when a model is printed
+
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         if adapter_names is None or self.disable_adapters:
             return super().forward(*args, **kwargs)
