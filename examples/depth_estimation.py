@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DPTConfig, DPTForDepthEstimation
 
+from dense.methods import Rates
 from dense.metrics import DepthErrors
 from dense.pictures import paint_depth
 from dense.run import main
@@ -41,6 +42,15 @@ class DepthEstimation(Task):
     dense_config = DPTConfig
     embedded_backbone = "dinov2"
     defaults = {"max_grad_norm": 1.0}
+    # Measured on the embedded scenes.
+    rates = {
+        "sfa": Rates(backbone=3e-3, internal=4e-3, head=2e-3),
+        "lora": Rates(backbone=2e-3, head=2e-3),
+        "shira": Rates(backbone=4e-3, head=2e-3),
+        "adaptformer": Rates(backbone=3e-3, head=2e-3),
+        "full": Rates(backbone=1e-4, head=2e-3),
+        "head": Rates(backbone=0.0, head=2e-3),
+    }
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
