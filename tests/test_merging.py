@@ -1,4 +1,5 @@
 import copy
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -7,7 +8,7 @@ from peft import get_peft_model
 from torch import nn
 
 import tiny
-from sfa_peft import SFAConfig, SFALayer
+from sfa_peft import SFAConfig, SFALayer, search_ticket
 from test_checkpoint import trained
 
 PLACES = {"sequential": ["attention", "mlp"], "parallel": ["attention", "mlp_parallel"]}
@@ -85,15 +86,29 @@ def test_disabling_gives_the_base_also_when_merged():
         assert torch.equal(tiny.output(model), expected)
 
 
-def test_safe_merge_refuses_what_is_not_finite():
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_safe_merge_refuses_what_is_not_finite_and_changes_nothing(merge):
+    model = trained(budget=0.1, external_places=["attention"])
+    model.add_adapter("other", SFAConfig(budget=0.1, init_weights=False))
+    model.base_model.set_adapter(["default", "other"])
+    last = [m for m in model.modules() if isinstance(m, SFALayer) and "other" in m.sfa_internal][-1]
+    with torch.no_grad():
+        next(last.sfa_internal["other"].parameters())[0] = float("inf")
+    before = tiny.state(model)
+    with pytest.raises(ValueError, match=r"'other' would make.*non-finite"):
+        getattr(model, merge)(safe_merge=True)
+    assert tiny.same_state(before, tiny.state(model))
+    assert not any(m.merged for m in model.modules() if isinstance(m, SFALayer))
+
+
+def test_a_safe_merge_into_half_precision_refuses_what_overflows():
     model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), SFAConfig(internal_density=0.5, target_modules=["0"]))
     layer = model.base_model.model[0]
-    before = layer.get_base_layer().weight.clone()
-    nn.init.constant_(layer.sfa_internal["default"].weight, float("inf"))
-    with pytest.raises(ValueError, match="non-finite"):
+    nn.init.constant_(layer.sfa_internal["default"].weight, 1e5)
+    model.base_model.model.half()
+    layer.sfa_internal["default"].float()
+    with pytest.raises(ValueError, match=r"too large for torch\.float16"):
         model.merge_adapter(safe_merge=True)
-    assert torch.equal(layer.get_base_layer().weight, before)
-    assert not layer.merged
 
 
 def test_two_adapters_merge_to_their_sum():
@@ -116,15 +131,44 @@ def test_a_copy_of_the_model_is_independent():
     assert not torch.equal(tiny.output(other), expected)
 
 
-@pytest.mark.parametrize("field", ["target_modules", "external_modules"])
-def test_shared_parameters_are_refused(field):
+def shared_parameters():
     tied = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     tied[1].weight = tied[0].weight
     twice = nn.Linear(8, 8)
-    for model in (tied, nn.Sequential(twice, nn.ReLU(), twice)):
-        other = {"target_modules", "external_modules"} - {field}
-        with pytest.raises(ValueError, match="is shared"):
-            get_peft_model(model, SFAConfig(budget=20, **{field: ["0"], other.pop(): []}))
+    return {"tied": tied, "twice": nn.Sequential(twice, nn.ReLU(), twice)}
+
+
+@pytest.mark.parametrize("kind", ["tied", "twice"])
+def test_shared_parameters_are_adapted_in_one_place_but_not_merged(kind):
+    base = shared_parameters()[kind]
+    x = torch.randn(3, 8)
+    before = base(x)
+    with pytest.warns(UserWarning, match=r"shares its parameter.*0\.weight"):
+        model = get_peft_model(base, SFAConfig(internal_density=0.5, target_modules=["0"], init_weights=False))
+    layer = base[0]
+    weight, bias = (getattr(layer.base_layer, n) + layer.get_delta_weight("default", n) for n in ("weight", "bias"))
+    inner = nn.functional.linear(x, weight, bias)
+    torch.testing.assert_close(model(x), base[1:](inner))  # there the weight is as it was
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"cannot be merged.*shared"):
+            merge()
+    assert torch.equal(model.unload()(x), before)
+
+
+def test_a_search_on_shared_parameters_is_refused():
+    config = SFAConfig(internal_density=0.5, target_modules=["0"])
+    with pytest.warns(UserWarning, match="shares its parameter"):
+        model = get_peft_model(shared_parameters()["tied"], config)
+    with pytest.raises(ValueError, match="one shared parameter"):
+        search_ticket(model, [{"input": torch.randn(3, 8)}], steps=1, progress=False)
+
+
+def test_external_adapters_on_shared_modules_need_no_warning():
+    base = shared_parameters()["tied"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = get_peft_model(base, SFAConfig(external_width=2, target_modules=[], external_modules=["0"]))
+    model.merge_adapter()
 
 
 def test_a_merged_model_is_not_adapted_on_top_of_its_externals():

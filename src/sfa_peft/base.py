@@ -75,6 +75,14 @@ def backbone_parameters(model: nn.Module, config: SFAConfig) -> int:
     return sum(tensor.numel() for _, tensor in base_parameters(model, [""], config))
 
 
+def shared_parameters(model: nn.Module) -> dict[int, list[str]]:
+    """The names of each parameter that has several: tied parameters, or a module that stands in two positions."""
+    names: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    return {key: own for key, own in names.items() if len(own) > 1}
+
+
 def check_base(model: nn.Module, adapter_name: str, config: SFAConfig, adapted: Iterable[str]) -> None:
     """Warn if a recorded adapter was trained on other base weights; give a new one this base's fingerprint.
 

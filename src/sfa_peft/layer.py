@@ -276,7 +276,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
         The originals of the changed positions are kept, so that `unmerge` gives them back bit for bit.
 
         Raises:
-            ValueError: With `safe_merge`, if a merged parameter would not be finite; nothing is changed then.
+            ValueError: With `safe_merge`, if a merged parameter would not be finite; that adapter is not merged then.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.adapter_names]
         base = self.get_base_layer()
@@ -286,7 +286,8 @@ class SFALayer(nn.Module, BaseTunerLayer):
             for parameter, value in new.items():
                 if safe_merge and not torch.isfinite(value).all():
                     raise ValueError(
-                        f"merging adapter {name!r} would make `{parameter}` non-finite; nothing of it was merged here"
+                        f"merging adapter {name!r} would make a `{parameter}` of {type(base).__name__} non-finite; "
+                        f"its values have diverged, or are too large for {value.dtype}."
                     )
             originals = {}
             with torch.no_grad():
@@ -299,12 +300,13 @@ class SFALayer(nn.Module, BaseTunerLayer):
             self._originals.append(originals)
             self.merged_adapters.append(name)
 
-    def unmerge(self) -> None:
+    def unmerge(self, keep: int = 0) -> None:
+        """Give the base its parameters back, bit for bit; the first `keep` of the merged adapters stay merged."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         base = self.get_base_layer()
-        while self.merged_adapters:
+        while len(self.merged_adapters) > keep:
             self.merged_adapters.pop()
             with torch.no_grad():
                 for name, (granularity, positions, values) in self._originals.pop().items():
@@ -323,7 +325,8 @@ class SFALayer(nn.Module, BaseTunerLayer):
             for parallel in self.parallel_inputs.values():
                 parallel.remove()
             return self.base_layer
-        self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        if set(self.active_adapters if adapter_names is None else adapter_names) - set(self.merged_adapters):
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         base = self.base_layer
         for name in self.merged_adapters:
             if name in self.sfa_external:

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from .base import check_base, head_modules
+from .base import check_base, head_modules, shared_parameters
 from .budget import External
 from .checkpoint import CheckpointError
 from .checkpoint.coding import encode_positions
@@ -33,7 +33,7 @@ from .external import ExternalAdapter
 from .heads import Head, wrap_heads
 from .layer import SFALayer, layer_class, sfa_layers
 from .mixed import BASE
-from .plan import LOADING, Plan, Planner, peft_verdict, ticket_sizes
+from .plan import LOADING, TASK_HEADS, Plan, Planner, peft_verdict, ticket_sizes
 from .ticket.selection import Positions
 
 ALIGNMENT = 64  # bytes, as torch allocates
@@ -69,7 +69,11 @@ class SFAModel(BaseTuner):
         """Inject an adapter as `BaseTuner.inject_adapter` does, by its config, or by a plan that was made already."""
         # A copy, since injection fills in sizes, and the user may use the config object for another model. One that
         # is loaded is of this adapter, and PEFT hands out the object that it was given.
-        config = self.peft_config[adapter_name] if LOADING.get() else copy.deepcopy(self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name]
+        if config.task_type in TASK_HEADS:  # some of PEFT's classes for tasks name their heads too late
+            own = config.modules_to_save or ()
+            config.modules_to_save = list(dict.fromkeys((*own, *TASK_HEADS[config.task_type])))
+        config = config if LOADING.get() else copy.deepcopy(config)
         recorded = config.ticket_sizes is not None
         if not sfa_layers(model):
             self._original_flags = [(p, p.requires_grad) for p in model.parameters()]
@@ -228,6 +232,50 @@ class SFAModel(BaseTuner):
             p.requires_grad_(False)
         self.peft_config[adapter_name].awaits_weights = False
 
+    def _check_merge_allowed(self) -> None:
+        """Refuse what would change another module as well.
+
+        Raises:
+            ValueError: If a parameter that an internal adapter changes is shared with another module.
+        """
+        super()._check_merge_allowed()
+        shared = self.shared_parameters()
+        for name, layer in sfa_layers(self.model):
+            for parameter in {p for delta in layer.sfa_internal.values() for p in delta.changed}:
+                names = shared.get(id(getattr(layer.get_base_layer(), parameter)))
+                if names:
+                    raise ValueError(
+                        f"internal adapters on {name!r} cannot be merged: its `{parameter}` is shared "
+                        f"({', '.join(names)}), and would change there as well. Go on with the adapter unmerged."
+                    )
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Fold internal adapters into the base, as `BaseTuner.merge_adapter` does; all of them, or none.
+
+        Raises:
+            ValueError: If a parameter is shared with another module, or with `safe_merge` would not be finite; nothing
+                is changed then.
+        """
+        merged = [(layer, len(layer.merged_adapters)) for _, layer in sfa_layers(self.model)]
+        try:
+            super().merge_adapter(adapter_names, safe_merge)
+        except BaseException:
+            for layer, count in merged:
+                if len(layer.merged_adapters) > count:
+                    layer.unmerge(keep=count)
+            raise
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge and safe_merge:  # before the first layer is unloaded
+            self.merge_adapter(adapter_names, safe_merge)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
     def unload(self) -> nn.Module:
         """Give back the base model, its original heads included (PEFT's own `unload` leaves the trained heads in)."""
         for name, module in list(self.model.named_modules()):
@@ -239,6 +287,10 @@ class SFAModel(BaseTuner):
     def candidates(self, adapter_name: str) -> dict[str, dict[str, nn.Parameter]]:
         """What an adapter's ticket may choose from: for each module, its parameters by name, in model order."""
         return Planner(self.model, self.peft_config[adapter_name]).candidates()
+
+    def shared_parameters(self) -> dict[int, list[str]]:
+        """By their `id`, the names of the parameters that have several."""
+        return shared_parameters(self.model)
 
     def places(self, adapter_name: str) -> list[External]:
         """Where an adapter may have external adapters, in model order, whatever their widths are."""

@@ -10,17 +10,25 @@ from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import torch
+from peft import NoMatchingPeftModuleError, TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 
 from . import backbones
-from .base import backbone_parameters, head_modules, in_module, modules_outside_adapters
+from .base import backbone_parameters, head_modules, in_module, modules_outside_adapters, shared_parameters
 from .budget import External, absolute_budget, external_cost, widths_within
 from .checkpoint import CheckpointError
 from .config import DEFAULT_SHARE, SFAConfig
 from .layer import AddExternals, SFALayer, channels_of, internal_parameters
 from .ticket.criteria import CRITERIA, Evidence
 from .ticket.selection import Positions, choose, count_elements
+
+# The heads that PEFT adds to `modules_to_save` for a task, whether a model has them or not.
+TASK_HEADS = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
 
 # Whether the weights of what is being injected follow at once, so that no ticket needs to be chosen for it.
 LOADING: ContextVar[bool] = ContextVar("loading", default=False)
@@ -86,7 +94,6 @@ class Planner:
     def __init__(self, model: nn.Module, config: SFAConfig) -> None:
         self.model, self.config = model, config
         self.heads = head_modules(model, config)
-        self.shared = _shared_parameters(model)
         # Leaves inside an SFA layer belong to it; other tuners' layers are not adapted.
         self.leaves = {
             name: module
@@ -114,6 +121,7 @@ class Planner:
             externals, size = self._sizes_from_budget(places, candidates)
         else:
             externals, size = self._explicit_sizes(places, candidates)
+        self._tell_shared(candidates)
         positions = self._initial_ticket(candidates, size)
         if not externals and not any(len(p) for own in positions.values() for p in own.values()):
             raise ValueError(
@@ -122,9 +130,22 @@ class Planner:
             )
         return Plan.of(positions, externals)
 
+    def _tell_shared(self, candidates: Iterable[str]) -> None:
+        names = shared_parameters(self.model)
+        for module in candidates:
+            for p in self.leaves[module].parameters():
+                if id(p) in names:
+                    own = " and ".join(map(repr, names[id(p)]))
+                    warnings.warn(
+                        f"{module!r} shares its parameter: it is {own}. Its internal adapter acts in {module!r} "
+                        f"alone, and cannot be merged.",
+                        stacklevel=2,
+                    )
+
     def _check_heads(self) -> None:
+        of_task = TASK_HEADS.get(self.config.task_type or "", ())
         for head in self.config.modules_to_save or ():
-            if not any(name.endswith(head) for name in self.heads):
+            if head not in of_task and not any(name.endswith(head) for name in self.heads):
                 raise ValueError(
                     f"SFAConfig.modules_to_save: {head!r} matches no module of {type(self.model).__name__}; its "
                     f"children are {[name for name, _ in self.model.named_children()]}."
@@ -270,13 +291,6 @@ class Planner:
 
     def _refuse_foreign(self, name: str, field_name: str) -> None:
         module = self.leaves.get(name)
-        base = _unwrapped(module)
-        shared = [self.shared[id(p)] for p in base.parameters(recurse=False) if id(p) in self.shared] if base else []
-        if shared:
-            raise ValueError(
-                f"SFAConfig.{field_name} reaches {name!r}, whose parameter is shared: it is {shared[0][0]!r} and "
-                f"{shared[0][1]!r}. A change here would be one there as well; exclude it, or untie the parameters."
-            )
         if isinstance(module, BaseTunerLayer) and not isinstance(module, SFALayer):
             raise ValueError(
                 f"SFAConfig.{field_name} reaches {name!r}, which another PEFT method has adapted already "
@@ -314,7 +328,9 @@ class Planner:
                 if matched
                 else f"matches no module of {type(self.model).__name__}"
             )
-            raise ValueError(f"SFAConfig.{field_name}={shown!r} {why}. Check the names, or use [] for none.")
+            raise NoMatchingPeftModuleError(
+                f"SFAConfig.{field_name}={shown!r} {why}. Check the names, or use [] for none."
+            )
         return allowed
 
     def _is_allowed(self, name: str) -> bool:
@@ -445,14 +461,6 @@ _OTHER_ARCHITECTURE = (
     "the adapter was saved for another architecture: it adapts {name!r}, which this {model} does not have in that "
     "form. Load it into the model it was trained on."
 )
-
-
-def _shared_parameters(model: nn.Module) -> dict[int, list[str]]:
-    """The names of each parameter that has several: tied parameters, or a module that stands in two positions."""
-    names: dict[int, list[str]] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(p), []).append(name)
-    return {key: own for key, own in names.items() if len(own) > 1}
 
 
 def _unwrapped(module: nn.Module | None) -> nn.Module | None:

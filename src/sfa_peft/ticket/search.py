@@ -129,6 +129,14 @@ def search_ticket(
     config = tuner.peft_config[adapter_name]
     places_externals = config.external_placement == "auto"
     candidates = tuner.candidates(adapter_name)
+    shared = tuner.shared_parameters()
+    for own in candidates.values():
+        for p in own.values():
+            if id(p) in shared and (rule.trains or rule.needs_data):
+                raise ValueError(
+                    f"{' and '.join(map(repr, shared[id(p)]))} are one shared parameter, and the criterion "
+                    f"{rule.name!r} cannot tell which of them matters; exclude it, or use a data-free criterion."
+                )
     if rounds > 1 and not candidates:
         raise ValueError(f"rounds={rounds}, but adapter {adapter_name!r} has no internal targets to choose from.")
     finds_share = config.external_share == "auto" and bool(candidates)
