@@ -6,22 +6,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import PeftType, hotswap
 from torch import Tensor, nn
 
 from .base import check_base
-from .checkpoint.packing import unpack
-from .checkpoint.validation import INTERNAL, POSITIONS, PREFIX, check_sizes
 from .config import SFAConfig
 from .layer import sfa_layers
 from .model import SFAModel
+from .plan import LOADING, Planner
 from .registration import NAME, PeftTooDifferentError
-from .ticket.selection import Positions
 
 # What a swap cannot change; the ticket it can.
 FIXED = (
@@ -70,29 +69,38 @@ def swap(model: nn.Module, tensors: dict[str, Tensor], adapter_name: str, config
             f"the ticket of the adapter to be swapped in has other sizes than that of {adapter_name!r}, for which the "
             f"model is compiled; swap before torch.compile, or load it as an adapter of its own."
         )
-    positions = _positions(tensors, config)
-    kept, old = get_peft_model_state_dict(peft_model, adapter_name=adapter_name), tuner.positions(adapter_name)
+    with resized(peft_model, adapter_name, config):
+        set_peft_model_state_dict(peft_model, tensors, adapter_name)
+
+
+@contextmanager
+def resized(model: PeftModel, adapter_name: str, config: SFAConfig) -> Iterator[None]:
+    """Give an adapter the sizes of another, whose weights are loaded meanwhile; if that fails, it is as it was.
+
+    Args:
+        model: The model.
+        adapter_name: The adapter. What it has learned is dropped.
+        config: The other adapter's, as it was saved.
+
+    Raises:
+        CheckpointError: If the other adapter does not fit the model.
+    """
+    tuner: SFAModel = model.base_model
+    token = LOADING.set(True)  # positions come with the weights
+    try:
+        plan, own = (Planner(tuner.model, c).plan() for c in (config, tuner.peft_config[adapter_name]))
+    finally:
+        LOADING.reset(token)
+    positions = tuner.positions(adapter_name)
+    kept = get_peft_model_state_dict(model, adapter_name=adapter_name)
     kept = {key: tensor.clone() for key, tensor in kept.items()}
     try:
-        tuner.install(adapter_name, positions)
-        set_peft_model_state_dict(peft_model, tensors, adapter_name)
+        tuner.install(adapter_name, plan.positions, plan.all_externals)
+        yield
     except BaseException:
-        tuner.install(adapter_name, old)
-        set_peft_model_state_dict(peft_model, kept, adapter_name)
+        tuner.install(adapter_name, positions, own.all_externals)
+        set_peft_model_state_dict(model, kept, adapter_name)
         raise
-
-
-def _positions(tensors: dict[str, Tensor], config: SFAConfig) -> Positions:
-    """The ticket in a file, after all checks that need no model."""
-    shapes, sizes = getattr(config, "sealed_shapes", {}), config.ticket_sizes or {}
-    units = {name: config.granularity.count(shape) for name, shape in shapes.items()}
-    unpacked = unpack(tensors, sizes, lambda name, count: config.granularity.values_shape(shapes[name], count))
-    decoded = check_sizes(unpacked, sizes, config.external_widths or {}, units)
-    positions: Positions = {}
-    for key, own in decoded.items():
-        module, _, parameter = key.removeprefix(PREFIX).removesuffix(POSITIONS).replace(INTERNAL, ".").rpartition(".")
-        positions.setdefault(module, {})[parameter] = own
-    return positions
 
 
 def _asking_first(original: Callable[..., None]) -> Callable[..., None]:

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from .checkpoint.seal import CONFIG, WEIGHTS, read, seal
 from .checkpoint.validation import check_sizes, is_adapter_key
 from .config import DTYPES, SFAConfig
 from .granularity import position_dtype
+from .hotswap import resized
 from .layer import sfa_layers
 from .model import discard_adapter
 from .plan import LOADING
@@ -151,10 +152,28 @@ def load_adapter(
         CheckpointError: If the adapter is damaged, or does not fit the model.
     """
     given = inspect.signature(original).bind(model_id, adapter_name, *args, **kwargs).arguments
-    with _loading(model, adapter_name), _readable_errors(model_id, kwargs), key_mapping(given.get("key_mapping")):
+    with ExitStack() as stack:
+        stack.enter_context(_loading(model, adapter_name))
+        stack.enter_context(_readable_errors(model_id, kwargs))
+        stack.enter_context(key_mapping(given.get("key_mapping")))
         if adapter_name in model.peft_config:  # PEFT reads no config then
-            _check_same(SFAConfig.from_pretrained(model_id, **kwargs), model.peft_config[adapter_name])
+            saved, own = SFAConfig.from_pretrained(model_id, **kwargs), model.peft_config[adapter_name]
+            if _only_sizes_differ(saved, own) and _is_fresh(model, adapter_name):
+                stack.enter_context(resized(model, adapter_name, saved))
+            else:
+                _check_same(saved, own)
         return original(model_id, adapter_name, *args, **kwargs)
+
+
+def _only_sizes_differ(saved: SFAConfig, own: SFAConfig) -> bool:
+    sizes = {"ticket_sizes": saved.ticket_sizes, "external_widths": saved.external_widths}
+    is_same = difference_of(own.to_dict(), saved.to_dict()) is None
+    return not is_same and difference_of(own.to_dict() | sizes, saved.to_dict()) is None
+
+
+def _is_fresh(model: PeftModel, adapter_name: str) -> bool:
+    """Whether an adapter has learned nothing yet, as one that a training is going to be resumed with."""
+    return not any(layer.is_changed_by(adapter_name) for _, layer in sfa_layers(model))
 
 
 def _check_same(saved: SFAConfig, own: SFAConfig) -> None:

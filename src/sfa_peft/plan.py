@@ -55,11 +55,14 @@ class Plan:
         return self.externals.keys() | self.positions.keys()
 
     @property
+    def all_externals(self) -> list[External]:
+        return [external for own in self.externals.values() for external in own]
+
+    @property
     def external_widths(self) -> dict[str, dict[str, int]]:
         widths: dict[str, dict[str, int]] = {}
-        for externals in self.externals.values():
-            for external in externals:
-                widths.setdefault(external.place, {})[external.module] = external.width
+        for external in self.all_externals:
+            widths.setdefault(external.place, {})[external.module] = external.width
         return widths
 
 

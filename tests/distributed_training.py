@@ -1,0 +1,45 @@
+"""Run by torchrun: trains an adapter on this process's half of each batch, and saves it."""
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from peft import get_peft_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers.models.swin.modeling_swin import SwinLayer
+
+import tiny
+from test_training import adapted, train_on
+
+way, folder = sys.argv[1], Path(sys.argv[2])
+accelerator = Accelerator(cpu=True)
+rank = accelerator.process_index
+
+
+def half(batch):
+    return {key: value[2 * rank : 2 * rank + 2] for key, value in batch.items()}
+
+
+model = adapted()
+if way == "ddp":
+    model = accelerator.prepare(model)
+else:
+    mesh = init_device_mesh("cpu", (2,))
+    for module in (*(m for m in model.modules() if isinstance(m, SwinLayer)), model):
+        fully_shard(module, mesh=mesh)
+    whole, local = (
+        sum(size(p) for p in model.parameters()) for size in (torch.numel, lambda p: len(p.to_local().flatten()))
+    )
+    assert local < 0.6 * whole
+train_on(model, [half(tiny.batch(4, seed=step)) for step in range(3)], accelerator.backward)
+if way == "ddp":
+    state = accelerator.get_state_dict(model)
+    model = accelerator.unwrap_model(model)
+else:
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+if accelerator.is_main_process:
+    torch.save(get_peft_model_state_dict(model, state_dict=state), folder / "state.pt")
+    model.save_pretrained(folder / "adapter", state_dict=state)
