@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .checkpoint.fingerprint import BaseMismatchWarning, Fingerprint
 from .config import SFAConfig
 from .layer import sfa_layers
+from .quantized import numel
 
 
 def in_module(name: str, modules: Iterable[str]) -> bool:
@@ -72,7 +73,7 @@ def base_parameters(model: nn.Module, roots: Sequence[str], config: SFAConfig) -
 
 def backbone_parameters(model: nn.Module, config: SFAConfig) -> int:
     """Parameters of the base model outside the heads (`modules_to_save`); tied ones count once, adapters not."""
-    return sum(tensor.numel() for _, tensor in base_parameters(model, [""], config))
+    return sum(numel(tensor) for _, tensor in base_parameters(model, [""], config))
 
 
 def shared_parameters(model: nn.Module) -> dict[int, list[str]]:

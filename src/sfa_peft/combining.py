@@ -91,7 +91,7 @@ def combined(model: nn.Module, configs: dict[str, SFAConfig], adapters: Sequence
 
 
 def _parameters(model: nn.Module, plan: Plan, config: SFAConfig) -> int:
-    base = {name: layer.get_base_layer() for name, layer in sfa_layers(model)}
+    base = {name: layer.changeable for name, layer in sfa_layers(model)}
     internal = sum(
         len(own) * config.granularity.size(getattr(base[module], name).shape)
         for module, parameters in plan.positions.items()

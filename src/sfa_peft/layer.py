@@ -30,6 +30,7 @@ from .internal import (
     sparse_forward,
 )
 from .mixed import joined, rows_of
+from .quantized import is_quantized, parameters_of, zeros_like_parameters
 
 
 class InputOf:
@@ -143,10 +144,15 @@ class SFALayer(nn.Module, BaseTunerLayer):
     def op(self) -> Op:
         raise TypeError(f"{type(self.get_base_layer()).__name__} takes external adapters only")
 
+    @property
+    def changeable(self) -> Any:
+        """What has the ``weight`` and ``bias`` that internal adapters are added to."""
+        return self.get_base_layer()
+
     def add_internal(
         self, adapter_name: str, positions: Mapping[str, Tensor], granularity: Granularity, init_weights: bool
     ) -> None:
-        self.sfa_internal[adapter_name] = SparseDelta(self.get_base_layer(), positions, granularity, init_weights)
+        self.sfa_internal[adapter_name] = SparseDelta(self.changeable, positions, granularity, init_weights)
 
     def add_external(self, adapter_name: str, adapter: ExternalAdapter, container: nn.Module | None = None) -> None:
         """Add `adapter` on the output, or, with `container`, from the container's input to the output."""
@@ -263,7 +269,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str, parameter: str = "weight") -> Tensor:
         """The dense change ``delta`` of `parameter` by one adapter, of the parameter's shape and dtype."""
-        base = getattr(self.get_base_layer(), parameter)
+        base = getattr(self.changeable, parameter)
         delta = torch.zeros_like(base, memory_format=torch.contiguous_format)
         if adapter in self.sfa_internal:
             own = [c for c in changes_of([self.sfa_internal[adapter]]) if c.name == parameter]
@@ -407,11 +413,32 @@ class LayerNorm(SFALayer):
         return LayerNormOp(base.normalized_shape, base.eps)
 
 
+class QuantizedLinear(SFALayer):
+    """SFA on a linear layer with a quantized weight, which stays as it is: ``y = base(x) + x @ delta.T``."""
+
+    takes_internal = True
+
+    @property
+    def op(self) -> LinearOp:
+        return LinearOp()
+
+    @property
+    def changeable(self) -> Any:
+        return zeros_like_parameters(self.get_base_layer())
+
+    def _changed_forward(self, x: Tensor, deltas: Sequence[SparseDelta]) -> Tensor:
+        zeros = self.changeable
+        y = self._base_forward(x)
+        return y + sparse_forward(self.op, x, zeros.weight, zeros.bias, deltas).to(y.dtype)
+
+
 LAYERS: dict[type[nn.Module], type[SFALayer]] = {nn.Linear: Linear, nn.Conv2d: Conv2d, nn.LayerNorm: LayerNorm}
 
 
 def layer_class(module: nn.Module) -> type[SFALayer]:
     """The SFA layer for a leaf. A subclass with a forward of its own takes external adapters only."""
+    if is_quantized(module):
+        return QuantizedLinear
     for kind, layer in LAYERS.items():
         if isinstance(module, kind) and type(module).forward is kind.forward:
             return layer
@@ -419,11 +446,16 @@ def layer_class(module: nn.Module) -> type[SFALayer]:
 
 
 def internal_parameters(module: nn.Module | None) -> dict[str, nn.Parameter]:
-    """What a ticket may choose from: the learned ``weight`` and ``bias`` of a leaf that takes internal adapters."""
+    """What a ticket may choose from: the learned ``weight`` and ``bias`` of a leaf that takes internal adapters.
+
+    A quantized weight has its shape there, and no numbers.
+    """
     if isinstance(module, BaseTunerLayer):
         module = module.get_base_layer()
     if module is None or not layer_class(module).takes_internal:
         return {}
+    if is_quantized(module):
+        return parameters_of(module)
     return {name: p for name in PARAMETERS if isinstance(p := getattr(module, name, None), nn.Parameter)}
 
 

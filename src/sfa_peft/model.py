@@ -31,7 +31,7 @@ from .combining import check_combinable, combined, fill
 from .config import SFAConfig
 from .external import ExternalAdapter
 from .heads import Head, wrap_heads
-from .layer import SFALayer, layer_class, sfa_layers
+from .layer import QuantizedLinear, SFALayer, layer_class, sfa_layers
 from .mixed import BASE
 from .plan import LOADING, TASK_HEADS, Plan, Planner, peft_verdict, ticket_sizes
 from .ticket.selection import Positions
@@ -233,14 +233,19 @@ class SFAModel(BaseTuner):
         self.peft_config[adapter_name].awaits_weights = False
 
     def _check_merge_allowed(self) -> None:
-        """Refuse what would change another module as well.
+        """Refuse what would change another module as well, or cannot be changed.
 
         Raises:
-            ValueError: If a parameter that an internal adapter changes is shared with another module.
+            ValueError: If a parameter that an internal adapter changes is shared with another module, or quantized.
         """
         super()._check_merge_allowed()
         shared = self.shared_parameters()
         for name, layer in sfa_layers(self.model):
+            if isinstance(layer, QuantizedLinear) and layer.sfa_internal:
+                raise ValueError(
+                    f"internal adapters on {name!r} cannot be merged: its weight is quantized, and would round them "
+                    f"away. Load the adapter into the base model as it was before, and merge it there."
+                )
             for parameter in {p for delta in layer.sfa_internal.values() for p in delta.changed}:
                 names = shared.get(id(getattr(layer.get_base_layer(), parameter)))
                 if names:
@@ -514,7 +519,7 @@ class SFAModel(BaseTuner):
             if adapter_name in layer.sfa_internal:
                 delta = layer.sfa_internal[adapter_name]
                 for p in delta.changed:
-                    count = delta.granularity.count(getattr(layer.get_base_layer(), p).shape)
+                    count = delta.granularity.count(getattr(layer.changeable, p).shape)
                     units[f"{name}{INTERNAL}{adapter_name}.{p}{POSITIONS}"] = count
         adapter = decode_state_dict({k: t for k, t in remapped.items() if is_adapter_key(k)}, expected, units)
         own = model.state_dict()

@@ -20,6 +20,7 @@ from .budget import External, absolute_budget, external_cost, widths_within
 from .checkpoint import CheckpointError
 from .config import DEFAULT_SHARE, SFAConfig
 from .layer import AddExternals, SFALayer, channels_of, internal_parameters
+from .quantized import dequantized, is_quantized
 from .ticket.criteria import CRITERIA, Evidence
 from .ticket.selection import Positions, choose, count_elements
 
@@ -405,6 +406,10 @@ class Planner:
         return choose(candidates, self._score, self.config.granularity, size) if candidates else {}
 
     def _score(self, name: str, parameter: Tensor) -> Tensor:
+        module, _, own = name.rpartition(".")
+        base = _unwrapped(self.leaves[module])
+        if own == "weight" and is_quantized(base):
+            parameter = dequantized(base)
         return CRITERIA[self.config.initial_ticket].score(Evidence(name, parameter, seed=self.config.ticket_seed))
 
     def _recorded_plan(self) -> Plan:
@@ -448,7 +453,8 @@ class Planner:
         return externals
 
     def _recorded_positions(self, module: str, name: str, parameter: Tensor, size: int) -> Tensor:
-        if parameter.is_meta or LOADING.get():
+        is_elsewhere = parameter.is_meta and not is_quantized(_unwrapped(self.leaves[module]))
+        if is_elsewhere or LOADING.get():
             return torch.arange(size, dtype=torch.int32)  # a placeholder; the loaded positions replace it
         granularity = self.config.granularity
         amount = size * granularity.size(parameter.shape)

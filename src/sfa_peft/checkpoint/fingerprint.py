@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 Parameters = Sequence[tuple[str, Tensor]]
 WIDE = (torch.float32, torch.float64)
@@ -108,8 +109,10 @@ class Fingerprint:
 
 
 def _is_elsewhere(p: Tensor) -> bool:
-    """Whether a parameter's values are not all here: on no device, a `DTensor`, or a shard of DeepSpeed's ZeRO-3."""
-    return p.is_meta or hasattr(p, "device_mesh") or hasattr(p, "ds_id")
+    """Whether a parameter's values are not all here: on no device, inside another tensor (a `DTensor`, torchao's
+    quantized ones), or a shard of DeepSpeed's ZeRO-3.
+    """
+    return p.is_meta or is_traceable_wrapper_subclass(p) or hasattr(p, "ds_id")
 
 
 @torch.no_grad()

@@ -130,8 +130,13 @@ def search_ticket(
     places_externals = config.external_placement == "auto"
     candidates = tuner.candidates(adapter_name)
     shared = tuner.shared_parameters()
-    for own in candidates.values():
+    for module, own in candidates.items():
         for p in own.values():
+            if p.is_meta:
+                raise ValueError(
+                    f"{module!r} is quantized, and its weight cannot be trained or scored: search on the base model "
+                    f"as it was before, and give this model the ticket with install_ticket."
+                )
             if id(p) in shared and (rule.trains or rule.needs_data):
                 raise ValueError(
                     f"{' and '.join(map(repr, shared[id(p)]))} are one shared parameter, and the criterion "
