@@ -136,6 +136,8 @@ def difference_of(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | Non
     """What two configs have in different ways of what decides what an adapter computes; None if nothing."""
     for name in SEALED:
         values = [json.loads(json.dumps(config.get(name), default=sorted)) for config in (one, other)]
+        if name == "modules_to_save":  # PEFT's classes for tasks name a head again when they load it
+            values = [list(dict.fromkeys(heads or ())) for heads in values]
         if values[0] != values[1]:
             return f"{name}: {_short(values[0])} and {_short(values[1])}"
     return None
