@@ -144,6 +144,23 @@ def test_mixed_models_refuse_sfa_with_pefts_own_error():
         model.add_adapter("s", SFAConfig(budget=0.1))
 
 
+# Precision
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_adapters_of_half_precision_bases_are_float32_unless_that_is_switched_off(dtype, autocast):
+    base = tiny.swin().to(dtype)
+    x = tiny.pixels().to(dtype)
+    before = tiny.output(base, x)
+    model = get_peft_model(base, SFAConfig(budget=0.1, **HEADS), autocast_adapter_dtype=autocast)
+    own = {p.dtype for n, p in model.named_parameters() if ".sfa_" in n}
+    assert own == {torch.float32 if autocast else dtype}
+    assert torch.equal(tiny.output(model, x), before)
+    model.train()(x).logits.float().square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 # Inspection
 
 
