@@ -9,8 +9,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 demo: $(VENV)/ready
 	$(BIN)/python examples/semantic_segmentation.py --steps 220 --search_steps 60 --output_dir out/demo
 
-test: $(VENV)/ready
-	$(BIN)/python -m pytest
+# Quantized bases in a second run: PEFT imports every backend that it finds, which takes seconds and says a lot.
+test: $(VENV)/ready $(VENV)/quantized
+	$(BIN)/python -m pytest --ignore tests/test_quantized.py
+	PYTHONPATH=$(VENV)/quantized $(BIN)/python -m pytest tests/test_quantized.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -26,6 +28,10 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (a few minutes)"
 	$(PIP) install --constraint constraints.txt torch
 	$(PIP) install --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+$(VENV)/quantized: $(VENV)/ready
+	$(PIP) install --constraint constraints.txt --no-deps --upgrade --target $@ bitsandbytes torchao
 	touch $@
 
 clean:

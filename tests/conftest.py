@@ -6,9 +6,10 @@ from hub_server import TOKEN, HubServer
 
 # Before anything imports huggingface_hub, which reads these once: no test can reach the real Hub.
 HUB = HubServer()
+HOME = tempfile.TemporaryDirectory(prefix="hf-home-")
 os.environ |= {
     "HF_ENDPOINT": HUB.url,
-    "HF_HOME": tempfile.mkdtemp(prefix="hf-home-"),
+    "HF_HOME": HOME.name,
     "HF_TOKEN": TOKEN,
     "HF_HUB_DISABLE_XET": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",

@@ -1,20 +1,22 @@
-"""Adapters on quantized bases, on CPU: bitsandbytes and torchao."""
+"""Adapters on quantized bases, on CPU: bitsandbytes and torchao, which `make test` keeps beside the environment."""
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from torchao.quantization import Int8WeightOnlyConfig
 from transformers import BitsAndBytesConfig, Dinov2Config, Dinov2Model, TorchAoConfig
 
 import tiny
 from sfa_peft import SFAConfig, install_ticket, search_ticket
+
+pytest.importorskip("bitsandbytes")
+torchao = pytest.importorskip("torchao.quantization")
 
 BACKENDS = {
     "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
     "nf4": lambda: BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
     ),
-    "torchao": lambda: TorchAoConfig(Int8WeightOnlyConfig()),
+    "torchao": lambda: TorchAoConfig(torchao.Int8WeightOnlyConfig()),
 }
 KINDS = {
     "both": {"budget": 600},
