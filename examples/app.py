@@ -80,6 +80,12 @@ class Adapters:
         )
 
 
+# Gradio shows small pictures small.
+ENLARGED = """
+:is(#upload, #base, #adapted) :is(.image-frame, img) { width: 100% !important; object-fit: contain !important; }
+"""
+
+
 def build(adapters: Adapters) -> gradio.Blocks:
     """The page."""
     first = adapters.tasks[0]
@@ -124,6 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     build(adapters).launch(
         server_name=args.host,
         server_port=args.port,
+        css=ENLARGED,
         theme=gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         allowed_paths=[str(folder.resolve()) for folder in folders],
     )
