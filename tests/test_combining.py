@@ -117,3 +117,44 @@ def test_one_head_is_taken_over_and_two_are_refused():
     )
     with pytest.raises(ValueError, match="modules_to_save"):
         model.base_model.add_weighted_adapter(["a", "with_head"], [1, 1], "d")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"target_modules": ["fc1"]}, {"target_modules": ["fc2"]}),
+        ({}, {"target_modules": "all-linear"}),
+        ({"target_modules": []}, {}),
+        ({"layers_to_transform": [0], "layers_pattern": "layers"}, {"exclude_modules": ["fc1"]}),
+        ({"external_share": 1.0}, {"external_places": []}),
+        ({"internal_block_size": 4}, {"external_activation": "relu", "external_places": ["mlp"]}),
+    ],
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_adapters_of_different_targets_are_combined_saved_and_loaded(one, other, turned, tmp_path):
+    if "external_activation" in other:
+        one = one | {"external_places": []}
+    model = get_peft_model(tiny.swin(), SFAConfig(**{"budget": 0.05} | one), adapter_name="a")
+    model.add_adapter("b", SFAConfig(**{"budget": 0.05} | other))
+    for name in ("a", "b"):
+        disturb(model, name)
+    model.eval().base_model.set_adapter(["a", "b"])
+    both = tiny.output(model)
+    model.base_model.add_weighted_adapter(["b", "a"] if turned else ["a", "b"], [1.0, 1.0], "c")
+    expected = alone(model, "c", tiny.pixels())
+    torch.testing.assert_close(expected, both, atol=1e-5, rtol=1e-4)
+    model.save_pretrained(tmp_path, selected_adapters=["c"])
+    loaded = PeftModel.from_pretrained(tiny.swin(), tmp_path / "c")
+    assert torch.equal(tiny.output(loaded), expected)
+    model.delete_adapter("a")
+    model.delete_adapter("b")
+    assert torch.equal(tiny.output(model), expected)
+    model.base_model.add_weighted_adapter(["c"], [0.5], "half_of_it")
+
+
+@pytest.mark.parametrize("weight", [None, "1", float("nan"), float("inf")])
+def test_weights_are_finite_numbers(weight):
+    model = two_adapters()
+    with pytest.raises(ValueError, match="finite numbers"):
+        model.base_model.add_weighted_adapter(["a"], [weight], "c")
+    assert list(model.peft_config) == ["a", "b"]

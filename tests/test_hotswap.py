@@ -91,3 +91,29 @@ def test_lora_is_swapped_as_ever(tmp_path):
     model = PeftModel.from_pretrained(tiny.swin(), tmp_path / "a")
     hotswap_adapter(model, str(tmp_path / "b"), adapter_name="default")
     assert torch.equal(tiny.output(model), expected)
+
+
+def test_an_adapter_that_is_not_active_is_compared_with_itself(tmp_path):
+    saved(tmp_path / "a", budget=1000)
+    other = saved(tmp_path / "b", seed=1, budget=1000)
+    saved(tmp_path / "c", budget=1000, external_scale=4.0)
+    saved(tmp_path / "d", budget=1000, modules_to_save=None)
+    model = PeftModel.from_pretrained(tiny.swin(), tmp_path / "a", adapter_name="a")
+    model.load_adapter(tmp_path / "c", "c")
+    model.set_adapter("c")
+    before = tiny.state(model)
+    for folder, field in (("c", "external_scale"), ("d", "modules_to_save")):
+        with pytest.raises(ValueError, match=field):
+            hotswap_adapter(model, str(tmp_path / folder), adapter_name="a")
+    assert tiny.same_state(tiny.state(model), before)
+    hotswap_adapter(model, str(tmp_path / "b"), adapter_name="a")
+    model.set_adapter("a")
+    assert torch.equal(tiny.output(model), other)
+
+
+def test_what_is_swapped_in_is_in_the_models_mode(tmp_path):
+    for seed, ticket in enumerate(("magnitude", "random")):
+        saved(tmp_path / ticket, seed=seed, initial_ticket=ticket, external_dropout=0.5)
+    model = PeftModel.from_pretrained(tiny.swin(), tmp_path / "magnitude")
+    hotswap_adapter(model, str(tmp_path / "random"), adapter_name="default")
+    assert not any(module.training for module in model.modules())

@@ -92,3 +92,30 @@ def test_a_head_that_the_model_reads_without_calling_it_cannot_be_mixed():
     with pytest.raises(ValueError, match=r"group the samples by adapter|without a row for each sample"):
         model(tiny.pixels(2, 64), adapter_names=["default", "__base__"])
     assert torch.isfinite(tiny.output(model, tiny.pixels(2, 64))).all()
+
+
+def test_fewer_names_than_images_are_refused_though_windows_would_divide():
+    model = get_peft_model(tiny.swin(), SFAConfig(budget=0.1)).eval()
+    with pytest.raises(ValueError, match="got 2 and 4 respectively"):
+        model(tiny.pixels(4), adapter_names=["default", "__base__"])
+    with pytest.raises(ValueError, match="got 2 and 4 respectively"):
+        model(pixel_values=tiny.pixels(4), adapter_names=["default", "__base__"])
+
+
+@pytest.mark.parametrize("samples", [2, 4])
+def test_layers_that_do_not_have_the_batch_first_are_refused(samples):
+    """Mask2Former's decoder has (queries, batch, channels), with 4 queries here."""
+    targets = r".*transformer_module\.decoder\.layers\..*(fc1|fc2)"
+    model = get_peft_model(tiny.mask2former_on_swin(), SFAConfig(internal_density=0.3, target_modules=targets)).eval()
+    with pytest.raises(ValueError, match="adapter_names" if samples == 2 else "cannot be told from tokens"):
+        model(tiny.pixels(samples, 64), adapter_names=["default", "__base__"] * (samples // 2))
+
+
+def test_a_heads_output_whose_first_dimension_is_the_batch_by_chance_is_refused():
+    """RF-DETR's decoder gives (layers, batch, queries, channels), with one layer here."""
+    config = SFAConfig(budget=0.1, modules_to_save=["model.decoder"])
+    model = get_peft_model(tiny.rf_detr(), config).eval()
+    with pytest.raises(ValueError, match="without a row for each sample"):
+        model(tiny.pixels(2, 64), adapter_names=["default", "__base__"])
+    x = tiny.pixels(2, 64)
+    torch.testing.assert_close(mixed(model, x, ["default"] * 2), alone(model, "default", x))

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 import tiny
-from sfa_peft import SFAConfig, SFALayer, search_ticket
+from sfa_peft import BaseMismatchWarning, CheckpointError, SFAConfig, SFALayer, search_ticket
 
 HEADS = {"modules_to_save": ["decode_head"]}
 
@@ -78,6 +78,46 @@ def test_two_active_adapters_add_up_and_two_heads_cannot():
     torch.testing.assert_close(tiny.output(model), both, atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="Only one adapter can be set at a time"):
         model.base_model.set_adapter(["default", "head"])
+
+
+@pytest.mark.parametrize("inference_mode", [False, True])
+def test_another_adapter_with_a_head_leaves_the_flags_of_the_active_one(tmp_path, inference_mode):
+    adapted().save_pretrained(tmp_path)
+    model = adapted()
+    if inference_mode:
+        model.set_requires_grad("default", False)
+    flags = {n: p.requires_grad for n, p in model.named_parameters() if ".default." in n}
+    assert set(flags.values()) == {not inference_mode}
+    model.load_adapter(tmp_path, "loaded", is_trainable=inference_mode)
+    model.add_adapter("added", SFAConfig(budget=0.05, inference_mode=not inference_mode, **HEADS))
+    assert {n: p.requires_grad for n, p in model.named_parameters() if ".default." in n} == flags
+    assert not any(p.requires_grad for n, p in model.named_parameters() if ".added." in n)
+
+
+def test_an_adapter_that_is_added_while_another_is_merged_is_of_the_base(tmp_path):
+    model = adapted(init_weights=False)
+    model.base_model.merge_adapter()
+    merged = tiny.state(model)
+    model.add_adapter("new", SFAConfig(budget=0.1))
+    assert all(torch.equal(merged[n], t) for n, t in tiny.state(model).items() if n in merged)
+    plain = get_peft_model(tiny.swin(), SFAConfig(budget=0.1))
+    found, expected = model.base_model.positions("new"), plain.base_model.positions("default")
+    assert all(torch.equal(found[m][p], expected[m][p]) for m in expected for p in expected[m])
+    assert model.peft_config["new"].base_fingerprint is not None
+    model.unmerge_adapter()
+    model.save_pretrained(tmp_path, selected_adapters=["new"])
+    with pytest.warns(BaseMismatchWarning):
+        PeftModel.from_pretrained(tiny.swin(seed=1), tmp_path / "new")
+
+
+def test_an_adapter_is_deleted_while_two_others_are_active():
+    model = adapted()
+    for name in ("one", "two"):
+        model.add_adapter(name, SFAConfig(budget=0.05))
+    model.base_model.set_adapter(["one", "two"])
+    model.delete_adapter("default")
+    assert model.base_model.active_adapters == ["one", "two"]
+    assert not any("default" in name.split(".") for name, _ in model.named_modules())
 
 
 # Loading paths
@@ -274,3 +314,23 @@ def test_a_search_after_loading_into_the_middle_of_a_session(tmp_path):
     with pytest.raises(ValueError, match="another ticket"):
         other.load_adapter(tmp_path, "default", is_trainable=True)
     assert tiny.same_state(tiny.state(other), before)
+    fresh.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        fresh.load_adapter(tmp_path, "default")
+
+
+def test_a_failed_load_under_a_name_that_is_there_leaves_the_very_same_parameters(tmp_path):
+    base = tiny.upernet(tiny.swin_config(), num_labels=5)
+    other = get_peft_model(base, SFAConfig(budget=0.1, init_weights=False, initial_ticket="random", **HEADS))
+    other.save_pretrained(tmp_path)
+    model = adapted()
+    before = {n: (id(p), p.clone(), p.requires_grad) for n, p in model.named_parameters()}
+    modes = [m.training for m in model.modules()]
+    with pytest.raises(CheckpointError, match="num_labels"):
+        model.load_adapter(tmp_path, "default", is_trainable=True)
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    for name, (identity, value, flag) in before.items():
+        assert (id(after[name]), after[name].requires_grad) == (identity, flag)
+        assert torch.equal(after[name], value)
+    assert [m.training for m in model.modules()] == modes

@@ -34,9 +34,9 @@ def folder(tmp_path_factory):
     return path
 
 
-def load(folder, backend=None):
+def load(folder, backend=None, dtype=torch.float32):
     quantization = {"quantization_config": BACKENDS[backend](), "device_map": "cpu"} if backend else {}
-    return Dinov2Model.from_pretrained(folder, **quantization).eval()
+    return Dinov2Model.from_pretrained(folder, dtype=dtype, **quantization).eval()
 
 
 def train(model):
@@ -163,3 +163,16 @@ def test_a_weight_that_cannot_be_read_is_refused(folder):
     config = {"budget": 600, "target_modules": ["layer.0.mlp.fc1"], "external_places": []}
     with pytest.raises(ValueError, match=r"packed.*before the first forward pass"):
         get_peft_model(base, SFAConfig(**config))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_half_precision_around_quantized_weights(folder, backend, dtype):
+    x = tiny.pixels().to(dtype)
+    before = tiny.output(load(folder, backend, dtype), x)
+    assert torch.equal(tiny.output(get_peft_model(load(folder, backend, dtype), SFAConfig(budget=600)), x), before)
+    model = get_peft_model(load(folder, backend, dtype), SFAConfig(budget=600, init_weights=False)).train()
+    model(x).last_hidden_state.float().square().mean().backward()
+    own = [p for p in model.parameters() if p.requires_grad]
+    assert {p.dtype for p in own} == {torch.float32}
+    assert all(p.grad is not None for p in own)

@@ -93,6 +93,11 @@ def has_known_blocks(model: nn.Module) -> bool:
     return any(known.places for _, _, known in _known_modules(model))
 
 
+def known_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """What the names of all modules in known blocks begin with."""
+    return tuple(prefix for prefix, _, _ in _known_modules(model))
+
+
 def known_targets(model: nn.Module) -> list[str]:
     """Full names of the leaves that a ticket may choose from by default, in model order."""
     return [

@@ -6,8 +6,11 @@ of their widths, which computes the weighted sum of what each computes, exactly:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Real
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -20,8 +23,6 @@ from .layer import SFALayer, sfa_layers
 from .plan import Plan, Planner, ticket_sizes
 from .ticket.selection import Positions
 
-MUST_AGREE = ("external_activation", "internal_granularity", "internal_block_size", "external_dropout")
-
 
 def check_combinable(model: nn.Module, configs: dict[str, SFAConfig], adapters: Sequence[str], weights: Any) -> None:
     """Check that adapters can be combined.
@@ -32,18 +33,27 @@ def check_combinable(model: nn.Module, configs: dict[str, SFAConfig], adapters: 
     """
     if not adapters or len(adapters) != len(weights):
         raise ValueError(f"{len(adapters)} adapters need as many weights, at least one; got {len(weights)} weights.")
+    for weight in weights:
+        if not isinstance(weight, Real) or not math.isfinite(weight):
+            raise ValueError(f"weights={list(weights)!r} must be finite numbers.")
     if len(set(adapters)) < len(adapters):
         raise ValueError(f"adapters={list(adapters)!r} names an adapter twice; add up its weights.")
     for name in adapters:
         if name not in configs:
             raise ValueError(f"Adapter {name} does not exist")
-    first = configs[adapters[0]]
-    for name in adapters[1:]:
-        for field in MUST_AGREE:
-            if getattr(configs[name], field) != getattr(first, field):
+    internal = [name for name in adapters if configs[name].ticket_sizes]
+    external = [name for name in adapters if configs[name].external_widths]
+    for field, read, own in (
+        ("internal_granularity", attrgetter("granularity"), internal),
+        ("external_activation", attrgetter("external_activation"), external),
+        ("external_dropout", attrgetter("external_dropout"), external),
+    ):
+        for name in own[1:]:
+            values = [read(configs[n]) for n in (own[0], name)]
+            if values[0] != values[1]:
                 raise ValueError(
-                    f"adapters {adapters[0]!r} and {name!r} cannot be combined: their {field} are "
-                    f"{getattr(first, field)!r} and {getattr(configs[name], field)!r}."
+                    f"adapters {own[0]!r} and {name!r} cannot be combined: their {field} is {values[0]!r} and "
+                    f"{values[1]!r}."
                 )
     heads = [m for m in model.modules() if isinstance(m, Head)]
     shared = [head for head in heads if sum(name in head.modules_to_save for name in adapters) > 1]
@@ -76,16 +86,30 @@ def combined(model: nn.Module, configs: dict[str, SFAConfig], adapters: Sequence
                 externals[key] = replace(externals.get(key, external), width=width)
     plan = Plan.of(positions, externals.values())
     heads = [head for name in adapters for head in configs[name].modules_to_save or ()]
+    first_internal = next((configs[name] for name in adapters if configs[name].ticket_sizes), configs[adapters[0]])
+    first_external = next((configs[name] for name in adapters if configs[name].external_widths), configs[adapters[0]])
+    total = _parameters(model, plan, first_internal)
     config = replace(
-        configs[adapters[0]],
+        first_internal,
         modules_to_save=list(dict.fromkeys(heads)) or None,
+        # The targets of all; what one of them leaves out is another's.
+        target_modules=set(plan.positions),
+        target_heads=None,
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        inference_mode=False,
+        base_fingerprint=None,
+        external_activation=first_external.external_activation,
+        external_dropout=first_external.external_dropout,
         external_scale=1.0,  # each adapter's own is in the values
+        external_share=plan.external_cost / total,
         external_widths=plan.external_widths,
         ticket_sizes=ticket_sizes(plan.positions),
         external_placement="uniform",
         external_width=None,
         internal_density=None,
-        budget=_parameters(model, plan, configs[adapters[0]]),
+        budget=total,
     )
     return config, plan
 
@@ -97,7 +121,7 @@ def _parameters(model: nn.Module, plan: Plan, config: SFAConfig) -> int:
         for module, parameters in plan.positions.items()
         for name, own in parameters.items()
     )
-    return internal + sum(external.cost for own in plan.externals.values() for external in own)
+    return internal + plan.external_cost
 
 
 def fill(model: nn.Module, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from .mixed import run_each
+from .mixed import Mixture, run_each
 
 
 class Head(ModulesToSaveWrapper):
@@ -22,15 +22,20 @@ class Head(ModulesToSaveWrapper):
     def _get_name(self) -> str:
         return ModulesToSaveWrapper.__name__  # what people know it by, in messages and when a model is printed
 
-    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        if adapter_names is None or self.disable_adapters:
+    def forward(self, *args: Any, mixture: Mixture | None = None, **kwargs: Any) -> Any:
+        if mixture is None or self.disable_adapters:
             return super().forward(*args, **kwargs)
 
         def run(name: str, *args: Any, **kwargs: Any) -> Any:
             is_own = name in self.modules_to_save
             return (self.modules_to_save[name] if is_own else self.original_module)(*args, **kwargs)
 
-        return run_each(adapter_names, run, args, kwargs, f"the head {type(self.original_module).__name__}")
+        return run_each(mixture.names, run, args, kwargs, f"the head {type(self.original_module).__name__}")
+
+    def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
+        # Of several adapters that go on being active, one at most has this head.
+        own = [name for name in new_active_adapters or () if name in self.modules_to_save]
+        super().delete_adapter(adapter_name, own)
 
     def _getattr_wrapped(self, name: str, modules: dict[str, nn.Module]) -> Any:
         value = super()._getattr_wrapped(name, modules)
@@ -57,8 +62,14 @@ def wrap_heads(
     for name in heads:
         head = model.get_submodule(name)
         if isinstance(head, ModulesToSaveWrapper):
+            flags = [(p, p.requires_grad) for p in head.modules_to_save.parameters()]
             head.update(adapter_name)
-            head.set_adapter(head.active_adapter, inference_mode=inference_mode)
+            head.modules_to_save[adapter_name].requires_grad_(False)
+            if is_active:
+                head.set_adapter(adapter_name, inference_mode=inference_mode)
+            else:
+                for p, requires_grad in flags:
+                    p.requires_grad_(requires_grad)
             continue
         wrapper = Head(head, adapter_name)
         wrapper.set_adapter(adapter_name if is_active else [], inference_mode=inference_mode)

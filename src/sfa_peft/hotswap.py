@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
 from peft.utils import PeftType, hotswap
 from torch import Tensor, nn
 
@@ -21,16 +21,7 @@ from .layer import sfa_layers
 from .model import SFAModel
 from .plan import LOADING, Planner
 from .registration import NAME, PeftTooDifferentError
-
-# What a swap cannot change; the ticket it can.
-FIXED = (
-    "external_activation",
-    "external_scale",
-    "external_widths",
-    "internal_block_size",
-    "internal_granularity",
-    "modules_to_save",
-)
+from .saved import difference_of
 
 
 def swap(model: nn.Module, tensors: dict[str, Tensor], adapter_name: str, config: SFAConfig) -> None:
@@ -60,6 +51,9 @@ def swap(model: nn.Module, tensors: dict[str, Tensor], adapter_name: str, config
         )
     tensors = {SFAModel._remove_adapter_name_from_key(key, adapter_name): tensor for key, tensor in tensors.items()}
     own = tuner.peft_config[adapter_name]
+    difference = difference_of(own.to_dict() | {"ticket_sizes": config.ticket_sizes}, config.to_dict())
+    if difference:
+        raise ValueError(f"Configs are incompatible: the adapters have another {difference}.")
     check_base(tuner.model, adapter_name, config, [name for name, _ in layers])
     if (own.ticket_sizes or {}) == (config.ticket_sizes or {}):
         set_peft_model_state_dict(peft_model, tensors, adapter_name)
@@ -88,19 +82,12 @@ def resized(model: PeftModel, adapter_name: str, config: SFAConfig) -> Iterator[
     tuner: SFAModel = model.base_model
     token = LOADING.set(True)  # positions come with the weights
     try:
-        plan, own = (Planner(tuner.model, c).plan() for c in (config, tuner.peft_config[adapter_name]))
+        plan = Planner(tuner.model, config).plan()
     finally:
         LOADING.reset(token)
-    positions = tuner.positions(adapter_name)
-    kept = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    kept = {key: tensor.clone() for key, tensor in kept.items()}
-    try:
+    with tuner.restoring(adapter_name, only_on_error=True):
         tuner.install(adapter_name, plan.positions, plan.all_externals)
         yield
-    except BaseException:
-        tuner.install(adapter_name, positions, own.all_externals)
-        set_peft_model_state_dict(model, kept, adapter_name)
-        raise
 
 
 def _asking_first(original: Callable[..., None]) -> Callable[..., None]:
@@ -126,4 +113,5 @@ if not hasattr(hotswap, "hotswap_adapter_from_state_dict") or not hasattr(hotswa
     raise PeftTooDifferentError("peft.utils.hotswap is not as sfa_peft knows it; install a version that it declares.")
 _current = hotswap.hotswap_adapter_from_state_dict
 hotswap.hotswap_adapter_from_state_dict = _asking_first(getattr(_current, "sfa_original", _current))
-hotswap.CONFIG_KEYS_TO_CHECK[PeftType[NAME]] = list(FIXED)
+# Not more: PEFT compares with the active adapter, which need not be the one that is swapped.
+hotswap.CONFIG_KEYS_TO_CHECK[PeftType[NAME]] = ["peft_type"]

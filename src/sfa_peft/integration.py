@@ -157,6 +157,8 @@ def load_adapter(
         stack.enter_context(_readable_errors(model_id, kwargs))
         stack.enter_context(key_mapping(given.get("key_mapping")))
         if adapter_name in model.peft_config:  # PEFT reads no config then
+            if any(adapter_name in layer.merged_adapters for _, layer in sfa_layers(model)):
+                raise ValueError(f"adapter {adapter_name!r} is merged: unmerge_adapter() before others are loaded.")
             saved, own = SFAConfig.from_pretrained(model_id, **kwargs), model.peft_config[adapter_name]
             if _only_sizes_differ(saved, own) and _is_fresh(model, adapter_name):
                 stack.enter_context(resized(model, adapter_name, saved))

@@ -29,7 +29,7 @@ from .internal import (
     changes_of,
     sparse_forward,
 )
-from .mixed import joined, rows_of
+from .mixed import Mixture, joined
 from .quantized import is_quantized, parameters_of, zeros_like_parameters
 
 
@@ -162,6 +162,10 @@ class SFALayer(nn.Module, BaseTunerLayer):
             self.sfa_parallel[adapter_name] = adapter
             self.parallel_inputs[adapter_name] = ParallelInput(container)
 
+    def internal_of(self, adapter_name: str) -> SparseDelta | None:
+        """One adapter's internal change here, if it has any."""
+        return self.sfa_internal[adapter_name] if adapter_name in self.sfa_internal else None  # noqa: SIM401 (no dict)
+
     def externals_of(self, adapter_name: str) -> list[tuple[ExternalAdapter, nn.Module | None]]:
         """One adapter's external adapters here, each with the container that it reads from, if it is parallel."""
         own: list[tuple[ExternalAdapter, nn.Module | None]] = []
@@ -219,14 +223,14 @@ class SFALayer(nn.Module, BaseTunerLayer):
             )
         return sparse_forward(self.op, x, base.weight, base.bias, deltas)
 
-    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, mixture: Mixture | None = None, **kwargs: Any) -> Tensor:
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
             self._forget_inputs()
             return self._base_forward(x, *args, **kwargs)
-        if adapter_names is not None:
-            return self._mixed_forward(x, adapter_names, *args, **kwargs)
+        if mixture is not None:
+            return self._mixed_forward(x, mixture, *args, **kwargs)
 
         names = self.merged_adapters if self.merged else self.active_adapters
         folded = self.merged or self.searching
@@ -236,9 +240,9 @@ class SFALayer(nn.Module, BaseTunerLayer):
         self._forget_inputs()
         return y
 
-    def _mixed_forward(self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+    def _mixed_forward(self, x: Tensor, mixture: Mixture, *args: Any, **kwargs: Any) -> Tensor:
         """Run each sample with the adapter that it is to have."""
-        rows = rows_of(adapter_names, len(x), x.device)
+        rows = mixture.rows(x)
         parts = []
         for name, own in rows.items():
             part = x.index_select(0, own)
@@ -248,7 +252,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
                 y = y + self.sfa_external[name](y)
             if name in self.sfa_parallel:
                 value = self.parallel_inputs[name].hook.take()
-                value = value.index_select(0, rows_of(adapter_names, len(value), value.device)[name])
+                value = value.index_select(0, mixture.rows(value)[name])
                 y = y + self.sfa_parallel[name](value).to(y.dtype)
             parts.append(y)
         self._forget_inputs()
@@ -427,8 +431,8 @@ class QuantizedLinear(SFALayer):
         return zeros_like_parameters(self.get_base_layer())
 
     def _changed_forward(self, x: Tensor, deltas: Sequence[SparseDelta]) -> Tensor:
-        zeros = self.changeable
         y = self._base_forward(x)
+        zeros = zeros_like_parameters(self.get_base_layer(), x.dtype)
         return y + sparse_forward(self.op, x, zeros.weight, zeros.bias, deltas).to(y.dtype)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,24 +13,41 @@ from torch.utils import _pytree as pytree  # the only tree functions that know t
 BASE = "__base__"  # PEFT's name for a sample that no adapter is to change
 
 
-def rows_of(names: Sequence[str], length: int, device: torch.device) -> dict[str, Tensor]:
-    """For each adapter, the indices of its rows in a tensor of so many, where a sample has one row or several.
+@dataclass(frozen=True)
+class Mixture:
+    """Which adapter each sample of a batch is to have.
 
-    Backbones with windows have the windows of a sample behind each other in the batch dimension.
-
-    Raises:
-        ValueError: If the rows do not divide among the samples.
+    Attributes:
+        names: The adapters, one for each sample.
+        has_windows: Whether a tensor may have several rows for each sample, behind each other: backbones with windows
+            put those of a sample there. Elsewhere more rows than samples would be something else.
     """
-    if not names or length % len(names):
-        raise ValueError(
-            f"Length of `adapter_names` should be the same as the number of inputs, but got {len(names)} and {length} "
-            f"respectively."
-        )
-    each = length // len(names)
-    samples: dict[str, list[int]] = {}
-    for sample, name in enumerate(names):
-        samples.setdefault(name, []).extend(range(sample * each, (sample + 1) * each))
-    return {name: torch.tensor(rows, device=device) for name, rows in samples.items()}
+
+    names: tuple[str, ...]
+    has_windows: bool = False
+
+    def rows(self, x: Tensor) -> dict[str, Tensor]:
+        """For each adapter, the indices of its rows in a tensor.
+
+        Raises:
+            ValueError: If the rows are not those of the samples, or that cannot be told.
+        """
+        samples, length = len(self.names), len(x)
+        each, rest = divmod(length, samples)
+        if rest or not each or (each > 1 and not self.has_windows):
+            raise ValueError(
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {samples} and "
+                f"{length} respectively."
+            )
+        if not self.has_windows and x.dim() == 3 and x.shape[1] == samples:
+            raise ValueError(
+                f"a layer got a tensor of shape {tuple(x.shape)}, in which samples cannot be told from tokens: use "
+                f"another number of samples than {samples}."
+            )
+        rows: dict[str, list[int]] = {}
+        for sample, name in enumerate(self.names):
+            rows.setdefault(name, []).extend(range(sample * each, (sample + 1) * each))
+        return {name: torch.tensor(own, device=x.device) for name, own in rows.items()}
 
 
 def joined(parts: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
@@ -52,24 +70,36 @@ def run_each(
     Raises:
         ValueError: If an output does not have a row for each sample.
     """
-    batch = len(names)
-    rows = rows_of(names, batch, torch.device("cpu"))
-    outputs, specs = [], []
-    for name, own in rows.items():
+    samples: dict[str, list[int]] = {}
+    for sample, name in enumerate(names):
+        samples.setdefault(name, []).append(sample)
+    if len(samples) == 1:
+        return run(names[0], *args, **kwargs)
 
-        def part(value: Any, own: Tensor = own) -> Any:
-            is_batch = isinstance(value, Tensor) and value.dim() and len(value) == batch
-            return value.index_select(0, own.to(value.device)) if is_batch else value
+    def outputs_of(name: str, own: list[int]) -> tuple[list[Any], Any]:
+        def part(value: Any) -> Any:
+            is_batch = isinstance(value, Tensor) and value.dim() and len(value) == len(names)
+            return value[own] if is_batch else value
 
-        leaves, spec = pytree.tree_flatten(run(name, *pytree.tree_map(part, args), **pytree.tree_map(part, kwargs)))
-        outputs.append(leaves)
-        specs.append(spec)
-    merged = []
-    for leaves in zip(*outputs, strict=True):
-        if not isinstance(leaves[0], Tensor):
-            merged.append(leaves[0])
-            continue
-        if any(not leaf.dim() or len(leaf) != len(own) for leaf, own in zip(leaves, rows.values(), strict=True)):
-            raise ValueError(f"{what} gives an output without a row for each sample, so batches cannot be mixed here.")
-        merged.append(joined(leaves, [own.to(leaves[0].device) for own in rows.values()]))
-    return pytree.tree_unflatten(merged, specs[0])
+        return pytree.tree_flatten(run(name, *pytree.tree_map(part, args), **pytree.tree_map(part, kwargs)))
+
+    outputs = {name: outputs_of(name, own) for name, own in samples.items()}
+    counts = {len(own) for own in samples.values()}
+    if len(counts) == 1:
+        # The first dimension could be of that size by chance. With one sample more it shows which one is the batch's.
+        name, own = next(iter(samples.items()))
+        more, _ = outputs_of(name, [*own, own[0]])
+        _check_batch_first(more, len(own) + 1, what)
+    for name, (leaves, _) in outputs.items():
+        _check_batch_first(leaves, len(samples[name]), what)
+    rows = [torch.tensor(own) for own in samples.values()]
+    merged = [
+        joined(leaves, [own.to(leaves[0].device) for own in rows]) if isinstance(leaves[0], Tensor) else leaves[0]
+        for leaves in zip(*(leaves for leaves, _ in outputs.values()), strict=True)
+    ]
+    return pytree.tree_unflatten(merged, next(iter(outputs.values()))[1])
+
+
+def _check_batch_first(leaves: Sequence[Any], count: int, what: str) -> None:
+    if any(isinstance(leaf, Tensor) and (not leaf.dim() or len(leaf) != count) for leaf in leaves):
+        raise ValueError(f"{what} gives an output without a row for each sample, so batches cannot be mixed here.")

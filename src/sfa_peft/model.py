@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from . import backbones
 from .base import check_base, head_modules, shared_parameters
 from .budget import External
 from .checkpoint import CheckpointError
@@ -32,7 +33,7 @@ from .config import SFAConfig
 from .external import ExternalAdapter
 from .heads import Head, wrap_heads
 from .layer import QuantizedLinear, SFALayer, layer_class, sfa_layers
-from .mixed import BASE
+from .mixed import BASE, Mixture
 from .plan import LOADING, TASK_HEADS, Plan, Planner, peft_verdict, ticket_sizes
 from .ticket.selection import Positions
 
@@ -67,6 +68,10 @@ class SFAModel(BaseTuner):
         self, model: nn.Module, adapter_name: str, *args: Any, plan: Plan | None = None, **kwargs: Any
     ) -> None:
         """Inject an adapter as `BaseTuner.inject_adapter` does, by its config, or by a plan that was made already."""
+        with self._unmerged():
+            self._inject(model, adapter_name, plan, *args, **kwargs)
+
+    def _inject(self, model: nn.Module, adapter_name: str, plan: Plan | None, *args: Any, **kwargs: Any) -> None:
         # A copy, since injection fills in sizes, and the user may use the config object for another model. One that
         # is loaded is of this adapter, and PEFT hands out the object that it was given.
         config = self.peft_config[adapter_name]
@@ -141,6 +146,7 @@ class SFAModel(BaseTuner):
             )
             container = None if external.mlp_input is None else self.model.get_submodule(external.mlp_input)
             layer.add_external(adapter_name, adapter, container)
+        layer.train(layer.training)
         layer.finish_adapter(adapter_name, inference_mode=peft_config.inference_mode)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -176,17 +182,28 @@ class SFAModel(BaseTuner):
         unknown = set(adapter_names) - self.peft_config.keys() - {BASE}
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        batch = next((len(v) for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()), None)
+        if batch not in (None, len(adapter_names)):
+            raise ValueError(
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
+                f"and {batch} respectively."
+            )
         if any(layer.merged for _, layer in sfa_layers(self.model)):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
 
-        def add_names(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            return args, kwargs | {"adapter_names": list(adapter_names)}
+        blocks = backbones.known_prefixes(self.model)
+        mixing = [(n, m) for n, m in self.model.named_modules() if isinstance(m, SFALayer | Head)]
+        handles = []
+        for name, module in mixing:
+            mixture = Mixture(tuple(adapter_names), bool(blocks) and name.startswith(blocks))
 
-        mixing = [module for module in self.model.modules() if isinstance(module, SFALayer | Head)]
-        handles = [module.register_forward_pre_hook(add_names, with_kwargs=True) for module in mixing]
-        heads = [module for module in mixing if isinstance(module, Head)]
+            def mix(module: nn.Module, args: Any, kwargs: dict[str, Any], mixture: Mixture = mixture) -> Any:
+                return args, kwargs | {"mixture": mixture}
+
+            handles.append(module.register_forward_pre_hook(mix, with_kwargs=True))
+        heads = [module for _, module in mixing if isinstance(module, Head)]
         try:
             for head in heads:
                 head.is_mixed = True
@@ -223,10 +240,11 @@ class SFAModel(BaseTuner):
         self.peft_config[adapter_name] = config
         try:
             self.inject_adapter(self.model, adapter_name, plan=plan)
+            fill(self.model, adapters, weights, adapter_name)
         except BaseException:
-            self.peft_config.pop(adapter_name)
+            discard_adapter(self.model, adapter_name)
+            self.peft_config.pop(adapter_name, None)
             raise
-        fill(self.model, adapters, weights, adapter_name)
         own = [p for _, layer in sfa_layers(self.model) for p in layer.parameters_of(adapter_name)]
         for p in own:
             p.requires_grad_(False)
@@ -433,22 +451,50 @@ class SFAModel(BaseTuner):
     @contextmanager
     def other_externals(self, adapter_name: str, externals: Sequence[External]) -> Iterator[None]:
         """Replace an adapter's external adapters for a while; afterwards its own are back, as they were."""
-        config = self.peft_config[adapter_name]
-        widths = config.external_widths
-        kept = {n: own for n, layer in sfa_layers(self.model) if (own := layer.externals_of(adapter_name))}
-        try:
+        with self.restoring(adapter_name):
             self.install(adapter_name, externals=externals)
             yield
+
+    @contextmanager
+    def restoring(self, adapter_name: str, only_on_error: bool = False) -> Iterator[None]:
+        """Give an adapter back what it consists of, the very same modules, after something else was installed."""
+        config = self.peft_config[adapter_name]
+        sizes = config.ticket_sizes, config.external_widths
+        kept = {
+            name: (layer.internal_of(adapter_name), layer.externals_of(adapter_name))
+            for name, layer in sfa_layers(self.model)
+            if adapter_name in layer.adapter_names
+        }
+        failed = True
+        try:
+            yield
+            failed = False
         finally:
-            layers = dict(sfa_layers(self.model))
-            for layer in layers.values():
-                layer.remove_externals(adapter_name)
-            for name, own in kept.items():
-                layer = layers.get(name) or self._wrap(name, adapter_name)
-                for adapter, container in own:
-                    layer.add_external(adapter_name, adapter, container)
-            config.external_widths = widths
-            unwrap_empty_layers(self.model)
+            if failed or not only_on_error:
+                layers = dict(sfa_layers(self.model))
+                for layer in layers.values():
+                    layer.remove_internal(adapter_name)
+                    layer.remove_externals(adapter_name)
+                for name, (internal, externals) in kept.items():
+                    layer = layers.get(name) or self._wrap(name, adapter_name)
+                    if internal is not None:
+                        layer.sfa_internal[adapter_name] = internal
+                    for adapter, container in externals:
+                        layer.add_external(adapter_name, adapter, container)
+                config.ticket_sizes, config.external_widths = sizes
+                unwrap_empty_layers(self.model)
+
+    @contextmanager
+    def _unmerged(self) -> Iterator[None]:
+        """The base as it is without its merged adapters; afterwards they are merged again."""
+        merged = [(layer, list(layer.merged_adapters)) for _, layer in sfa_layers(self.model) if layer.merged]
+        for layer, _ in merged:
+            layer.unmerge()
+        try:
+            yield
+        finally:
+            for layer, names in merged:
+                layer.merge(adapter_names=names)
 
     def _wrap(self, name: str, adapter_name: str) -> SFALayer:
         leaf = self.model.get_submodule(name)

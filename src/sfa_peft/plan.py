@@ -60,6 +60,11 @@ class Plan:
         return [external for own in self.externals.values() for external in own]
 
     @property
+    def external_cost(self) -> int:
+        """Parameters of the external adapters."""
+        return sum(external.cost for external in self.all_externals)
+
+    @property
     def external_widths(self) -> dict[str, dict[str, int]]:
         widths: dict[str, dict[str, int]] = {}
         for external in self.all_externals:
@@ -232,7 +237,7 @@ class Planner:
         candidates = {}
         for name in names:
             self._refuse_merged(name)
-            self._refuse_foreign(name, "target_modules")
+            self._refuse_foreign(name, "target_modules" if config.target_modules is not None else "target_heads")
             parameters = internal_parameters(self.leaves.get(name))
             if not parameters:
                 kind = type(self.model.get_submodule(name)).__name__

@@ -34,9 +34,13 @@ def numel(parameter: Tensor) -> int:
     return parameter.numel() if state is None else state.shape.numel()
 
 
-def zeros_like_parameters(module: nn.Linear) -> SimpleNamespace:
-    """Zeros of the shapes of a quantized layer's ``weight`` and ``bias``, without memory of their own."""
-    dtype = module.weight.dtype if module.weight.is_floating_point() else torch.float32
+def zeros_like_parameters(module: nn.Linear, dtype: torch.dtype | None = None) -> SimpleNamespace:
+    """Zeros of the shapes of a quantized layer's ``weight`` and ``bias``, without memory of their own.
+
+    Their dtype is `dtype`, or that of the weight, or float32 for one of integers.
+    """
+    if dtype is None:
+        dtype = module.weight.dtype if module.weight.is_floating_point() else torch.float32
     zero = torch.zeros((), dtype=dtype, device=module.weight.device)
     out, into = module.out_features, module.in_features
     return SimpleNamespace(weight=zero.expand(out, into), bias=None if module.bias is None else zero.expand(out))

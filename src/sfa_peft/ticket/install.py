@@ -74,8 +74,12 @@ def ticket_of(model: nn.Module, adapter_name: str | None = None) -> Ticket:
     """
     tuner, adapter_name = adapter_of(model, adapter_name)
     config = tuner.peft_config[adapter_name]
-    shapes, widths = shapes_of(tuner.candidates(adapter_name)), copy.deepcopy(config.external_widths or {})
-    return Ticket(tuner.positions(adapter_name), shapes, config.granularity, widths)
+    positions, widths = tuner.positions(adapter_name), copy.deepcopy(config.external_widths or {})
+    shapes = shapes_of(tuner.candidates(adapter_name))
+    for module, layer in sfa_layers(tuner.model):  # what a config names no more that was changed since
+        for name in positions.get(module, ()):
+            shapes.setdefault(f"{module}.{name}", tuple(getattr(layer.changeable, name).shape))
+    return Ticket(positions, shapes, config.granularity, widths)
 
 
 def searchable(model: nn.Module, adapter_name: str | None, replaces_externals: bool = False) -> tuple[Any, str]:
