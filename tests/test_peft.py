@@ -10,6 +10,7 @@ from peft import (
     PeftMixedModel,
     PeftModel,
     TaskType,
+    functional,
     get_layer_status,
     get_model_status,
     get_peft_model,
@@ -137,6 +138,22 @@ def test_injecting_without_a_peft_model(name):
     result = set_peft_model_state_dict(other, tensors, low_cpu_mem_usage=True)
     assert not result.unexpected_keys
     assert torch.equal(tiny.output(other), tiny.output(model))
+
+
+def test_the_functional_interface():
+    model = functional.inject_adapter_in_model(SFAConfig(budget=0.1, init_weights=False), tiny.swin(), "one")
+    one = tiny.output(model)
+    options = {"budget": 0.05, "init_weights": False, "external_places": ["attention"]}
+    functional.inject_adapter_in_model(SFAConfig(**options), model, "two")
+    functional.set_adapter(model, "two")
+    two = tiny.output(model)
+    functional.set_adapter(model, "one")
+    assert torch.equal(tiny.output(model), one)
+    functional.set_requires_grad(model, "two", True)
+    assert any(p.requires_grad for n, p in model.named_parameters() if ".two." in n)
+    assert functional.delete_adapter(model, "one", prefix="sfa_") == ["two"]
+    assert torch.equal(tiny.output(model), two)
+    assert not any("one" in name.split(".") for name, _ in model.named_modules())
 
 
 def test_a_config_that_is_given_is_the_adapters(tmp_path):
