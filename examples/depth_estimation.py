@@ -25,7 +25,7 @@ from dense.methods import Rates
 from dense.metrics import DepthErrors
 from dense.pictures import paint_depth
 from dense.run import main
-from dense.samples import Array, Note, Sample, read_depth, read_image
+from dense.samples import Array, BadSampleError, FlagError, Note, Sample, read_depth, read_image
 from dense.task import Task
 
 LEAST = 1e-3  # metres; less has no logarithm that helps
@@ -66,6 +66,11 @@ class DepthEstimation(Task):
 
     def fresh(self, backbone: nn.Module) -> nn.Module:
         channels = self.args.head_channels
+        if not isinstance(getattr(backbone.config, "hidden_size", None), int) or hasattr(backbone.config, "depths"):
+            raise FlagError(
+                f"--model: DPT's head is for plain vision transformers such as DINOv2, and "
+                f"{backbone.config.model_type} is none"
+            )
         # DPT's own factors are for patches of 16 pixels; so its output has about the size of the image.
         coarse = 2.0 ** round(math.log2(backbone.config.patch_size / 16))
         model = DPTForDepthEstimation(
@@ -87,7 +92,14 @@ class DepthEstimation(Task):
 
     def read(self, row: Mapping[str, Any], note: Note) -> Sample:
         sample = Sample(read_image(row[self.column["image"]]))
-        sample.depth = read_depth(row[self.column["depth"]], sample.size, self.args.depth_scale, note)
+        depth = read_depth(row[self.column["depth"]], sample.size, self.args.depth_scale, note)
+        if not ((depth > LEAST) & (depth <= self.args.max_depth)).any():
+            least = depth[depth > 0].min()
+            raise BadSampleError(
+                f"no depth from {LEAST} to {self.args.max_depth:g} m, which are --max_depth; is --depth_scale right?",
+                f"the least is {least:g} m",
+            )
+        sample.depth = depth
         return sample
 
     def batch(self, tensors: Sequence[dict[str, Tensor]]) -> dict[str, Any]:

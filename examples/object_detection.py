@@ -26,7 +26,7 @@ from dense.methods import Rates
 from dense.metrics import CocoAP
 from dense.pictures import paint_objects, palette
 from dense.run import main
-from dense.samples import Array, Classes, Note, Sample, read_image, read_objects
+from dense.samples import Array, Classes, FlagError, Note, Sample, read_image, read_objects
 from dense.task import Task
 
 DETECTIONS = 100  # that COCO judges an image by
@@ -81,6 +81,17 @@ class ObjectDetection(Task):
 
     def fresh(self, backbone: nn.Module) -> nn.Module:
         args, own = self.args, backbone.config
+        if not isinstance(getattr(own, "num_attention_heads", None), int):
+            raise FlagError(
+                f"--model: RF-DETR's head is for plain vision transformers such as DINOv2, and {own.model_type} is "
+                f"none"
+            )
+        tokens = (self.size[0] // own.patch_size) * (self.size[1] // own.patch_size)
+        if tokens < args.queries:
+            raise FlagError(
+                f"--queries {args.queries}: each is a place in the image, and --image_size gives {tokens}; lower the "
+                f"one or raise the other"
+            )
         described = RfDetrDinov2Config(
             hidden_size=own.hidden_size,
             num_hidden_layers=own.num_hidden_layers,

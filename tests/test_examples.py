@@ -27,7 +27,7 @@ from dense.checkpoints import FOLDER
 from dense.methods import METHODS, Dense, adapt, is_head, lora_config, shira_config, trained_backbone_parameters
 from dense.models import LinearHead, feature_levels, heads_of
 from dense.run import run
-from dense.samples import Classes, FlagError
+from dense.samples import Classes, DataError, FlagError
 from dense.scenes import CLASSES, HEIGHT, THINGS, WIDTH, make_scene, make_scenes
 from depth_estimation import DepthEstimation
 from instance_segmentation import InstanceSegmentation
@@ -389,28 +389,60 @@ def launch(script, *arguments, launcher=()):
         capture_output=True,
         text=True,
         timeout=280,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"},
     )
 
 
-TWO = (
-    *("-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"),
-    *("--mixed_precision=no", "--dynamo_backend=no"),
-)
+TWO = ("-m", "torch.distributed.run", "--nproc_per_node=2")
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_work_and_can_be_resumed(folders, tmp_path):
-    task = ObjectDetection
-    arguments = flags_of(folders, task, tmp_path, *RESUMABLE, "--steps", "4")
-    done = launch("object_detection.py", *arguments, launcher=TWO)
+@pytest.mark.parametrize("task", [ObjectDetection, SemanticSegmentation])
+def test_two_processes_share_the_work_and_can_be_resumed(folders, task, tmp_path):
+    """The head of segmentation has batch norms, whose statistics each process takes from its own batches."""
+    script, more = {
+        ObjectDetection: ("object_detection.py", ()),
+        SemanticSegmentation: ("semantic_segmentation.py", ("--head", "upernet", "--head_channels", "8")),
+    }[task]
+    arguments = flags_of(folders, task, tmp_path, *RESUMABLE, "--steps", "4", *more)
+    done = launch(script, *arguments, launcher=TWO)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "every tensor is the same" in done.stdout
+    assert "2 on cpu" in (tmp_path / "report.html").read_text()
     expected = trained(tmp_path)
     checkpoint = str(tmp_path / FOLDER / "step_2")
-    done = launch("object_detection.py", *arguments, "--resume_from_checkpoint", checkpoint, launcher=TWO)
+    done = launch(script, *arguments, "--resume_from_checkpoint", checkpoint, launcher=TWO)
     assert done.returncode == 0, done.stderr[-3000:]
     assert all(torch.equal(tensor, trained(tmp_path)[name]) for name, tensor in expected.items())
+
+
+@pytest.mark.slow
+def test_nothing_of_an_earlier_run_is_taken_for_a_later_ones(folders, tmp_path):
+    """One folder for a run with an adapter and a ticket, and then for one that trains the head alone."""
+    arguments = flags_of(folders, SemanticSegmentation, tmp_path, "--steps", "2", "--search_steps", "1")
+    run(SemanticSegmentation, arguments)
+    assert (tmp_path / "ticket.png").exists()
+    (tmp_path / "notes.txt").write_text("of mine")
+    later = run(SemanticSegmentation, [*arguments, "--method", "head"])
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(("adapter", "ticket"))]
+    assert later["bytes"].keys() == {"head or whole model", "names and rest", "total"}
+    assert (tmp_path / "notes.txt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "flags", "match"),
+    [
+        (ObjectDetection, ["--bbox_key", "boxes"], r"objects have no 'boxes': they have .*--bbox_key"),
+        (ObjectDetection, ["--queries", "5000"], "--queries 5000"),
+        (DepthEstimation, ["--depth_scale", "0.001"], r"is --depth_scale right\?"),
+        (SemanticSegmentation, ["--method", "lora", "--external_share", "0.5"], "--external_share 0.5"),
+        (SemanticSegmentation, ["--budget", "1e-6"], "--budget 1e-06"),
+    ],
+)
+def test_flags_that_do_not_fit_the_data_or_the_method_end_with_a_sentence(folders, task, flags, match, tmp_path):
+    with pytest.raises((DataError, FlagError), match=match):
+        run(task, flags_of(folders, task, tmp_path, "--steps", "2", "--search_steps", "0", *flags))
 
 
 @pytest.mark.slow

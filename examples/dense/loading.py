@@ -311,9 +311,12 @@ class Waiting:
         return min(part, 1.0)
 
 
-def first_rows(rows: Rows, count: int) -> list[tuple[int, dict[str, Any]]]:
-    """A few rows for pictures: evenly spaced, or the first of a stream; with their places."""
+def rows_to_show(rows: Rows, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows for pictures, with their places: so many that are evenly spaced, then others in case some are bad."""
     if rows.is_stream:
-        return list(enumerate(islice(rows, count)))
-    places = np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int).tolist()
-    return [(place, rows[place]) for place in places]
+        yield from enumerate(islice(rows, MOST_BAD))
+        return
+    spaced = np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int).tolist()
+    others = (place for place in range(len(rows)) if place not in spaced)
+    for place in islice((*spaced, *others), MOST_BAD):
+        yield place, rows[place]

@@ -21,7 +21,7 @@ import sfa_peft
 from .augmentation import finished, to_tensors
 from .checkpoints import Progress
 from .data import Rows
-from .loading import first_rows, read_item
+from .loading import read_item, rows_to_show
 from .pictures import draw_curves, save_grid
 from .samples import DataError, Problems, Sample
 from .task import Task, predictions
@@ -67,15 +67,17 @@ class Report:
         Raises:
             DataError: If none of them can be used.
         """
-        read = [
-            read_item(self.task, self.rows, row, i, keeps_sample=True) for i, row in first_rows(self.rows, SAMPLES)
-        ]
-        self.samples = [item.sample for item in read if item.sample is not None]
+        self.samples, wrong, tried = [], Problems(), 0
+        for place, row in rows_to_show(self.rows, SAMPLES):
+            item, tried = read_item(self.task, self.rows, row, place, keeps_sample=True), tried + 1
+            wrong.merge([item.problems])
+            if item.sample is not None:
+                self.samples.append(item.sample)
+            if len(self.samples) == SAMPLES:
+                return
         if not self.samples:
-            wrong = Problems()
-            wrong.merge(item.problems for item in read)
             raise DataError(
-                f"{len(read)} rows of {self.rows.split!r} were tried and none can be used: {'; '.join(wrong.lines())}"
+                f"{tried} rows of {self.rows.split!r} were tried and none can be used: {'; '.join(wrong.lines())}"
             )
 
     def draw(self, model: nn.Module) -> Path:

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from .checkpoints import TICKET, Checkpoints, Progress
 from .loading import TrainBatches, check_all
 from .methods import METHODS, Dense, Rates, adapt, is_adapter, is_head, trained_backbone_parameters
 from .nano_backbone import pretrained_nano_backbone
-from .report import Report, number
+from .report import PICTURES, Report, number
 from .samples import DataError, FlagError, Problems
 from .task import Task
 from .training import evaluate, fit
@@ -35,6 +36,10 @@ from .training import evaluate, fit
 RUN = "run.json"
 RESULTS = "results.json"
 SEARCH = "search.safetensors"
+PRODUCTS = (
+    *(RUN, RESULTS, TICKET, "ticket.png", "report.html", PICTURES, "logs"),
+    *("adapter_*", "head.safetensors", "model.safetensors", "README.md"),
+)
 # Flags that do not change what a run ends with, and may be others when it goes on.
 FREE = {
     *("output_dir", "logging_steps", "eval_steps", "eval_batch_size", "num_workers", "log_with", "push_to_hub"),
@@ -46,7 +51,7 @@ def main(task_class: type[Task]) -> None:
     """Run a task's script; what is wrong with flags or data ends it with a sentence."""
     try:
         run(task_class, doc=sys.modules["__main__"].__doc__)
-    except (DataError, FlagError, FileNotFoundError) as error:
+    except (DataError, FlagError, OSError) as error:  # of the last kind: what is not on the Hub, and why
         raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from error
 
 
@@ -97,6 +102,8 @@ class Run:
         self.report = Report(self.task, self.validation_rows, self.accelerator, self.progress, self.problems, command)
         args.output_dir.mkdir(parents=True, exist_ok=True)
         if self.accelerator.is_main_process:
+            if self.resume is None:
+                _clear(args.output_dir)
             described = {"task": task_class.__name__, "model": self.model_name, "id2label": self.task.id2label}
             _write_json(args.output_dir / RUN, described | {"args": plain(args)})
         if trackers:
@@ -113,7 +120,11 @@ class Run:
         dense = self.base()
         self.heads, self.whole = dense.heads, dense.backbone_parameters
         share = {} if args.external_share is None else {"external_share": args.external_share}
-        model = adapt(dense, args.method, args.budget, **share)
+        try:
+            model = adapt(dense, args.method, args.budget, **share)
+        except (TypeError, ValueError) as error:
+            given = "".join(f" --external_share {value}" for value in share.values())
+            raise FlagError(f"--method {args.method} --budget {args.budget}{given}: {error}") from error
         self.trained = trained_backbone_parameters(model, self.heads)
         self.report.facts |= {
             "backbone parameters": f"{self.whole:,}",
@@ -212,9 +223,9 @@ class Run:
         args = self.args
         default = self.task.rates.get(args.method, METHODS[args.method].rates)
         return Rates(
-            backbone=args.learning_rate or default.backbone,
-            internal=args.internal_learning_rate or default.internal,
-            head=args.head_learning_rate or default.head,
+            backbone=default.backbone if args.learning_rate is None else args.learning_rate,
+            internal=default.internal if args.internal_learning_rate is None else args.internal_learning_rate,
+            head=default.head if args.head_learning_rate is None else args.head_learning_rate,
         )
 
     def _after_step(self, model: nn.Module) -> None:
@@ -238,8 +249,6 @@ class Run:
         sizes = self._save(model)
         if is_adapter(model):
             self._check_reloaded(model)
-            if args.push_to_hub:
-                model.push_to_hub(args.push_to_hub)
         for split, problems in self.problems.items():
             problems.merge(gather_object([problems]))
             for line in problems.lines():
@@ -262,6 +271,8 @@ class Run:
             _write_json(args.output_dir / RESULTS, results)
             self.report.facts |= {f"saved, {part}": f"{count:,} bytes" for part, count in sizes.items()}
             self._say(f"report: {self.report.write()}\nnumbers: {args.output_dir / RESULTS}")
+        if args.push_to_hub and is_adapter(model):
+            model.push_to_hub(args.push_to_hub)
         return results
 
     def _save(self, model: nn.Module) -> dict[str, int]:
@@ -312,6 +323,15 @@ def checkpoint_bytes(path: Path) -> dict[str, int]:
             sizes[part] = sizes.get(part, 0) + tensor.numel() * tensor.element_size()
     total = path.stat().st_size
     return sizes | {"names and rest": total - sum(sizes.values()), "total": total}
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier run left in its folder, so that nothing of it is taken for this one's."""
+    if not (folder / RUN).is_file():
+        return
+    for pattern in PRODUCTS:
+        for path in folder.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _as_json(value: Any) -> Any:

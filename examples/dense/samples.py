@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,9 @@ class BadSampleError(ValueError):
     def __init__(self, kind: str, detail: str = "") -> None:
         super().__init__(kind, detail)
         self.kind, self.detail = kind, detail
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.detail}" if self.detail else self.kind
 
 
 class FlagError(ValueError):
@@ -115,14 +119,18 @@ class Classes:
         """The class of an object by the dataset's id or name; None if there is none."""
         if isinstance(category, str):
             return self._ids_of_names.get(category)
-        return self.new_ids.get(int(category)) if category is not None else None
+        is_number = category is not None and math.isfinite(category)
+        return self.new_ids.get(int(category)) if is_number else None
 
     def of_map(self, label: Array) -> Array:
         """A map of the dataset's ids as a map of classes, 255 where ignored.
 
         Raises:
             BadSampleError: If it has an id that is neither a class nor ignored.
+            DataError: If there are more classes than such a map can tell.
         """
+        if len(self.id2label) > IGNORE_INDEX:
+            raise DataError(f"there are {len(self.id2label)} classes, and a label map takes {IGNORE_INDEX} at most")
         result = np.full(label.shape, IGNORE_INDEX, np.uint8)
         for i in np.unique(label).tolist():
             if i in self.new_ids:
@@ -184,7 +192,10 @@ def read_depth(value: Any, size: tuple[int, int], scale: float, note: Note) -> A
     raw = _opened(value, "depth map") if isinstance(value, Mapping | str | Image.Image) else value
     if raw is None:
         raise BadSampleError("depth map missing")
-    depth = np.asarray(raw, dtype=np.float32)
+    try:
+        depth = np.asarray(raw, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise BadSampleError("depth map that is no rectangle of numbers", str(error)) from error
     if depth.ndim != 2:
         raise BadSampleError("depth map that is not of one channel")
     _check_size("depth map", depth, size)
@@ -216,8 +227,12 @@ def read_objects(
 
     Raises:
         BadSampleError: If the lists do not fit together, or all objects of the row had to be left out.
+        DataError: If there are no such lists.
     """
     given = _as_lists(value)
+    for role, key in keys.items():
+        if given and key not in given:
+            raise DataError(f"objects have no {key!r}: they have {sorted(given)}. Name it with --{role}_key")
     boxes, categories = given.get(keys["bbox"]), given.get(keys["category"])
     count = 0 if not boxes else len(boxes)
     if count and (categories is None or len(categories) != count):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -111,10 +112,18 @@ def fit(
     return accelerator.unwrap_model(wrapped)
 
 
+def _agree_on_buffers(model: nn.Module, accelerator: Accelerator) -> None:
+    """Give all processes the main one's: in a step, each takes a batch norm's statistics from its own batch."""
+    if accelerator.num_processes > 1:
+        for buffer in model.buffers():
+            buffer.copy_(broadcast(buffer))
+
+
 def evaluate(
     task: Task, model: nn.Module, rows: Rows, accelerator: Accelerator, problems: Problems | None = None
 ) -> dict[str, Any]:
-    """The task's scores on a split, at the annotations' own size, over all processes."""
+    """The task's scores on a split, at the annotations' own size, over all processes; they have one model then."""
+    _agree_on_buffers(model, accelerator)
     metric = task.metric()
     for images, samples in eval_batches(task, rows, accelerator, Problems() if problems is None else problems):
         with accelerator.autocast():
