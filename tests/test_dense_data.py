@@ -17,8 +17,10 @@ from pycocotools import mask as rle
 
 from dense.arguments import parse
 from dense.augmentation import Augmentation, finished, to_tensors
+from dense.checkpoints import Progress
 from dense.data import load_rows
 from dense.loading import Draws, TrainBatches, check_all, eval_batches
+from dense.report import Report
 from dense.samples import (
     BadSampleError,
     Classes,
@@ -172,6 +174,37 @@ def test_categories_by_number_and_by_name():
     as_list = [{"bbox": [0, 0, 9, 9], "category": 0, "area": 50.0}]
     listed = read_objects(as_list, Classes({0: "cell"}), (100, 200), KEYS, False, notes)
     assert listed["areas"].tolist() == [50]
+
+
+def test_a_category_that_is_no_number_is_no_class():
+    found, notes = objects_of([[0, 0, 9, 9]] * 3, [0.0, float("nan"), None])
+    assert found["classes"].tolist() == [0]
+    assert notes == ["category outside id2label"] * 2
+
+
+def test_objects_under_other_keys_are_told():
+    with pytest.raises(DataError, match=r"no 'bbox': they have \['boxes', 'category'\].*--bbox_key"):
+        read_objects({"boxes": [[0, 0, 9, 9]], "category": [0]}, Classes({0: "a"}), (9, 9), KEYS, False, Notes())
+
+
+def test_more_classes_than_a_label_map_can_tell():
+    with pytest.raises(DataError, match="300 classes"):
+        Classes({i: str(i) for i in range(300)}).of_map(np.zeros((2, 2), np.int64))
+
+
+def test_a_depth_map_that_is_no_rectangle():
+    with pytest.raises(BadSampleError, match="no rectangle"):
+        read_depth([[1.0, 2.0], [3.0]], (2, 2), 1.0, Notes())
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_pictures_are_of_the_next_rows_where_some_are_bad(folder, tmp_path, streaming):
+    spoiled(folder, tmp_path, "image", lambda i: {"bytes": b"broken", "path": f"{i}.jpg"}, at=(0, 1))
+    args = flags(DepthEstimation, "--dataset", tmp_path, *(["--streaming"] if streaming else []))
+    task, train, _ = DepthEstimation.load(args)
+    report = Report(task, train, Accelerator(), Progress(), {}, "")
+    report.read_samples()
+    assert report.samples
 
 
 def test_images_without_objects_are_examples_and_those_without_a_usable_one_are_not():

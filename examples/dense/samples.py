@@ -119,8 +119,7 @@ class Classes:
         """The class of an object by the dataset's id or name; None if there is none."""
         if isinstance(category, str):
             return self._ids_of_names.get(category)
-        is_number = category is not None and math.isfinite(category)
-        return self.new_ids.get(int(category)) if is_number else None
+        return self.new_ids.get(int(category)) if _is_number(category) else None
 
     def of_map(self, label: Array) -> Array:
         """A map of the dataset's ids as a map of classes, 255 where ignored.
@@ -398,4 +397,8 @@ def _as_lists(objects: Any) -> Mapping[str, Any]:
 def _is_ignored(category: Any, classes: Classes) -> bool:
     if isinstance(category, str):
         return category.lower() in IGNORED_NAMES
-    return category is not None and int(category) in classes.ignored
+    return _is_number(category) and int(category) in classes.ignored
+
+
+def _is_number(category: Any) -> bool:
+    return category is not None and math.isfinite(category)
