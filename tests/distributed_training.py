@@ -40,3 +40,6 @@ else:
 if accelerator.is_main_process:
     torch.save(get_peft_model_state_dict(model, state_dict=state), folder / "state.pt")
     model.save_pretrained(folder / "adapter", state_dict=state)
+# Otherwise a process may end while threads of the mesh's groups still run, and abort.
+accelerator.wait_for_everyone()
+torch.distributed.destroy_process_group()
