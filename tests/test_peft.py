@@ -319,7 +319,7 @@ def test_lora_beside_sfa_is_refused_as_any_two_kinds_are():
         model.add_adapter("lora", LoraConfig(target_modules=["fc1"]))
 
 
-def test_a_search_after_loading_into_the_middle_of_a_session(tmp_path):
+def test_a_fresh_adapter_takes_the_ticket_of_a_file_and_a_trained_one_does_not(tmp_path):
     model = adapted()
     search_ticket(model, [tiny.batch()], steps=2, progress=False)
     tiny.train(model).save_pretrained(tmp_path)
