@@ -73,5 +73,4 @@ def wrap_heads(
             continue
         wrapper = Head(head, adapter_name)
         wrapper.set_adapter(adapter_name if is_active else [], inference_mode=inference_mode)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, wrapper)
+        model.set_submodule(name, wrapper)

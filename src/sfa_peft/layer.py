@@ -248,13 +248,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
             part = x.index_select(0, own)
             deltas = [self.sfa_internal[name]] if name in self.sfa_internal else []
             y = self._changed_forward(part, deltas) if deltas else self._base_forward(part, *args, **kwargs)
-            if name in self.sfa_external:
-                y = y + self.sfa_external[name](y)
-            if name in self.sfa_parallel:
-                value = self.parallel_inputs[name].hook.take()
-                value = value.index_select(0, mixture.rows(value)[name])
-                y = y + self.sfa_parallel[name](value).to(y.dtype)
-            parts.append(y)
+            parts.append(self._add_externals(y, [name], mixture))
         self._forget_inputs()
         return joined(parts, list(rows.values()))
 
@@ -262,13 +256,16 @@ class SFALayer(nn.Module, BaseTunerLayer):
         for parallel in self.parallel_inputs.values():
             parallel.hook.forget()
 
-    def _add_externals(self, y: Tensor, names: Sequence[str]) -> Tensor:
+    def _add_externals(self, y: Tensor, names: Sequence[str], mixture: Mixture | None = None) -> Tensor:
         result = y
         for name in names:
             if name in self.sfa_external:
                 result = result + self.sfa_external[name](y)
             if name in self.sfa_parallel:
-                result = result + self.sfa_parallel[name](self.parallel_inputs[name].hook.take()).to(y.dtype)
+                value = self.parallel_inputs[name].hook.take()
+                if mixture is not None:
+                    value = value.index_select(0, mixture.rows(value)[name])
+                result = result + self.sfa_parallel[name](value).to(y.dtype)
         return result
 
     def get_delta_weight(self, adapter: str, parameter: str = "weight") -> Tensor:

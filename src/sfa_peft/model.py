@@ -303,8 +303,7 @@ class SFAModel(BaseTuner):
         """Give back the base model, its original heads included (PEFT's own `unload` leaves the trained heads in)."""
         for name, module in list(self.model.named_modules()):
             if isinstance(module, ModulesToSaveWrapper):
-                parent, _, child = name.rpartition(".")
-                setattr(self.model.get_submodule(parent), child, module.original_module)
+                self.model.set_submodule(name, module.original_module)
         return super().unload()
 
     def candidates(self, adapter_name: str) -> dict[str, dict[str, nn.Parameter]]:
@@ -501,8 +500,7 @@ class SFAModel(BaseTuner):
         layer = layer_class(leaf)(leaf, adapter_name)
         layer.train(leaf.training)
         layer.set_adapter(self.active_adapters)
-        parent, _, child = name.rpartition(".")
-        setattr(self.model.get_submodule(parent), child, layer)
+        self.model.set_submodule(name, layer)
         return layer
 
     @classmethod
@@ -620,12 +618,10 @@ def discard_adapter(model: nn.Module, adapter_name: str) -> None:
                 active = [other for other in module.active_adapters if other != adapter_name]
                 module.delete_adapter(adapter_name, new_active_adapters=active or others[:1])
             else:
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, module.original_module)
+                model.set_submodule(name, module.original_module)
 
 
 def unwrap_empty_layers(model: nn.Module) -> None:
     for name, layer in sfa_layers(model):
         if not layer.adapter_names:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.base_layer)
+            model.set_submodule(name, layer.base_layer)
