@@ -23,9 +23,10 @@ from transformers import DPTConfig, DPTForDepthEstimation
 
 from dense.methods import Rates
 from dense.metrics import DepthErrors
+from dense.models import require_plain
 from dense.pictures import paint_depth
 from dense.run import main
-from dense.samples import Array, BadSampleError, FlagError, Note, Sample, read_depth, read_image
+from dense.samples import Array, BadSampleError, Note, Sample, read_depth, read_image
 from dense.task import Task
 
 LEAST = 1e-3  # metres; less has no logarithm that helps
@@ -66,11 +67,7 @@ class DepthEstimation(Task):
 
     def fresh(self, backbone: nn.Module) -> nn.Module:
         channels = self.args.head_channels
-        if not isinstance(getattr(backbone.config, "hidden_size", None), int) or hasattr(backbone.config, "depths"):
-            raise FlagError(
-                f"--model: DPT's head is for plain vision transformers such as DINOv2, and "
-                f"{backbone.config.model_type} is none"
-            )
+        require_plain(backbone.config, "DPT")
         # DPT's own factors are for patches of 16 pixels; so its output has about the size of the image.
         coarse = 2.0 ** round(math.log2(backbone.config.patch_size / 16))
         model = DPTForDepthEstimation(

@@ -24,6 +24,7 @@ from transformers.models.rf_detr.configuration_rf_detr import RfDetrDinov2Config
 from dense.data import Rows, load_classes
 from dense.methods import Rates
 from dense.metrics import CocoAP
+from dense.models import require_plain
 from dense.pictures import paint_objects, palette
 from dense.run import main
 from dense.samples import Array, Classes, FlagError, Note, Sample, read_image, read_objects
@@ -81,11 +82,7 @@ class ObjectDetection(Task):
 
     def fresh(self, backbone: nn.Module) -> nn.Module:
         args, own = self.args, backbone.config
-        if not isinstance(getattr(own, "num_attention_heads", None), int):
-            raise FlagError(
-                f"--model: RF-DETR's head is for plain vision transformers such as DINOv2, and {own.model_type} is "
-                f"none"
-            )
+        require_plain(own, "RF-DETR")
         tokens = (self.size[0] // own.patch_size) * (self.size[1] // own.patch_size)
         if tokens < args.queries:
             raise FlagError(

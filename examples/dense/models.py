@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoBackbone, PretrainedConfig
 
+from .samples import FlagError
+
 
 class LinearHead(nn.Module):
     """A linear classifier on all feature levels: one 1x1 convolution per level, upsampled and summed.
@@ -29,6 +31,19 @@ class LinearHead(nn.Module):
         return torch.stack(
             [F.interpolate(level, size=size, mode="bilinear", align_corners=False) for level in logits]
         ).sum(0)
+
+
+def require_plain(config: PretrainedConfig, head: str) -> None:
+    """Check that a backbone has one width and one resolution in all its layers.
+
+    Raises:
+        FlagError: If not, naming the head that needs it.
+    """
+    is_plain = all(isinstance(getattr(config, name, None), int) for name in ("hidden_size", "num_attention_heads"))
+    if not is_plain or hasattr(config, "depths"):
+        raise FlagError(
+            f"--model: {head}'s head is for plain vision transformers such as DINOv2, and {config.model_type} is none"
+        )
 
 
 def load_backbone(name_or_path: str, config: PretrainedConfig, **options: Any) -> nn.Module:

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -222,11 +223,12 @@ class Run:
     def _rates(self) -> Rates:
         args = self.args
         default = self.task.rates.get(args.method, METHODS[args.method].rates)
-        return Rates(
-            backbone=default.backbone if args.learning_rate is None else args.learning_rate,
-            internal=default.internal if args.internal_learning_rate is None else args.internal_learning_rate,
-            head=default.head if args.head_learning_rate is None else args.head_learning_rate,
-        )
+        given = {
+            "backbone": args.learning_rate,
+            "internal": args.internal_learning_rate,
+            "head": args.head_learning_rate,
+        }
+        return replace(default, **{name: rate for name, rate in given.items() if rate is not None})
 
     def _after_step(self, model: nn.Module) -> None:
         step = self.progress.step
