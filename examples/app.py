@@ -33,16 +33,13 @@ class Adapters:
         runs: Of any tasks and backbones.
         device: Where to answer.
 
-    Raises:
-        FlagError: If two runs on one backbone have one name.
     """
 
     def __init__(self, runs: Sequence[Trained], device: torch.device) -> None:
         by_model: dict[str, list[Trained]] = {}
         for trained in runs:
             by_model.setdefault(trained.model, []).append(trained)
-        boards = [Switchboard(own, device) for own in by_model.values()]
-        self.boards = {str(t.folder): board for board in boards for t in board.runs.values()}
+        self.boards = {model: Switchboard(own, device) for model, own in by_model.items()}
         self.runs = {str(trained.folder): trained for trained in runs}
 
     @property
@@ -61,8 +58,8 @@ class Adapters:
             image = read_image({"path": path, "bytes": None})
         except BadSampleError as error:
             raise gradio.Error(f"This file cannot be used: {error.kind}. {error.detail}") from error
-        trained, board = self.runs[folder], self.boards[folder]
-        pictures = [board.paint(trained.name, image, adapted) for adapted in (False, True)]
+        trained = self.runs[folder]
+        pictures = [self.boards[trained.model].paint(trained, image, adapted) for adapted in (False, True)]
         ticket = trained.folder / TICKET
         return *pictures, str(ticket) if ticket.is_file() else None, self.words(folder)
 
@@ -126,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folders = args.runs or [MULTI_TASK / name for name in DEFAULT]
     if args.runs is None and not all(folder.is_dir() for folder in folders):
         raise FlagError(f"there are no adapters in {MULTI_TASK} yet: run multi_task.py first, or give --runs")
-    adapters = Adapters([Trained.load(folder, TASKS) for folder in folders], PartialState().device)
+    adapters = Adapters([Trained.load(folder, TASKS) for folder in dict.fromkeys(folders)], PartialState().device)
     build(adapters).launch(
         server_name=args.host,
         server_port=args.port,

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import PartialState
+from PIL import Image
 from torch import nn
 
 from dense.pictures import save_grid
@@ -35,6 +36,7 @@ TASKS = {
 }
 # What is trained if no runs are given, all on the embedded DINOv2 backbone.
 DEFAULT = {"segmentation": SemanticSegmentation, "detection": ObjectDetection, "depth": DepthEstimation}
+NUMBERS = "memory.json"  # not what a run's are called: --output_dir may be a run's folder
 MIB = 1 << 20
 
 
@@ -70,28 +72,25 @@ def bytes_of(*modules: nn.Module) -> int:
 
 def main() -> None:
     args = parse_arguments()
+    image = make_scene(seed=12345)["image"] if args.image is None else image_of_flag(args.image)
     device = PartialState().device
-    runs = [Trained.load(folder, TASKS) for folder in args.runs or train_all(args)]
+    runs = [Trained.load(folder, TASKS) for folder in dict.fromkeys(args.runs or train_all(args))]
     whole = sum(bytes_of(trained.task.build(trained.model, device).model) for trained in runs)
     switchboard = Switchboard(runs, device, keeps_base=False)
     together = bytes_of(switchboard.model)
     backbone = sum(p.numel() * p.element_size() for n, p in switchboard.model.named_parameters() if is_backbone(n))
 
-    if args.image is None:
-        image = make_scene(seed=12345)["image"]
-    else:
-        image = read_image({"path": str(args.image), "bytes": None})
     pictures, seconds = {"image": [np.asarray(image)]}, {}
     for trained in runs:
-        switchboard.paint(trained.name, image)  # the first call of a model is slower
+        switchboard.paint(trained, image)  # the first call of a model is slower
         began = time.perf_counter()
-        pictures[f"{trained.task.name} ({trained.name})"] = [switchboard.paint(trained.name, image)]
-        seconds[trained.name] = time.perf_counter() - began
+        pictures[f"{trained.task.name}\n{trained.folder}"] = [switchboard.paint(trained, image)]
+        seconds[trained.folder] = time.perf_counter() - began
     args.output_dir.mkdir(parents=True, exist_ok=True)
     picture = args.output_dir / "answers.png"
     save_grid(picture, pictures, {}, f"one backbone, {len(runs)} adapters")
-    for name, own in seconds.items():
-        print(f"{name}: answered in {1000 * own:.0f} ms, with the switch")
+    for folder, own in seconds.items():
+        print(f"{folder}: answered in {1000 * own:.0f} ms, with the switch")
     print(
         f"in memory: one backbone of {backbone / MIB:.1f} MiB, {len(runs)} adapters and heads of "
         f"{(together - backbone) / MIB:.1f} MiB; together {together / MIB:.1f} MiB. {len(runs)} whole models: "
@@ -100,8 +99,16 @@ def main() -> None:
     on_disk = sum((trained.folder / "adapter_model.safetensors").stat().st_size for trained in runs)
     print(f"on disk: the adapters take {on_disk / MIB:.1f} MiB, the whole models {whole / MIB:.1f} MiB")
     numbers = {"bytes_together": together, "bytes_of_backbone": backbone, "bytes_of_whole_models": whole}
-    (args.output_dir / RESULTS).write_text(json.dumps(numbers | {"bytes_on_disk": on_disk}, indent=2) + "\n")
+    (args.output_dir / NUMBERS).write_text(json.dumps(numbers | {"bytes_on_disk": on_disk}, indent=2) + "\n")
     print(f"picture: {picture}")
+
+
+def image_of_flag(path: Path) -> Image.Image:
+    """The image that `--image` names."""
+    try:
+        return read_image({"path": str(path), "bytes": None})
+    except BadSampleError as error:
+        raise FlagError(f"--image {path}: {error}") from error
 
 
 def is_backbone(name: str) -> bool:
@@ -112,5 +119,5 @@ def is_backbone(name: str) -> bool:
 if __name__ == "__main__":
     try:
         main()
-    except (FlagError, DataError, BadSampleError) as error:
+    except (DataError, FlagError) as error:
         raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from error

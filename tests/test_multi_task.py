@@ -20,7 +20,9 @@ from transformers import Dinov2Model
 
 import tiny
 
+from app import Adapters
 from dense.augmentation import finished, to_tensors
+from dense.nano_backbone import pretrained_nano_backbone
 from dense.run import run
 from dense.samples import FlagError, Sample
 from dense.scenes import make_scene, make_scenes
@@ -80,17 +82,20 @@ def same(one, other):
     return np.array_equal(one, other)
 
 
+def alone(trained, image):
+    """What a run's adapter predicts on a model of its own."""
+    model = PeftModel.from_pretrained(trained.task.build(trained.model, CPU).model, str(trained.folder))
+    pixels = finished(to_tensors(Sample(image), trained.task.size))["image"][None]
+    return predictions(trained.task, model, pixels, [Sample(image)])[0]
+
+
 @pytest.mark.slow
 def test_one_backbone_answers_as_each_task_alone(folders):
     image = make_scene(7)["image"]
     runs = load(folders)
     board = Switchboard(runs, CPU)
     for trained in (*runs, *runs[::-1]):  # switched back and forth
-        base = trained.task.build(trained.model, CPU).model
-        sample = Sample(image)
-        pixels = finished(to_tensors(sample, trained.task.size))["image"][None]
-        (alone,) = predictions(trained.task, PeftModel.from_pretrained(base, str(trained.folder)), pixels, [sample])
-        assert same(board.predict(trained.name, image), alone)
+        assert same(board.predict(trained, image), alone(trained, image))
     (frozen,) = [
         p for n, p in board.model.named_parameters() if n.endswith("layer.0.attention.q_proj.base_layer.weight")
     ]
@@ -111,12 +116,15 @@ def test_the_backbone_is_in_memory_once(folders):
 @pytest.mark.slow
 def test_without_the_adapter_the_base_model_answers(folders):
     image = make_scene(7)["image"]
-    board = Switchboard(load(folders), CPU)
-    torch.manual_seed(0)
-    adapted, base = board.predict("depth", image), board.predict("depth", image, adapted=False)
-    assert adapted.shape == base.shape == (96, 128)
-    assert not np.allclose(adapted, base)
-    assert board.paint("detection", image).ndim == 3
+    *_, depth = runs = load(folders)
+    board = Switchboard(runs, CPU)
+    adapted, before = board.predict(depth, image), board.predict(depth, image, adapted=False)
+    assert adapted.shape == before.shape == (96, 128)
+    assert not np.allclose(adapted, before)
+    torch.manual_seed(depth.task.args.seed)  # its untrained head is the one that the run began with
+    model = depth.task.build(depth.model, CPU).model
+    pixels = finished(to_tensors(Sample(image), depth.task.size))["image"][None]
+    assert same(before, predictions(depth.task, model, pixels, [Sample(image)])[0])
 
 
 @pytest.mark.slow
@@ -129,7 +137,7 @@ def test_the_script_draws_and_compares(folders, tmp_path, monkeypatch, capsys):
     )
     multi_task()
     told = capsys.readouterr().out
-    numbers = json.loads((tmp_path / "out" / "results.json").read_text())
+    numbers = json.loads((tmp_path / "out" / "memory.json").read_text())
     assert numbers["bytes_together"] < numbers["bytes_of_whole_models"]
     assert "3 whole models" in told
     assert (tmp_path / "out" / "answers.png").stat().st_size > 5_000
@@ -140,14 +148,83 @@ def test_runs_that_cannot_be_used_together_are_refused(folders, tmp_path):
     with pytest.raises(FlagError, match=r"is not the folder of a finished run: run.json is missing"):
         Trained.load(tmp_path, TASKS)
     shutil.copytree(folders / "depth", tmp_path / "depth")
-    one, other = Trained.load(folders / "depth", TASKS), Trained.load(tmp_path / "depth", TASKS)
-    with pytest.raises(FlagError, match="must have different names"):
-        Switchboard([one, other], CPU)
     described = json.loads((tmp_path / "depth" / "run.json").read_text())
     (tmp_path / "depth" / "run.json").write_text(json.dumps(described | {"model": "another"}))
-    (tmp_path / "depth").rename(tmp_path / "elsewhere")
-    with pytest.raises(FlagError, match="several models"):
-        Switchboard([one, Trained.load(tmp_path / "elsewhere", TASKS)], CPU)
+    runs = [Trained.load(folder / "depth", TASKS) for folder in (folders, tmp_path)]
+    with pytest.raises(FlagError, match=r"share no backbone; .*/depth on another"):
+        Switchboard(runs, CPU)
+
+
+@pytest.mark.slow
+def test_folders_may_have_any_name_and_the_same(folders, tmp_path):
+    """Names that no module of torch may have, and two folders of one name: seeds of a run, say."""
+    image = make_scene(7)["image"]
+    for name in ("keys", "v1.0", "weight", "again/v1.0"):
+        shutil.copytree(folders / "depth", tmp_path / name)
+    runs = [Trained.load(tmp_path / name, TASKS) for name in ("keys", "v1.0", "weight", "again/v1.0")]
+    board = Switchboard(runs, CPU)
+    expected = alone(runs[0], image)
+    assert all(same(board.predict(trained, image), expected) for trained in runs)
+
+
+# What the scripts leave by default, with their own backbones and heads
+
+BY_DEFAULT = {
+    "swin": ("SemanticSegmentation", "InstanceSegmentation"),
+    "dinov2": ("ObjectDetection", "DepthEstimation"),
+}
+
+
+@pytest.fixture(scope="module")
+def default_runs(tmp_path_factory):
+    """A short run of each task as it is without flags; and again of one, with another seed. By the backbone."""
+    root = tmp_path_factory.mktemp("default")
+    short = ["--steps=2", "--search_steps=1", "--max_train_samples=4", "--max_eval_samples=2", "--batch_size=2"]
+    runs = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(root / "cache"))
+        for kind, tasks in BY_DEFAULT.items():
+            model = pretrained_nano_backbone(PartialState(), kind, scenes=4, steps=2)
+            for seed, task in enumerate((*tasks, tasks[0])):
+                folder = root / f"{kind}-{seed}"
+                own = [f"--model={model}", f"--output_dir={folder}", f"--seed={seed}", "--num_workers=0"]
+                run(TASKS[task], [*short, *own, "--log_with=none"])
+                runs.setdefault(kind, []).append(Trained.load(folder, TASKS))
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    return runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", BY_DEFAULT)
+def test_what_each_script_leaves_by_default_can_be_switched(default_runs, kind):
+    image = make_scene(7)["image"]
+    runs = default_runs[kind]
+    board = Switchboard(runs, CPU)
+    for trained in (*runs, *runs[::-1]):
+        assert same(board.predict(trained, image), alone(trained, image))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", BY_DEFAULT)
+def test_the_script_takes_what_each_script_leaves_by_default(default_runs, kind, tmp_path, monkeypatch, capsys):
+    folders = [str(trained.folder) for trained in default_runs[kind]]
+    output = ["--output_dir", folders[0]]  # a run's own folder, which stays a run's
+    monkeypatch.setattr(sys, "argv", ["multi_task.py", "--runs", *folders, *folders, *output])
+    multi_task()
+    assert "3 whole models" in capsys.readouterr().out
+    assert Trained.load(Path(folders[0]), TASKS).results
+
+
+@pytest.mark.slow
+def test_the_page_takes_what_each_script_leaves_by_default(default_runs, tmp_path):
+    make_scene(5)["image"].save(tmp_path / "street.png")
+    runs = [trained for own in default_runs.values() for trained in own]
+    adapters = Adapters(runs, CPU)
+    assert adapters.tasks == [TASKS[task].name for own in BY_DEFAULT.values() for task in own]
+    for trained in runs:
+        before, adapted, *_ = adapters.answer(str(tmp_path / "street.png"), str(trained.folder))
+        assert before.shape == adapted.shape
 
 
 # The page

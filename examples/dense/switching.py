@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,12 @@ from .samples import Array, Classes, FlagError, Sample
 from .task import Task, predictions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trained:
     """What a run of an example has left: a task, and an SFA adapter for it.
 
     Attributes:
-        folder: With the adapter in it; its name is the adapter's.
+        folder: With the adapter in it.
         task: With the flags of the run.
         model: The Hub id or folder of the backbone, or of the dense checkpoint.
         results: The scores.
@@ -40,10 +41,6 @@ class Trained:
     task: Task
     model: str
     results: Mapping[str, Any]
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
 
     @classmethod
     def load(cls, folder: Path, tasks: Mapping[str, type[Task]]) -> Trained:
@@ -74,7 +71,7 @@ class Shared(nn.Module):
 
     Args:
         backbone: The backbone. It is no submodule here, so that it has one name, and each adapter is on it once.
-        options: Fields of its config that this task's head depends on.
+        options: Fields of its config that this task's head depends on, as they are in the task's own backbone.
     """
 
     def __init__(self, backbone: nn.Module, options: Mapping[str, Any]) -> None:
@@ -97,25 +94,27 @@ class MultiTask(nn.Module):
 
     Attributes:
         backbone: The one backbone.
-        tasks: By the run's name, the task's model, without a backbone of its own.
-        key_mappings: By the run's name, what PEFT needs to find an adapter's modules here.
+        tasks: For each run, the task's model, without a backbone of its own.
+        key_mappings: For each run, what PEFT needs to find an adapter's modules here.
     """
 
     def __init__(self, runs: Sequence[Trained], device: torch.device) -> None:
         super().__init__()
-        models: list[Dense] = [trained.task.build(trained.model, device) for trained in runs]
-        self.backbone = models[0].model.get_submodule(models[0].backbone)
-        # What one head does not set, another may have changed.
-        own = [trained.task.backbone_options() for trained in runs]
-        defaults = {name: getattr(self.backbone.config, name) for options in own for name in options}
-        self.tasks, self.key_mappings = nn.ModuleDict(), {}
-        for trained, dense in zip(runs, models, strict=True):
-            options = defaults | trained.task.backbone_options()
+        models: list[Dense] = []
+        for trained in runs:
+            torch.manual_seed(trained.task.args.seed)  # an untrained head is the one that the run began with
+            models.append(trained.task.build(trained.model, device))
+        backbones = [dense.model.get_submodule(dense.backbone) for dense in models]
+        self.backbone = backbones[0]
+        fields = {field for trained in runs for field in trained.task.backbone_options()}
+        self.tasks, self.key_mappings = nn.ModuleList(), []
+        for place, (dense, own) in enumerate(zip(models, backbones, strict=True)):
+            options = {field: getattr(own.config, field) for field in fields if hasattr(own.config, field)}
             parent, _, child = dense.backbone.rpartition(".")
             setattr(dense.model.get_submodule(parent), child, Shared(self.backbone, options))
-            self.tasks[trained.name] = dense.model
+            self.tasks.append(dense.model)
             path = dense.backbone.replace(".", r"\.")
-            self.key_mappings[trained.name] = {rf"^{path}\.": "backbone.", "^": f"tasks.{trained.name}."}
+            self.key_mappings.append({rf"^{path}\.": "backbone.", "^": f"tasks.{place}."})
 
 
 class Switchboard:
@@ -124,44 +123,40 @@ class Switchboard:
     Args:
         runs: Trained on one and the same backbone.
         device: Where to answer.
-        keeps_base: Keep the untrained heads as well, so that the base model can be asked.
+        keeps_base: Keep the heads from before training as well, so that the model can be asked without an adapter.
 
     Raises:
-        FlagError: If the runs were trained on several models, or two have one name.
+        FlagError: If the runs were trained on several models.
     """
 
     def __init__(self, runs: Sequence[Trained], device: torch.device, keeps_base: bool = True) -> None:
-        self.runs = {trained.name: trained for trained in runs}
         self.device = device
-        if len(self.runs) < len(runs):
-            raise FlagError(f"the folders of the runs must have different names: {[str(t.folder) for t in runs]}")
-        models = sorted({trained.model for trained in runs})
-        if len(models) > 1:
-            raise FlagError(f"the runs were trained on several models, and share no backbone: {models}")
+        if len({trained.model for trained in runs}) > 1:
+            on = ", ".join(f"{trained.folder} on {trained.model}" for trained in runs)
+            raise FlagError(f"--runs: they share no backbone; train them with the same --model or --backbone: {on}")
         base = MultiTask(runs, device)
-        first, *others = runs
-        self.model = PeftModel.from_pretrained(
-            base, str(first.folder), first.name, key_mapping=base.key_mappings[first.name]
-        )
-        for trained in others:
-            self.model.load_adapter(str(trained.folder), trained.name, key_mapping=base.key_mappings[trained.name])
+        # Not the folders' names: not every name of a folder can be one of an adapter, and two may have the same.
+        self.adapters = {trained: f"run_{place}" for place, trained in enumerate(runs)}
+        self.tasks = dict(zip(runs, base.tasks, strict=True))
+        first, *others = zip(runs, self.adapters.values(), base.key_mappings, strict=True)
+        trained, adapter, mapping = first
+        self.model = PeftModel.from_pretrained(base, str(trained.folder), adapter, key_mapping=mapping)
+        for trained, adapter, mapping in others:
+            self.model.load_adapter(str(trained.folder), adapter, key_mapping=mapping)
         self.model.to(device).eval()
         if not keeps_base:
             for module in self.model.modules():
                 if isinstance(module, ModulesToSaveWrapper):
                     module.original_module = nn.Identity()
 
-    def predict(self, name: str, image: Image.Image, adapted: bool = True) -> Any:
-        """One task's prediction for an image, at its own size; with `adapted` False the base model's."""
-        task, sample = self.runs[name].task, Sample(image)
-        self.model.set_adapter(name)
+    def predict(self, trained: Trained, image: Image.Image, adapted: bool = True) -> Any:
+        """A run's prediction for an image, at its own size; with `adapted` False that of before its training."""
+        task, sample = trained.task, Sample(image)
+        self.model.set_adapter(self.adapters[trained])
         pixels = finished(to_tensors(sample, task.size))["image"][None].to(self.device)
-        model = self.model.get_base_model().tasks[name]
-        if adapted:
-            return predictions(task, model, pixels, [sample])[0]
-        with self.model.disable_adapter():
-            return predictions(task, model, pixels, [sample])[0]
+        with nullcontext() if adapted else self.model.disable_adapter():
+            return predictions(task, self.tasks[trained], pixels, [sample])[0]
 
-    def paint(self, name: str, image: Image.Image, adapted: bool = True) -> Array:
+    def paint(self, trained: Trained, image: Image.Image, adapted: bool = True) -> Array:
         """A picture (height, width, 3) of it."""
-        return self.runs[name].task.paint(np.asarray(image), self.predict(name, image, adapted))
+        return trained.task.paint(np.asarray(image), self.predict(trained, image, adapted))
