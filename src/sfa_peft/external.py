@@ -26,9 +26,14 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for the device of `x`."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def compute_dtype(x: Tensor, otherwise: torch.dtype) -> torch.dtype:
     """The dtype that matrix products run in: autocast's where it is on for the device of `x`, else `otherwise`."""
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x):
         return torch.get_autocast_dtype(x.device.type)
     return otherwise
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .external import compute_dtype
+from .external import autocasts, compute_dtype
 from .granularity import Column, Granularity, Row, position_dtype
 
 PARAMETERS = ("weight", "bias")
@@ -194,7 +194,7 @@ class LayerNormOp:
 
     def compute_dtype(self, x: Tensor, weight: Tensor) -> torch.dtype:
         # Autocast keeps layer_norm in float32.
-        return torch.float32 if torch.is_autocast_enabled(x.device.type) else weight.dtype
+        return torch.float32 if autocasts(x) else weight.dtype
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         y, mean, rstd = torch.native_layer_norm(x, self.shape, weight, bias, self.eps)
@@ -290,7 +290,7 @@ def sparse_forward(op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, delta
     """Run `op` on `x` with `weight` and `bias` changed by all `deltas`, which add up."""
     changes = changes_of(deltas)
     dtype = op.compute_dtype(x, weight)
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x):
         x = x.to(dtype)
     if not torch.is_grad_enabled():
         return op.forward(x, *_changed(weight, bias, changes, dtype))[0]

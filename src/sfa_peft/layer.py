@@ -7,13 +7,14 @@ next to an adapter that uses other places.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from threading import get_ident
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .external import ExternalAdapter
@@ -100,6 +101,17 @@ def channels_of(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def base_parameters_of(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of a module that are not an adapter's or a head's."""
+    if isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    elif isinstance(module, ModulesToSaveWrapper):
+        module = module.original_module
+    yield from module.parameters(recurse=False)
+    for child in module.children():
+        yield from base_parameters_of(child)
+
+
 class SFALayer(nn.Module, BaseTunerLayer):
     """A wrapped leaf: ``y = base(x; W + delta)``, then ``y + external(y) + parallel_external(container's input)``.
 
@@ -109,15 +121,17 @@ class SFALayer(nn.Module, BaseTunerLayer):
     Args:
         base_layer: The leaf.
         adapter_name: The first adapter on it.
+        block: The module around a leaf without parameters that has some. It tells the adapter's device and dtype.
     """
 
     adapter_layer_names = ("sfa_internal", "sfa_external", "sfa_parallel")
     other_param_names = ("parallel_inputs",)
     takes_internal = False
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str, block: nn.Module | None = None) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self._block = (block,)  # no submodule of this one
         self.sfa_internal = nn.ModuleDict()
         self.sfa_external = nn.ModuleDict()
         self.sfa_parallel = nn.ModuleDict()
@@ -187,8 +201,30 @@ class SFALayer(nn.Module, BaseTunerLayer):
             del self.sfa_internal[adapter_name]
 
     def finish_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        for adapter in self._modules_of(adapter_name):
+            self._move(adapter, device, dtype)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+        # PEFT knows leaves with a `weight`: LayerScale has `lambda1`, and a norm without parameters has only its block.
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        own = next(base_parameters_of(self._block[0] or base_layer), None)
+        return (own.device, own.dtype) if device is None and own is not None else (device, dtype)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT calls this when weights have been loaded. Its own would drop them where the base has none yet, and moves
+        # no adapter while another one has none.
+        base_device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        device = device or base_device
+        if device is not None and device.type != "meta":
+            for adapter in self._modules_of(adapter_name):
+                self._move(adapter, device, dtype)
+
+    @staticmethod
+    def _move(adapter: nn.Module, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        if not any(p.is_meta for p in adapter.parameters()):
+            adapter.to(device=device, dtype=dtype if dtype is not None and dtype.is_floating_point else None)
 
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name in self.parallel_inputs:
@@ -201,8 +237,11 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     def parameters_of(self, adapter_name: str) -> list[nn.Parameter]:
         """All trainable parameters that one adapter has here."""
-        own = (getattr(self, name) for name in self.adapter_layer_names)
-        return [p for adapters in own if adapter_name in adapters for p in adapters[adapter_name].parameters()]
+        return [p for adapter in self._modules_of(adapter_name) for p in adapter.parameters()]
+
+    def _modules_of(self, adapter_name: str) -> list[nn.Module]:
+        kinds = (getattr(self, name) for name in self.adapter_layer_names)
+        return [adapters[adapter_name] for adapters in kinds if adapter_name in adapters]
 
     def is_changed_by(self, adapter_name: str) -> bool:
         """Whether an adapter does anything here yet: internal values or up projections that are not all zero."""

@@ -32,7 +32,7 @@ from .combining import check_combinable, combined, fill
 from .config import SFAConfig
 from .external import ExternalAdapter
 from .heads import Head, wrap_heads
-from .layer import QuantizedLinear, SFALayer, layer_class, sfa_layers
+from .layer import QuantizedLinear, SFALayer, base_parameters_of, layer_class, sfa_layers
 from .mixed import BASE, Mixture
 from .plan import LOADING, TASK_HEADS, Plan, Planner, peft_verdict, ticket_sizes
 from .ticket.selection import Positions
@@ -497,11 +497,18 @@ class SFAModel(BaseTuner):
 
     def _wrap(self, name: str, adapter_name: str) -> SFALayer:
         leaf = self.model.get_submodule(name)
-        layer = layer_class(leaf)(leaf, adapter_name)
+        block = self._block_of(name) if next(leaf.parameters(), None) is None else None
+        layer = layer_class(leaf)(leaf, adapter_name, block)
         layer.train(leaf.training)
         layer.set_adapter(self.active_adapters)
         self.model.set_submodule(name, layer)
         return layer
+
+    def _block_of(self, name: str) -> nn.Module | None:
+        """The nearest module around a leaf that has parameters of the base."""
+        path = name.split(".")
+        around = (self.model.get_submodule(".".join(path[:depth])) for depth in reversed(range(len(path))))
+        return next((module for module in around if next(base_parameters_of(module), None) is not None), None)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

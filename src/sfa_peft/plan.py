@@ -408,14 +408,27 @@ class Planner:
     # Which
 
     def _initial_ticket(self, candidates: dict[str, dict[str, nn.Parameter]], size: int) -> Positions:
-        return choose(candidates, self._score, self.config.granularity, size) if candidates else {}
+        if not candidates:
+            return {}
+        if any(self._is_without_values(module) for module in candidates):
+            warnings.warn(
+                f"{type(self.model).__name__} has no values yet (meta device), so the ticket is chosen at random, and "
+                f"has its sizes alone: load the base model's weights before get_peft_model, or an adapter's "
+                f"afterwards.",
+                stacklevel=2,
+            )
+        return choose(candidates, self._score, self.config.granularity, size)
+
+    def _is_without_values(self, module: str) -> bool:
+        return any(p.is_meta for p in self.leaves[module].parameters())
 
     def _score(self, name: str, parameter: Tensor) -> Tensor:
         module, _, own = name.rpartition(".")
         base = _unwrapped(self.leaves[module])
         if own == "weight" and is_quantized(base):
             parameter = dequantized(base)
-        return CRITERIA[self.config.initial_ticket].score(Evidence(name, parameter, seed=self.config.ticket_seed))
+        criterion = "random" if parameter.is_meta else self.config.initial_ticket
+        return CRITERIA[criterion].score(Evidence(name, parameter, seed=self.config.ticket_seed))
 
     def _recorded_plan(self) -> Plan:
         """The plan of a config that an earlier injection filled in: its sizes, with the data-free ticket in them."""
