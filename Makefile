@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 .PHONY: demo test lint format clean
 
 demo: $(VENV)/ready
-	$(BIN)/python examples/semantic_segmentation.py --steps 220 --search_steps 60 --output_dir out/demo
+	$(BIN)/python examples/semantic_segmentation.py --steps 220 --search_steps 60 --output_dir out/demo --overwrite
 
 # Quantized bases in a second run: PEFT imports every backend that it finds, which takes seconds and says a lot.
 test: $(VENV)/ready $(VENV)/quantized

@@ -18,7 +18,8 @@ import gradio
 import torch
 from accelerate import PartialState
 
-from dense.report import TICKET, number
+from dense.folder import TICKET_PICTURE
+from dense.report import number
 from dense.samples import Array, BadSampleError, FlagError, read_image
 from dense.switching import Switchboard, Trained
 from multi_task import DEFAULT, TASKS
@@ -60,7 +61,7 @@ class Adapters:
             raise gradio.Error(f"This file cannot be used: {error.kind}. {error.detail}") from error
         trained = self.runs[folder]
         pictures = [self.boards[trained.model].paint(trained, image, adapted) for adapted in (False, True)]
-        ticket = trained.folder / TICKET
+        ticket = trained.folder / TICKET_PICTURE
         return *pictures, str(ticket) if ticket.is_file() else None, self.words(folder)
 
     def words(self, folder: str) -> str:

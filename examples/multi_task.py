@@ -21,8 +21,9 @@ from accelerate import PartialState
 from PIL import Image
 from torch import nn
 
+from dense.folder import RESULTS
 from dense.pictures import save_grid
-from dense.run import RESULTS, run
+from dense.run import run
 from dense.samples import BadSampleError, DataError, FlagError, read_image
 from dense.scenes import make_scene
 from dense.switching import Switchboard, Trained
@@ -60,7 +61,8 @@ def train_all(args: argparse.Namespace) -> list[Path]:
             print(f"\n{task.name}: training an adapter into {folder}")
             flags = {"backbone": "dinov2", "steps": args.steps, "search_steps": args.search_steps}
             given = [f"--{name}={value}" for name, value in flags.items()]
-            run(task, [*given, f"--output_dir={folder}", "--log_with=none"])
+            # What is replaced is no result, but an earlier call that was stopped.
+            run(task, [*given, f"--output_dir={folder}", "--overwrite", "--log_with=none"])
     return folders
 
 

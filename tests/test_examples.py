@@ -23,7 +23,7 @@ from sfa_peft import SFAConfig
 
 from dense import nano_backbone
 from dense.arguments import parse
-from dense.checkpoints import FOLDER
+from dense.folder import CHECKPOINTS
 from dense.methods import METHODS, Dense, adapt, is_head, lora_config, shira_config, trained_backbone_parameters
 from dense.models import LinearHead, feature_levels, heads_of
 from dense.run import run
@@ -352,7 +352,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(folders
     one, other = (json.loads((folder / "results.json").read_text()) for folder in (whole, killed))
     for same in ("after", "before", "curves"):
         assert one[same] == other[same]
-    assert {path.name for path in (killed / FOLDER).iterdir()} == {"step_4", "step_6"}
+    assert {path.name for path in (killed / CHECKPOINTS).iterdir()} == {"step_4", "step_6"}
 
 
 @pytest.mark.slow
@@ -364,7 +364,7 @@ def test_every_checkpoint_leads_to_the_same_end(folders, tmp_path):
     with pytest.raises(FlagError, match="has checkpoints of an earlier run: go on from them"):
         run(task, flags_of(folders, task, tmp_path, *keep))
     for step in (0, 2, 6):
-        checkpoint = str(tmp_path / FOLDER / f"step_{step}")
+        checkpoint = str(tmp_path / CHECKPOINTS / f"step_{step}")
         run(task, flags_of(folders, task, tmp_path, *keep, "--resume_from_checkpoint", checkpoint))
         assert all(torch.equal(tensor, trained(tmp_path)[name]) for name, tensor in expected.items())
     with pytest.raises(FlagError, match=r"--budget 0.2: the run in .* was started with 0.1; go on with that"):
@@ -375,8 +375,8 @@ def test_every_checkpoint_leads_to_the_same_end(folders, tmp_path):
 def test_checkpoints_hold_only_what_is_trained(folders, tmp_path):
     task = SemanticSegmentation
     run(task, flags_of(folders, task, tmp_path, *RESUMABLE, "--checkpointing_steps", "epoch", "--method", "lora"))
-    assert {path.name for path in (tmp_path / FOLDER).iterdir()} == {"step_0", "step_6"}  # 12 rows, 2 a step
-    names = load_file(tmp_path / FOLDER / "step_6" / "trained.safetensors").keys()
+    assert {path.name for path in (tmp_path / CHECKPOINTS).iterdir()} == {"step_0", "step_6"}  # 12 rows, 2 a step
+    names = load_file(tmp_path / CHECKPOINTS / "step_6" / "trained.safetensors").keys()
     assert not [n for n in names if ".backbone." in n and ".lora_" not in n and "relative_position" not in n]
 
 
@@ -410,7 +410,7 @@ def test_two_processes_share_the_work_and_can_be_resumed(folders, task, tmp_path
     assert "every tensor is the same" in done.stdout
     assert "2 on cpu" in (tmp_path / "report.html").read_text()
     expected = trained(tmp_path)
-    checkpoint = str(tmp_path / FOLDER / "step_2")
+    checkpoint = str(tmp_path / CHECKPOINTS / "step_2")
     done = launch(script, *arguments, "--resume_from_checkpoint", checkpoint, launcher=TWO)
     assert done.returncode == 0, done.stderr[-3000:]
     assert all(torch.equal(tensor, trained(tmp_path)[name]) for name, tensor in expected.items())

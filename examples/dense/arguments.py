@@ -59,7 +59,12 @@ def parse(
     )
     loop.add_argument("--seed", type=int, default=0)
     out = parser.add_argument_group("output")
-    out.add_argument("--output_dir", type=Path, default=Path("out"))
+    out.add_argument("--output_dir", type=Path, help="Default: out/ and the task and the method.")
+    out.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="Begin anew where --output_dir has a run already; its result is replaced when the new one is complete.",
+    )
     out.add_argument("--logging_steps", type=int, default=10)
     out.add_argument("--eval_steps", type=int, help="Evaluate, and draw pictures, this often. Default: 4 times a run.")
     out.add_argument("--checkpointing_steps", help="Write a checkpoint every so many steps, or every `epoch`.")
@@ -75,6 +80,8 @@ def parse(
     out.add_argument("--push_to_hub", metavar="REPO_ID", help="Push the adapter there at the end.")
     parser.set_defaults(**task_class.defaults)
     args = parser.parse_args(arguments)
+    if args.output_dir is None:
+        args.output_dir = Path("out") / f"{task_class.name.replace(' ', '_')}-{args.method}"
     for name in ("steps", "batch_size", "eval_batch_size", "gradient_accumulation_steps", "logging_steps"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")

@@ -14,9 +14,9 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .folder import CHECKPOINTS
+
 TRAINED = "trained.safetensors"
-TICKET = "ticket.safetensors"
-FOLDER = "checkpoints"
 UNFINISHED = "unfinished_"
 
 
@@ -61,13 +61,13 @@ class Checkpoints:
     A checkpoint is `Accelerator.save_state`'s, with the trained tensors and buffers in the place of the whole model.
 
     Args:
-        folder: The run's output folder.
+        folder: Where the run writes.
         accelerator: Has the optimizer, and the objects registered for checkpointing.
         limit: How many to keep; None for all.
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator, limit: int | None) -> None:
-        self.folder, self.accelerator, self.limit = folder / FOLDER, accelerator, limit
+        self.folder, self.accelerator, self.limit = folder / CHECKPOINTS, accelerator, limit
         accelerator.register_save_state_pre_hook(self._save_trained)
         accelerator.register_load_state_pre_hook(self._load_trained)
 

@@ -21,15 +21,14 @@ import sfa_peft
 from .augmentation import finished, to_tensors
 from .checkpoints import Progress
 from .data import Rows
+from .folder import PICTURES, REPORT, TICKET_PICTURE
 from .loading import read_item, rows_to_show
 from .pictures import draw_curves, save_grid
 from .samples import DataError, Problems, Sample
 from .task import Task, predictions
 
 SAMPLES = 5
-PICTURES = "pictures"
 BEFORE = "before.npz"
-TICKET = "ticket.png"
 
 
 class Report:
@@ -37,6 +36,7 @@ class Report:
 
     Args:
         task: Paints annotations; has the flags.
+        folder: Where the run writes.
         rows: The validation split.
         accelerator: Says where the model is.
         progress: The curves and scores.
@@ -50,13 +50,14 @@ class Report:
     def __init__(
         self,
         task: Task,
+        folder: Path,
         rows: Rows,
         accelerator: Accelerator,
         progress: Progress,
         problems: dict[str, Problems],
         command: str,
     ) -> None:
-        self.task, self.rows, self.accelerator = task, rows, accelerator
+        self.task, self.folder, self.rows, self.accelerator = task, folder, rows, accelerator
         self.progress, self.problems, self.command = progress, problems, command
         self.facts: dict[str, Any] = {}
         self.samples: list[Sample] = []
@@ -80,9 +81,9 @@ class Report:
                 f"{tried} rows of {self.rows.split!r} were tried and none can be used: {'; '.join(wrong.lines())}"
             )
 
-    def draw(self, model: nn.Module) -> Path:
+    def draw(self, model: nn.Module) -> None:
         """Draw image, truth, what the model predicted before training, and what it predicts now."""
-        task, step, folder = self.task, self.progress.step, self.folder
+        task, step, folder = self.task, self.progress.step, self.folder / PICTURES
         folder.mkdir(exist_ok=True)
         images = [np.asarray(sample.image) for sample in self.samples]
         tensors = torch.stack([finished(to_tensors(s, task.size))["image"] for s in self.samples])
@@ -100,17 +101,15 @@ class Report:
             with np.load(folder / BEFORE) as before:
                 columns["before"] = [before[key] for key in before.files]
             columns[f"step {step}"] = painted
-        path = folder / f"step_{step:06d}.jpg"
-        save_grid(path, columns, task.legend(), self._summary())
-        return path
+        save_grid(self._picture(step), columns, task.legend(), self._summary())
 
-    def write(self) -> Path:
+    def write(self) -> None:
         """Write `report.html` into the run's folder, with its pictures in it."""
         args, progress, labels = self.task.args, self.progress, self.task.id2label.values()
         last = progress.scores[max(progress.scores)]
         names = [name for name, value in last.items() if isinstance(value, float)]
         per_class = next((value for name, value in last.items() if name.startswith("per_class")), [])
-        ticket = args.output_dir / TICKET
+        ticket = self.folder / TICKET_PICTURE
         device = self.accelerator.device.type
         facts = {
             "method": f"{args.method}, budget {args.budget:.2%} of the backbone",
@@ -130,22 +129,16 @@ class Report:
             scores={step: {n: number(s.get(n)) for n in names} for step, s in sorted(progress.scores.items())},
             per_class=dict(zip(labels, map(number, per_class), strict=False)),
             curves=_inline(draw_curves(progress.series)),
-            pictures={
-                f"step {int(p.stem.removeprefix('step_'))}": _inline(p.read_bytes())
-                for p in sorted(self.folder.glob("step_*.jpg"))
-            },
+            pictures={f"step {step}": _inline(self._picture(step).read_bytes()) for step in sorted(progress.scores)},
             ticket=_inline(ticket.read_bytes()) if ticket.is_file() else None,
             facts=facts,
             problems=[f"{split}: {line}" for split, own in self.problems.items() for line in own.lines()],
             command=self.command,
         )
-        path = args.output_dir / "report.html"
-        path.write_text(page, encoding="utf-8")
-        return path
+        (self.folder / REPORT).write_text(page, encoding="utf-8")
 
-    @property
-    def folder(self) -> Path:
-        return self.task.args.output_dir / PICTURES
+    def _picture(self, step: int) -> Path:
+        return self.folder / PICTURES / f"step_{step:06d}.jpg"
 
     def _summary(self) -> str:
         scores, headline = self.progress.scores, self.task.headline

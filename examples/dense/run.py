@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import shlex
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,26 +24,20 @@ from tqdm.auto import tqdm
 from sfa_peft import Ticket, describe_adapter, install_ticket, search_ticket
 
 from .arguments import checkpointing_interval, parse, plain, trackers_of
-from .checkpoints import TICKET, Checkpoints, Progress
+from .checkpoints import Checkpoints, Progress
+from .folder import LOGS, REPORT, RESULTS, RUN, SEARCH, TICKET, TICKET_PICTURE, RunFolder, run_of, write_json
 from .loading import TrainBatches, check_all
 from .methods import METHODS, Dense, Rates, adapt, is_adapter, is_head, trained_backbone_parameters
 from .nano_backbone import pretrained_nano_backbone
-from .report import PICTURES, Report, number
+from .report import Report, number
 from .samples import DataError, FlagError, Problems
 from .task import Task
 from .training import evaluate, fit
 
-RUN = "run.json"
-RESULTS = "results.json"
-SEARCH = "search.safetensors"
-PRODUCTS = (
-    *(RUN, RESULTS, TICKET, "ticket.png", "report.html", PICTURES, "logs"),
-    *("adapter_*", "head.safetensors", "model.safetensors", "README.md"),
-)
 # Flags that do not change what a run ends with, and may be others when it goes on.
 FREE = {
     *("output_dir", "logging_steps", "eval_steps", "eval_batch_size", "num_workers", "log_with", "push_to_hub"),
-    *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
+    *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "overwrite"),
 }
 
 
@@ -81,39 +74,34 @@ class Run:
     """
 
     def __init__(self, task_class: type[Task], args: argparse.Namespace, command: str) -> None:
-        self.args = args
-        trackers = trackers_of(args.log_with)
+        self.args, self.task_class, self.command = args, task_class, command
+        self.folder = RunFolder(args.output_dir)
+        self.trackers = trackers_of(args.log_with)
         # What a fully trained backbone does not use in a step (a mask token) would be waited for.
         handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)] if args.method == "full" else []
         self.accelerator = Accelerator(
             mixed_precision=args.mixed_precision,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
-            log_with=trackers,
-            project_config=ProjectConfiguration(str(args.output_dir), logging_dir=str(args.output_dir / "logs")),
+            log_with=self.trackers,
+            project_config=ProjectConfiguration(str(self.folder.work), logging_dir=str(self.folder.work / LOGS)),
             kwargs_handlers=handlers,
         )
-        self.checkpoints = Checkpoints(args.output_dir, self.accelerator, args.checkpoints_total_limit)
-        self.resume = self._find_checkpoint()
-        self.model_name = args.model or pretrained_nano_backbone(self.accelerator, args.backbone)
-        with self.accelerator.main_process_first():
-            self.task, self.train_rows, self.validation_rows = task_class.load(args)
-        self.interval = checkpointing_interval(args, self.train_rows, self.accelerator.num_processes)
+        self.checkpoints = Checkpoints(self.folder.work, self.accelerator, args.checkpoints_total_limit)
         self.problems = {"train": Problems(), "validation": Problems()}
         self.progress = Progress()
-        self.report = Report(self.task, self.validation_rows, self.accelerator, self.progress, self.problems, command)
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        if self.accelerator.is_main_process:
-            if self.resume is None:
-                _clear(args.output_dir)
-            described = {"task": task_class.__name__, "model": self.model_name, "id2label": self.task.id2label}
-            _write_json(args.output_dir / RUN, described | {"args": plain(args)})
-        if trackers:
-            flags = {k: v if isinstance(v, int | float | str) else str(v) for k, v in plain(args).items()}
-            self.accelerator.init_trackers("sfa_peft", config=flags)
 
     def all(self) -> dict[str, Any]:
-        """Do everything, and give the results."""
+        """Do everything, and give the results. Nothing in the folder is touched until the flags and data fit."""
         args = self.args
+        with self.accelerator.main_process_first():
+            if self.accelerator.is_main_process:
+                self.folder.mend()
+        latest = args.resume_from_checkpoint == "latest"
+        self.goes_on = latest and self.folder.is_unfinished
+        if latest and self.folder.is_finished and not (self.goes_on or args.overwrite):
+            return self._ended()
+        self.resume = self._find_checkpoint()
+        self._load()
         if args.bad_data == "error":
             for rows in (self.train_rows, self.validation_rows):
                 check_all(self.task, rows, self.accelerator)
@@ -135,11 +123,12 @@ class Run:
             f"{args.method}: trains {self.trained:,} of {self.whole:,} backbone parameters "
             f"({self.trained / self.whole:.2%}), and the head"
         )
+        self._begin()
         if self.resume is None:
             self._evaluate(model)
             self._search(model)
-        elif (args.output_dir / TICKET).is_file():
-            install_ticket(model, Ticket.load(args.output_dir / TICKET))
+        elif (self.folder.work / TICKET).is_file():
+            install_ticket(model, Ticket.load(self.folder.work / TICKET))
         set_seed(args.seed, device_specific=True)
         model = fit(
             self.task,
@@ -158,6 +147,8 @@ class Run:
         if self.progress.step not in self.progress.scores:
             self._evaluate(model)
         results = self._finish(model)
+        if args.push_to_hub and is_adapter(model) and self.accelerator.is_main_process:
+            model.push_to_hub(args.push_to_hub)
         self.accelerator.end_training()
         return results
 
@@ -167,28 +158,71 @@ class Run:
         return self.task.build(self.model_name, self.accelerator.device)
 
     def _find_checkpoint(self) -> Path | None:
-        args = self.args
-        if args.resume_from_checkpoint:
-            self._check_same_run()
-            return self.checkpoints.find(args.resume_from_checkpoint)
-        if self.checkpoints.find("latest") or (args.output_dir / SEARCH).exists():
-            raise FlagError(
-                f"--output_dir {args.output_dir} has checkpoints of an earlier run: go on from them with "
-                f"--resume_from_checkpoint latest, or name another folder"
-            )
-        return None
+        """The checkpoint to go on from.
 
-    def _check_same_run(self) -> None:
+        Raises:
+            FlagError: If this run would replace what the flags do not say it may, or goes on with other flags.
+        """
+        wanted, folder = self.args.resume_from_checkpoint, self.folder
+        if self.goes_on:
+            self._check_same_run(folder.work)
+            return self.checkpoints.find(wanted)
+        checkpoint = None if wanted in (None, "latest") else self.checkpoints.find(wanted)
+        if checkpoint is not None:
+            self._check_same_run(run_of(checkpoint))
+            self.goes_on = run_of(checkpoint) == folder.work.resolve()
+        if not self.goes_on:
+            folder.check_is_free(self.args.overwrite)
+        return checkpoint
+
+    def _check_same_run(self, folder: Path) -> None:
         """Check that a run goes on with the flags that it was started with, as far as they decide its end."""
-        path = self.args.output_dir / RUN
-        started = json.loads(path.read_text())["args"] if path.is_file() else {}
+        path = folder / RUN
+        started = json.loads(path.read_text()) if path.is_file() else {}
+        task = started.get("task", self.task_class.__name__)
+        if task != self.task_class.__name__:
+            raise FlagError(f"--resume_from_checkpoint: the run in {folder} is one of {task}")
         for name, value in plain(self.args).items():
-            before = started.get(name, value)
+            before = started.get("args", {}).get(name, value)
             if name not in FREE and _as_json(before) != _as_json(value):
                 raise FlagError(
-                    f"--{name} {value}: the run in {self.args.output_dir} was started with {before}; go on with that, "
-                    f"or begin anew in another folder"
+                    f"--{name} {value}: the run in {folder} was started with {before}; go on with that, or begin anew "
+                    f"with --overwrite, or in another folder"
                 )
+
+    def _ended(self) -> dict[str, Any]:
+        """What the run that is to go on has ended with: a job that may be killed is started until it is done."""
+        path = self.folder.path
+        self._check_same_run(path)
+        if self.args.push_to_hub:
+            raise FlagError(
+                f"--push_to_hub {self.args.push_to_hub}: the run in {path} has ended; push its adapter with "
+                f"`hf upload {self.args.push_to_hub} {path} --include README.md 'adapter_*' {TICKET_PICTURE}`"
+            )
+        self._say(f"the run in {path} has ended; nothing is left to do")
+        return json.loads((path / RESULTS).read_text())
+
+    def _load(self) -> None:
+        """Load the data, and a backbone's name."""
+        args = self.args
+        self.model_name = args.model or pretrained_nano_backbone(self.accelerator, args.backbone)
+        with self.accelerator.main_process_first():
+            self.task, self.train_rows, self.validation_rows = self.task_class.load(args)
+        self.interval = checkpointing_interval(args, self.train_rows, self.accelerator.num_processes)
+        rows, work = self.validation_rows, self.folder.work
+        self.report = Report(self.task, work, rows, self.accelerator, self.progress, self.problems, self.command)
+
+    def _begin(self) -> None:
+        """Make the folder ready to be written to; no process looks at what was there any more."""
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            described = {"task": self.task_class.__name__, "model": self.model_name, "id2label": self.task.id2label}
+            self.folder.begin(described | {"args": plain(self.args)}, self.resume, self.goes_on)
+        self.accelerator.wait_for_everyone()
+        self._say(f"the run writes into {self.folder.work} until it is complete")
+        if self.trackers:
+            flags = {k: v if isinstance(v, int | float | str) else str(v) for k, v in plain(self.args).items()}
+            self.accelerator.init_trackers("sfa_peft", config=flags)
 
     def _evaluate(self, model: nn.Module) -> None:
         """Score the model on the validation split, draw its predictions, and bring the report up to date."""
@@ -212,13 +246,13 @@ class Run:
             steps=args.search_steps,
             loss_fn=self.task.loss,
             accelerator=self.accelerator,
-            checkpoint=args.output_dir / SEARCH if self.interval else None,
+            checkpoint=self.folder.work / SEARCH if self.interval else None,
             checkpoint_every=max(1, min(50, args.search_steps // 4)),
             seed=args.seed,
         )
         self._say(f"\n{report}\n")
         if self.accelerator.is_main_process:
-            report.ticket.save(args.output_dir / TICKET)
+            report.ticket.save(self.folder.work / TICKET)
 
     def _rates(self) -> Rates:
         args = self.args
@@ -269,17 +303,21 @@ class Run:
             "left_out": {split: {k: len(v) for k, v in p.found.items()} for split, p in self.problems.items()},
         }
         results = _as_json(results)
+        while self.accelerator.trackers:  # their files are about to be moved
+            self.accelerator.trackers.pop().finish()
+        self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            _write_json(args.output_dir / RESULTS, results)
             self.report.facts |= {f"saved, {part}": f"{count:,} bytes" for part, count in sizes.items()}
-            self._say(f"report: {self.report.write()}\nnumbers: {args.output_dir / RESULTS}")
-        if args.push_to_hub and is_adapter(model):
-            model.push_to_hub(args.push_to_hub)
+            self.report.write()
+            write_json(self.folder.work / RESULTS, results)  # last: with it, the result is complete
+            self.folder.put_in_place()
+        self.accelerator.wait_for_everyone()
+        self._say(f"report: {self.folder.path / REPORT}\nnumbers: {self.folder.path / RESULTS}")
         return results
 
     def _save(self, model: nn.Module) -> dict[str, int]:
         """Save the adapter, or what else was trained, and say how many bytes it takes."""
-        folder, is_main = self.args.output_dir, self.accelerator.is_main_process
+        folder, is_main = self.folder.work, self.accelerator.is_main_process
         if is_adapter(model):
             model.save_pretrained(folder, is_main_process=is_main)
         if not (is_adapter(model) and model.active_peft_config.modules_to_save):
@@ -300,7 +338,7 @@ class Run:
         return sizes
 
     def _check_reloaded(self, model: nn.Module) -> None:
-        loaded = PeftModel.from_pretrained(self.base().model, str(self.args.output_dir))
+        loaded = PeftModel.from_pretrained(self.base().model, str(self.folder.work))
         ours, theirs = get_peft_model_state_dict(model), get_peft_model_state_dict(loaded)
         if ours.keys() != theirs.keys() or any(not torch.equal(ours[k], theirs[k].to(ours[k].device)) for k in ours):
             raise RuntimeError("the adapter that was loaded again is another than the one that was saved: a bug")
@@ -327,15 +365,6 @@ def checkpoint_bytes(path: Path) -> dict[str, int]:
     return sizes | {"names and rest": total - sum(sizes.values()), "total": total}
 
 
-def _clear(folder: Path) -> None:
-    """Remove what an earlier run left in its folder, so that nothing of it is taken for this one's."""
-    if not (folder / RUN).is_file():
-        return
-    for pattern in PRODUCTS:
-        for path in folder.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 def _as_json(value: Any) -> Any:
     """A value as JSON can hold it: scores of which nothing counts are null."""
     if isinstance(value, dict):
@@ -343,7 +372,3 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_as_json(one) for one in value]
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 import sfa_peft  # noqa: F401 - importing registers SFA with PEFT
 
 from .augmentation import finished, to_tensors
+from .folder import RESULTS, RUN
 from .methods import Dense
-from .run import RESULTS, RUN
 from .samples import Array, Classes, FlagError, Sample
 from .task import Task, predictions
 

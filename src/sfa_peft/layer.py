@@ -84,10 +84,22 @@ class ParallelInput:
         self.handle.remove()
 
 
+def base_layer_of(module: nn.Module) -> nn.Module:
+    """What a tuner's layer wraps; any other module itself."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def base_parameters_of(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of a module that are not an adapter's or a head's."""
+    module = module.original_module if isinstance(module, ModulesToSaveWrapper) else base_layer_of(module)
+    yield from module.parameters(recurse=False)
+    for child in module.children():
+        yield from base_parameters_of(child)
+
+
 def channels_of(module: nn.Module) -> tuple[int, int] | None:
     """``(channel width, channel dimension)`` of a leaf's output, or None if that cannot be told."""
-    if isinstance(module, BaseTunerLayer):
-        module = module.get_base_layer()
+    module = base_layer_of(module)
     if isinstance(module, nn.Linear):
         return module.out_features, -1
     if isinstance(module, nn.Conv2d):
@@ -99,17 +111,6 @@ def channels_of(module: nn.Module) -> tuple[int, int] | None:
     if is_leaf and len(vectors) == 1:  # LayerScale, RMSNorm and other scales along the last dimension
         return vectors.pop(), -1
     return None
-
-
-def base_parameters_of(module: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters of a module that are not an adapter's or a head's."""
-    if isinstance(module, BaseTunerLayer):
-        module = module.get_base_layer()
-    elif isinstance(module, ModulesToSaveWrapper):
-        module = module.original_module
-    yield from module.parameters(recurse=False)
-    for child in module.children():
-        yield from base_parameters_of(child)
 
 
 class SFALayer(nn.Module, BaseTunerLayer):
@@ -206,10 +207,13 @@ class SFALayer(nn.Module, BaseTunerLayer):
             self._move(adapter, device, dtype)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
-        # PEFT knows leaves with a `weight`: LayerScale has `lambda1`, and a norm without parameters has only its block.
+    def _get_base_layer_device_and_dtype(
+        self, base_layer: nn.Module
+    ) -> tuple[torch.device | None, torch.dtype | None]:
+        # PEFT knows leaves with a `weight`. LayerScale has `lambda1`, and a norm without parameters only its block.
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
-        own = next(base_parameters_of(self._block[0] or base_layer), None)
+        (block,) = self._block
+        own = next(base_parameters_of(base_layer if block is None else block), None)
         return (own.device, own.dtype) if device is None and own is not None else (device, dtype)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -490,9 +494,10 @@ def internal_parameters(module: nn.Module | None) -> dict[str, nn.Parameter]:
 
     A quantized weight has its shape there, and no numbers.
     """
-    if isinstance(module, BaseTunerLayer):
-        module = module.get_base_layer()
-    if module is None or not layer_class(module).takes_internal:
+    if module is None:
+        return {}
+    module = base_layer_of(module)
+    if not layer_class(module).takes_internal:
         return {}
     if is_quantized(module):
         return parameters_of(module)

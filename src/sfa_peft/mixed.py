@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,9 +25,10 @@ class Mixture:
 
     names: tuple[str, ...]
     has_windows: bool = False
+    _known: dict[tuple[int, torch.device], dict[str, Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
     def rows(self, x: Tensor) -> dict[str, Tensor]:
-        """For each adapter, the indices of its rows in a tensor.
+        """For each adapter, the indices of its rows in a tensor; made once for each size, since that waits for a GPU.
 
         Raises:
             ValueError: If the rows are not those of the samples, or that cannot be told.
@@ -44,10 +45,12 @@ class Mixture:
                 f"a layer got a tensor of shape {tuple(x.shape)}, in which samples cannot be told from tokens: use "
                 f"another number of samples than {samples}."
             )
-        rows: dict[str, list[int]] = {}
-        for sample, name in enumerate(self.names):
-            rows.setdefault(name, []).extend(range(sample * each, (sample + 1) * each))
-        return {name: torch.tensor(own, device=x.device) for name, own in rows.items()}
+        if (length, x.device) not in self._known:
+            rows: dict[str, list[int]] = {}
+            for sample, name in enumerate(self.names):
+                rows.setdefault(name, []).extend(range(sample * each, (sample + 1) * each))
+            self._known[length, x.device] = {n: torch.tensor(own, device=x.device) for n, own in rows.items()}
+        return self._known[length, x.device]
 
 
 def joined(parts: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:

@@ -196,10 +196,11 @@ class SFAModel(BaseTuner):
         blocks = backbones.known_prefixes(self.model)
         mixing = [(n, m) for n, m in self.model.named_modules() if isinstance(m, SFALayer | Head)]
         handles = []
+        mixtures = {has_windows: Mixture(tuple(adapter_names), has_windows) for has_windows in (False, True)}
         for name, module in mixing:
-            mixture = Mixture(tuple(adapter_names), bool(blocks) and name.startswith(blocks))
+            own = mixtures[bool(blocks) and name.startswith(blocks)]
 
-            def mix(module: nn.Module, args: Any, kwargs: dict[str, Any], mixture: Mixture = mixture) -> Any:
+            def mix(module: nn.Module, args: Any, kwargs: dict[str, Any], mixture: Mixture = own) -> Any:
                 return args, kwargs | {"mixture": mixture}
 
             handles.append(module.register_forward_pre_hook(mix, with_kwargs=True))

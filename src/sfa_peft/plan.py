@@ -19,7 +19,7 @@ from .base import backbone_parameters, head_modules, in_module, modules_outside_
 from .budget import External, absolute_budget, external_cost, widths_within
 from .checkpoint import CheckpointError
 from .config import DEFAULT_SHARE, SFAConfig
-from .layer import AddExternals, SFALayer, channels_of, internal_parameters
+from .layer import AddExternals, SFALayer, base_layer_of, channels_of, internal_parameters
 from .quantized import dequantized, is_quantized
 from .ticket.criteria import CRITERIA, Evidence
 from .ticket.selection import Positions, choose, count_elements
@@ -268,7 +268,7 @@ class Planner:
                 )
             leaves += own
         for name, module in self.leaves.items():
-            tracks = getattr(_unwrapped(module), "track_running_stats", False)
+            tracks = getattr(base_layer_of(module), "track_running_stats", False)
             if tracks and in_module(name, self.config.target_heads or ()) and self._is_allowed(name):
                 raise ValueError(
                     f"SFAConfig.target_heads reaches {name!r}, a {type(module).__name__}: its running statistics "
@@ -325,7 +325,7 @@ class Planner:
             return []
         every = [name for name, _ in modules_outside_adapters(self.model) if name]
         if patterns == "all-linear":
-            matched = [n for n in every if isinstance(_unwrapped(self.leaves.get(n)), nn.Linear)]
+            matched = [n for n in every if n in self.leaves and isinstance(base_layer_of(self.leaves[n]), nn.Linear)]
         else:
             matched = [n for n in every if _matches(n, patterns)]
         allowed = [n for n in matched if self._is_allowed(n)]
@@ -424,7 +424,7 @@ class Planner:
 
     def _score(self, name: str, parameter: Tensor) -> Tensor:
         module, _, own = name.rpartition(".")
-        base = _unwrapped(self.leaves[module])
+        base = base_layer_of(self.leaves[module])
         if own == "weight" and is_quantized(base):
             parameter = dequantized(base)
         criterion = "random" if parameter.is_meta else self.config.initial_ticket
@@ -471,7 +471,7 @@ class Planner:
         return externals
 
     def _recorded_positions(self, module: str, name: str, parameter: Tensor, size: int) -> Tensor:
-        is_elsewhere = parameter.is_meta and not is_quantized(_unwrapped(self.leaves[module]))
+        is_elsewhere = parameter.is_meta and not is_quantized(base_layer_of(self.leaves[module]))
         if is_elsewhere or LOADING.get():
             return torch.arange(size, dtype=torch.int32)  # a placeholder; the loaded positions replace it
         granularity = self.config.granularity
@@ -488,10 +488,6 @@ _OTHER_ARCHITECTURE = (
     "the adapter was saved for another architecture: it adapts {name!r}, which this {model} does not have in that "
     "form. Load it into the model it was trained on."
 )
-
-
-def _unwrapped(module: nn.Module | None) -> nn.Module | None:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def _matches(name: str, patterns: set[str] | str) -> bool:

@@ -74,7 +74,9 @@ def ticket_of(model: nn.Module, adapter_name: str | None = None) -> Ticket:
     """
     tuner, adapter_name = adapter_of(model, adapter_name)
     config = tuner.peft_config[adapter_name]
-    positions, widths = tuner.positions(adapter_name), copy.deepcopy(config.external_widths or {})
+    own, widths = tuner.positions(adapter_name), copy.deepcopy(config.external_widths or {})
+    # A ticket is the same wherever its model is, and does not change with it.
+    positions = {m: {n: p.to("cpu", copy=True) for n, p in parameters.items()} for m, parameters in own.items()}
     shapes = shapes_of(tuner.candidates(adapter_name))
     for module, layer in sfa_layers(tuner.model):  # what a config names no more that was changed since
         for name in positions.get(module, ()):

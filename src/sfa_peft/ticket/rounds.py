@@ -87,11 +87,12 @@ class Rounds:
             if slot.kept is None:
                 return scores
             require_finite(name, scores)
+            scores = scores.to(slot.kept.device, torch.float32)
             # Survivors of pruning before the rest; what has grown already before what has not.
             last = torch.finfo(torch.float32)
             if self.schedule == "prune":
-                return torch.where(slot.kept, scores.float(), last.min)
-            return torch.where(slot.kept, last.max, scores.float())
+                return torch.where(slot.kept, scores, last.min)
+            return torch.where(slot.kept, last.max, scores)
 
         group_of = self.quotas.group_of if self.quotas else lambda module: ""
         return self.agree(choose(self.candidates, score, self.granularity, size, group_of, self.limits(size)))

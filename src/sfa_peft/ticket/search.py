@@ -16,7 +16,8 @@ from accelerate.utils import broadcast
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from ..layer import SFALayer, sfa_layers
+from ..layer import SFALayer, base_layer_of, sfa_layers
+from ..quantized import is_quantized
 from .criteria import Criterion, Score, as_criterion
 from .install import searchable
 from .placement import SHARES, Chosen, Placement
@@ -87,8 +88,8 @@ def search_ticket(
         adapter_name: The adapter to search for; the active one unless given.
         loss_fn: ``(model, batch) -> loss``; by default ``model(**batch).loss``.
         accelerator: Gives the precision to run in (with fp16 the search runs without autocast, since it has no
-            gradient scaler). Unless given, no autocast. Processes and device are Accelerate's in both cases; the model
-            is moved to the device.
+            gradient scaler). Unless given, no autocast. A model on the CPU is moved to the device that Accelerate
+            chooses, any model with several processes or with an accelerator; one on a GPU stays there otherwise.
         optimizer_state: Where Adam's moments are kept; the original weights are in CPU memory always. ``device``:
             float32 beside the parameters. ``cpu``: in CPU memory. ``bf16``: on the device in half of the memory.
         checkpoint: A file to keep the progress in. If it is there, the search goes on from it, to the same ticket as
@@ -132,10 +133,15 @@ def search_ticket(
     shared = tuner.shared_parameters()
     for module, own in candidates.items():
         for p in own.values():
-            if p.is_meta:
+            if p.is_meta and is_quantized(base_layer_of(tuner.model.get_submodule(module))):
                 raise ValueError(
                     f"{module!r} is quantized, and its weight cannot be trained or scored: search on the base model "
                     f"as it was before, and give this model the ticket with install_ticket."
+                )
+            if p.is_meta:
+                raise ValueError(
+                    f"{module!r} has no values here (meta device, or offloaded by Accelerate): search on a model that "
+                    f"has all its weights."
                 )
             if id(p) in shared and (rule.trains or rule.needs_data):
                 raise ValueError(
@@ -158,8 +164,11 @@ def search_ticket(
     # Not a new Accelerator: its precision would be fixed for the whole process, before the user says which.
     state = accelerator.state if accelerator is not None else PartialState()
     autocast = nullcontext if accelerator is None or accelerator.mixed_precision == "fp16" else accelerator.autocast
-    model.to(state.device)
     several = state.num_processes > 1
+    device = state.device
+    if accelerator is None and not several:  # where the user has put it, if that is on an accelerator
+        device = next((p.device for p in model.parameters() if p.device.type != "cpu"), device)
+    model.to(device)
     size = tuner.ticket_size(adapter_name)
     if places_externals:  # what is left of the budget is known at the end
         size = min(tuner.budget(adapter_name), count_elements(candidates))
@@ -172,13 +181,11 @@ def search_ticket(
         schedule,
         rounds,
         seed,
-        agree=(lambda positions: _from_main_process(positions, state.device))
-        if several
-        else lambda positions: positions,
+        agree=(lambda positions: _from_main_process(positions, device)) if several else lambda positions: positions,
     )
     with ExitStack() as stack:
         stack.enter_context(_rewound(tuner, adapter_name))
-        stack.enter_context(seeded(seed, state.device))
+        stack.enter_context(seeded(seed, device))
         placement = stack.enter_context(Placement.probing(tuner, adapter_name)) if places_externals else None
         beside = _trained_beside(model, adapter_name)
         for p in (*(p for own in selector.candidates.values() for p in own.values()), *beside):
@@ -195,7 +202,7 @@ def search_ticket(
             masked=schedule == "prune",
         )
         stack.callback(training.rewind, to_early=False)
-        run = Run(model, training, state, autocast, loss_fn or default_loss, seed)
+        run = Run(model, training, state, device, autocast, loss_fn or default_loss, seed)
         if needs_data:
             if checkpoint is not None:
                 settings = _settings(config) | {
@@ -212,7 +219,7 @@ def search_ticket(
                     "model": training.fingerprint(),
                 }
                 run.resume(SearchCheckpoint(Path(checkpoint), settings))
-            batches = endless(prepared(dataloader, state), steps * rounds)
+            batches = endless(prepared(dataloader, device), steps * rounds)
             run.through(batches, steps, rounds, selector, rewind_step, checkpoint_every, progress)
             if rule.needs_data and selector.slots and not training.has_evidence():
                 raise TicketSearchError(
@@ -235,7 +242,7 @@ def search_ticket(
         # Probes are gone after the search; what they leave is in `chosen`.
         moved = [slot for slot in others if slot.begin is not slot.before and slot.parameter not in probed]
         early_beside = [(slot.parameter, slot.begin) for slot in moved]
-    with seeded(seed, state.device):
+    with seeded(seed, device):
         tuner.install(adapter_name, positions, chosen.externals if chosen else None)
     _begin(tuner, adapter_name, chosen, early, early_beside)
     if run.checkpoint is not None and state.is_main_process:

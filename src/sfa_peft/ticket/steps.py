@@ -23,6 +23,10 @@ from .training import DenseTraining
 State = AcceleratorState | PartialState
 
 
+# Steps between two looks at the losses on an accelerator: each look waits for all that is queued there.
+READ_EVERY = 10
+
+
 class TicketSearchError(RuntimeError):
     """The search could not be finished. The model is as it was before it."""
 
@@ -40,13 +44,17 @@ class Run:
         model: nn.Module,
         training: DenseTraining,
         state: State,
+        device: torch.device,
         autocast: Callable[[], AbstractContextManager[Any]],
         loss_fn: Callable[[nn.Module, Any], Tensor],
         seed: int,
     ) -> None:
-        self.model, self.training, self.state = model, training, state
+        self.model, self.training, self.state, self.device = model, training, state, device
         self.autocast, self.loss_fn, self.seed = autocast, loss_fn, seed
         self.losses: list[float] = []
+        self._unread: list[Tensor] = []
+        # Processes must learn of each other's failures at once, or they wait for each other.
+        self._read_every = READ_EVERY if device.type != "cpu" and state.num_processes == 1 else 1
         self.checkpoint: SearchCheckpoint | None = None
 
     def resume(self, checkpoint: SearchCheckpoint) -> None:
@@ -100,10 +108,13 @@ class Run:
                 if step and step % steps == 0:
                     selector.end(step // steps, self.training)
                 self._step(step, batches)
+                is_due = (step + 1) % checkpoint_every == 0
+                if is_due or (step + 1) % steps == 0 or len(self._unread) >= self._read_every:
+                    self._read_losses()
+                    bar.set_postfix(loss=f"{self.losses[-1]:.3f}")
                 if step + 1 == rewind_step:
                     self.training.remember()
-                bar.set_postfix(loss=f"{self.losses[-1]:.3f}")
-                if (step + 1) % checkpoint_every == 0:
+                if is_due:
                     self._save()
 
     def _step(self, step: int, batches: Iterator[Any]) -> None:
@@ -111,7 +122,7 @@ class Run:
         loss = failure = None
         data_stream = torch.get_rng_state()
         try:
-            batch = send_to_device(next(batches), self.state.device)
+            batch = send_to_device(next(batches), self.device)
             # The model draws from a stream of its own for each step, so that the data's stream does not depend on it,
             # and a search that goes on from a file sees the same batches and drops out the same units.
             data_stream = torch.get_rng_state()
@@ -124,15 +135,12 @@ class Run:
             if not several:
                 raise
             failure = error  # the other processes wait for this one's loss: they get a NaN
-        value = torch.tensor(float("nan"), device=self.state.device) if failure else loss.detach().float()
-        mean = reduce(value, reduction="mean").item()
+        value = torch.tensor(float("nan"), device=self.device) if failure else loss.detach().float()
+        self._unread.append(reduce(value, reduction="mean"))
         if failure:
             raise failure
-        if not math.isfinite(mean):
-            raise TicketSearchError(
-                f"the loss was {mean} at step {step} of the search{' on a process' if several else ''}; the model is "
-                f"as it was before. Lower `learning_rate`, or check the data."
-            )
+        if several:  # before gradients are exchanged, which the one that failed takes no part in
+            self._read_losses()
         loss.backward()
         if several:
             for slot in self.training.slots:
@@ -140,14 +148,30 @@ class Run:
                 p.grad = reduce(torch.zeros_like(p) if p.grad is None else p.grad, reduction="mean")
                 self.training.update(slot)
         torch.set_rng_state(data_stream)
-        self.losses.append(mean)
+
+    def _read_losses(self) -> None:
+        """Take the losses of the last steps over from the device.
+
+        Raises:
+            TicketSearchError: If one is not finite.
+        """
+        losses = torch.stack(self._unread).tolist() if self._unread else []
+        self._unread.clear()
+        for loss in losses:
+            if not math.isfinite(loss):
+                where = " on a process" if self.state.num_processes > 1 else ""
+                raise TicketSearchError(
+                    f"the loss was {loss} at step {len(self.losses)} of the search{where}; the model is as it was "
+                    f"before. Lower `learning_rate`, or check the data."
+                )
+            self.losses.append(loss)
 
 
-def prepared(dataloader: Iterable[Any], state: State) -> Iterable[Any]:
+def prepared(dataloader: Iterable[Any], device: torch.device) -> Iterable[Any]:
     ready = isinstance(dataloader, DataLoaderShard | DataLoaderDispatcher)
     if isinstance(dataloader, DataLoader) and not ready:
         # Not accelerator.prepare: the caller's accelerator should not remember a loader that it was not given.
-        return prepare_data_loader(dataloader, state.device, put_on_device=True)
+        return prepare_data_loader(dataloader, device, put_on_device=True)
     return dataloader
 
 

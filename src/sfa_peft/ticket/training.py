@@ -114,7 +114,9 @@ class DenseTraining:
         self.slots = list(slots)
         self.state = state
         self.dtype = torch.bfloat16 if state == "bf16" else torch.float32
-        self.rounding = torch.Generator().manual_seed(seed)
+        # On the parameters' device: noise made elsewhere would have to be brought there for each of them.
+        device = self.slots[0].parameter.device if self.slots else "cpu"
+        self.rounding = torch.Generator(device).manual_seed(seed)
         self.masked = masked
         for slot in self.slots:
             p = slot.parameter
@@ -181,7 +183,9 @@ class DenseTraining:
         if kept.dtype == torch.bfloat16:
             # A bfloat16 is the upper half of a float32: adding a random lower half before cutting it off rounds up as
             # often as the value is near to the next one. Rounding to nearest would lose every change under 0.4 %.
-            noise = torch.randint(0, 1 << 16, new.shape, generator=self.rounding, dtype=torch.int32).to(new.device)
+            device = self.rounding.device
+            noise = torch.randint(0, 1 << 16, new.shape, generator=self.rounding, dtype=torch.int32, device=device)
+            noise = noise.to(new.device)
             new = ((new.contiguous().view(torch.int32) + noise) & ~0xFFFF).view(torch.float32)
         kept.copy_(new)
 
