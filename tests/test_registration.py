@@ -1,5 +1,7 @@
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import peft
 import pytest
@@ -54,3 +56,18 @@ def test_a_foreign_method_of_the_same_name_is_not_overwritten(monkeypatch):
     monkeypatch.setitem(PEFT_TYPE_TO_TUNER_MAPPING, "SFA", Foreign)
     with pytest.raises(ImportError, match="has a method SFA already"):
         registration.add_peft_type()
+
+
+def test_other_methods_load_as_if_sfa_was_not_there(tmp_path):
+    def lora_alone(name, *arguments):
+        script = Path(__file__).with_name("lora_alone.py")
+        command = [sys.executable, script, tmp_path / name, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])["results"]
+
+    without, beside = lora_alone("without"), lora_alone("beside", "sfa")
+    assert "error" not in without["from_pretrained good"]
+    assert "error" in without["from_pretrained of_other_shapes"]
+    for way, result in without.items():
+        assert beside[way] == result, way

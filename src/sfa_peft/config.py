@@ -18,7 +18,7 @@ from .checkpoint.fingerprint import Fingerprint
 from .checkpoint.seal import CONFIG, WEIGHTS
 from .external import ACTIVATIONS
 from .granularity import GRANULARITIES, Granularity, make_granularity
-from .saved import PICKLE, checked, weights_of
+from .saved import BEFORE_READING, PICKLE, checked, weights_of
 from .ticket.criteria import DATA_FREE
 
 FORMAT_VERSION = 1
@@ -238,6 +238,7 @@ class SFAConfig(PeftConfig):
             CheckpointError: If the config or the weights are damaged, or do not belong together.
             ValueError: If there is no config.
         """
+        BEFORE_READING.get()()
         name = str(pretrained_model_name_or_path)
         try:
             config = super().from_pretrained(name, subfolder=subfolder, **kwargs)

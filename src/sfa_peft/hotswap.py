@@ -20,7 +20,7 @@ from .config import SFAConfig
 from .layer import sfa_layers
 from .model import SFAModel
 from .plan import LOADING, Planner
-from .registration import NAME, PeftTooDifferentError
+from .registration import NAME, PeftTooDifferentError, arguments_of
 from .saved import difference_of
 
 
@@ -92,18 +92,12 @@ def resized(model: PeftModel, adapter_name: str, config: SFAConfig) -> Iterator[
 
 def _asking_first(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
-    def hotswap_adapter_from_state_dict(
-        model: nn.Module,
-        state_dict: dict[str, Tensor],
-        adapter_name: str,
-        config: Any,
-        parameter_prefix: str = "lora_",
-    ) -> None:
-        if not isinstance(config, SFAConfig):
-            original(model, state_dict, adapter_name, config, parameter_prefix)
-            return
+    def hotswap_adapter_from_state_dict(*args: Any, **kwargs: Any) -> Any:
+        given = arguments_of(original, args, kwargs)
+        if not isinstance(given.get("config"), SFAConfig):
+            return original(*args, **kwargs)
         with torch.no_grad():
-            swap(model, state_dict, adapter_name, config)
+            return swap(given["model"], given["state_dict"], given["adapter_name"], given["config"])
 
     hotswap_adapter_from_state_dict.sfa_original = original  # type: ignore[attr-defined]
     return hotswap_adapter_from_state_dict

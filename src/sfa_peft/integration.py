@@ -6,10 +6,10 @@ transformers reads an adapter's file by itself, and has no hook for what is code
 
 from __future__ import annotations
 
-import inspect
 import os
 import shutil
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from json import JSONDecodeError
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from huggingface_hub import CommitInfo
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
@@ -36,11 +36,11 @@ from .config import DTYPES, SFAConfig
 from .granularity import position_dtype
 from .hotswap import resized
 from .layer import sfa_layers
-from .model import discard_adapter
+from .model import HANDED_OVER, HandedOverError, discard_adapter
 from .plan import LOADING
-from .registration import NAME, extend
+from .registration import NAME, arguments_of, extend
 from .renaming import key_mapping
-from .saved import difference_of, tensors_of, weights_of
+from .saved import BEFORE_READING, difference_of, tensors_of, weights_of
 from .ticket.install import ticket_of
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -115,56 +115,46 @@ def _seal(model: PeftModel, adapter_name: str, folder: Path) -> None:
     seal(folder, ticket_of(model.base_model, adapter_name).shapes, dtype_of)
 
 
-def from_pretrained(
-    original: Method,
-    cls: type[PeftModel],
-    model: nn.Module,
-    model_id: str | os.PathLike[str],
-    adapter_name: str = "default",
-    *args: Any,
-    **kwargs: Any,
-) -> PeftModel:
+def from_pretrained(original: Method, cls: type[PeftModel], *args: Any, **kwargs: Any) -> PeftModel:
     """Load an adapter as `PeftModel.from_pretrained` does; one that fails to load leaves the model as it was.
 
     Raises:
         CheckpointError: If the adapter is damaged, or does not fit the model.
     """
-    given = inspect.signature(original).bind(model, model_id, adapter_name, *args, **kwargs).arguments
+    given = arguments_of(original, args, kwargs)
+    model, model_id, options = given.get("model"), given.get("model_id"), given.get("kwargs", {})
     mapping = given.get("key_mapping") or getattr(model, "_checkpoint_conversion_mapping", None)
-    with _loading(model, adapter_name), _readable_errors(model_id, kwargs), key_mapping(mapping):
+    load = _Load(model, given.get("adapter_name"))
+    with load, _readable_errors(load, model_id, options), key_mapping(mapping):
         config = given.get("config")  # PEFT reads no config then
         if isinstance(config, SFAConfig):
-            _check_same(SFAConfig.from_pretrained(model_id, **kwargs), config)
-        return original(model, model_id, adapter_name, *args, **kwargs)
+            load.begin()
+            _check_same(SFAConfig.from_pretrained(model_id, **options), config)
+        return original(*args, **kwargs)
 
 
-def load_adapter(
-    original: Method,
-    model: PeftModel,
-    model_id: str | os.PathLike[str],
-    adapter_name: str,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
+def load_adapter(original: Method, model: PeftModel, *args: Any, **kwargs: Any) -> Any:
     """Load one more adapter as `PeftModel.load_adapter` does; one that fails to load leaves the model as it was.
 
     Raises:
         CheckpointError: If the adapter is damaged, or does not fit the model.
     """
-    given = inspect.signature(original).bind(model_id, adapter_name, *args, **kwargs).arguments
+    given = arguments_of(original, args, kwargs)
+    model_id, adapter_name, options = given.get("model_id"), given.get("adapter_name"), given.get("kwargs", {})
     with ExitStack() as stack:
-        stack.enter_context(_loading(model, adapter_name))
-        stack.enter_context(_readable_errors(model_id, kwargs))
+        load = stack.enter_context(_Load(model, adapter_name))
+        load.begin()
+        stack.enter_context(_readable_errors(load, model_id, options))
         stack.enter_context(key_mapping(given.get("key_mapping")))
         if adapter_name in model.peft_config:  # PEFT reads no config then
             if any(adapter_name in layer.merged_adapters for _, layer in sfa_layers(model)):
                 raise ValueError(f"adapter {adapter_name!r} is merged: unmerge_adapter() before others are loaded.")
-            saved, own = SFAConfig.from_pretrained(model_id, **kwargs), model.peft_config[adapter_name]
+            saved, own = SFAConfig.from_pretrained(model_id, **options), model.peft_config[adapter_name]
             if _only_sizes_differ(saved, own) and _is_fresh(model, adapter_name):
                 stack.enter_context(resized(model, adapter_name, saved))
             else:
                 _check_same(saved, own)
-        return original(model_id, adapter_name, *args, **kwargs)
+        return original(*args, **kwargs)
 
 
 def _only_sizes_differ(saved: SFAConfig, own: SFAConfig) -> bool:
@@ -198,8 +188,23 @@ def load_adapter_in_transformers(original: Method, model: PreTrainedModel, *args
     Raises:
         CheckpointError: If the adapter is damaged, or does not fit the model.
     """
-    given = inspect.signature(original).bind(*args, **kwargs).arguments
-    given |= given.pop("kwargs", {})
+    given = arguments_of(original, args, kwargs)
+    config = given.get("peft_config")
+    if isinstance(config, SFAConfig):
+        return _load_in_transformers(original, model, given)
+    # transformers reads the config; only when it comes to SFAModel with it, SFA is concerned.
+    token = HANDED_OVER.set(True)
+    try:
+        return original(*args, **kwargs)
+    except HandedOverError:
+        pass
+    finally:
+        HANDED_OVER.reset(token)
+    return _load_in_transformers(original, model, given)
+
+
+def _load_in_transformers(original: Method, model: PreTrainedModel, given: dict[str, Any]) -> Any:
+    given = given | given.pop("kwargs", {})
     load_config = given.get("load_config")
     source = given.get("peft_model_id") or getattr(load_config, "pretrained_model_name_or_path", None)
     options = {
@@ -208,13 +213,12 @@ def load_adapter_in_transformers(original: Method, model: PreTrainedModel, *args
         **{key: given[key] for key in HUB_OPTIONS if key in given},
     }
     config, tensors = given.get("peft_config"), given.get("adapter_state_dict")
-    if config is None and source is not None and _type_of(source, options) == NAME:
+    if config is None:
         config = SFAConfig.from_pretrained(source, **options)
-    if not isinstance(config, SFAConfig):
-        return original(*args, **kwargs)
     if tensors is None and source is None:
         raise ValueError("an SFA adapter needs `peft_model_id`, or `adapter_state_dict` beside `peft_config`.")
-    with _loading(model, given.get("adapter_name") or "default"):
+    with _Load(model, given.get("adapter_name") or "default") as load:
+        load.begin()
         if tensors is None:
             weights = weights_of(source, **options)
             if weights is None:
@@ -230,16 +234,6 @@ def load_adapter_in_transformers(original: Method, model: PreTrainedModel, *args
             return original(**given | own)
         except RuntimeError as error:  # tensors of other shapes
             raise CheckpointError(f"the adapter does not fit this {type(model).__name__}: {error}") from error
-
-
-def _type_of(source: str, options: dict[str, Any]) -> str | None:
-    """The kind of adapter in a folder or repository; None where there is none."""
-    try:
-        return PeftConfig.from_pretrained(source, **options).peft_type
-    except CheckpointError:
-        return NAME
-    except (ValueError, OSError, KeyError, TypeError):
-        return None
 
 
 def create_or_update_model_card(original: Method, model: PeftModel, output_dir: str) -> None:
@@ -298,53 +292,74 @@ def push_to_hub(
         return push.upload(Path(folder), message, commit_description)
 
 
-@contextmanager
-def _loading(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """Inject an adapter whose weights follow; take it out again if an error comes, unless it was there before."""
-    if not isinstance(model, nn.Module):
-        yield  # PEFT has an error for that
-        return
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    flags = [(p, p.requires_grad) for p in base.parameters()]
-    had_config = hasattr(base, "peft_config")
-    was_loaded = getattr(base, "_hf_peft_config_loaded", None)  # transformers' note that it has adapters
-    had_adapter = adapter_name in getattr(base, "peft_config", {})
-    token = LOADING.set(True)
-    try:
-        yield
-    except BaseException:
-        is_new = not had_adapter and any(adapter_name in layer.adapter_names for _, layer in sfa_layers(base))
+class _Load:
+    """One load of an adapter. If it fails, the adapter is taken out again, unless it was there before.
+
+    It begins when a config of SFA is read for it, and before that does nothing: it may be another method's.
+    """
+
+    def __init__(self, model: Any, adapter_name: Any) -> None:
+        self.model, self.adapter_name = model, adapter_name
+        self.begun = False
+
+    def begin(self) -> None:
+        if self.begun or not isinstance(self.model, nn.Module):  # PEFT has an error for that
+            return
+        self.begun = True
+        self.base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        self.flags = [(p, p.requires_grad) for p in self.base.parameters()]
+        self.had_config = hasattr(self.base, "peft_config")
+        self.was_loaded = getattr(self.base, "_hf_peft_config_loaded", None)  # transformers' note that it has adapters
+        self.had_adapter = self.adapter_name in getattr(self.base, "peft_config", {})
+
+    def __enter__(self) -> _Load:
+        self.tokens = LOADING.set(True), BEFORE_READING.set(self.begin)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        loading, before_reading = self.tokens
+        LOADING.reset(loading)
+        BEFORE_READING.reset(before_reading)
+        if kind is not None and self.begun and not self.had_adapter:
+            self._undo()
+
+    def _undo(self) -> None:
+        base, name = self.base, self.adapter_name
+        is_new = any(name in layer.adapter_names for _, layer in sfa_layers(base))
         if is_new:
-            discard_adapter(base, adapter_name)
-        if not had_adapter:
-            for p, requires_grad in flags:
-                p.requires_grad_(requires_grad)
-            if was_loaded is not None:
-                base._hf_peft_config_loaded = was_loaded
-        if is_new or (not had_adapter and not sfa_layers(base)):
+            discard_adapter(base, name)
+        for p, requires_grad in self.flags:
+            p.requires_grad_(requires_grad)
+        if self.was_loaded is not None:
+            base._hf_peft_config_loaded = self.was_loaded
+        if is_new or not sfa_layers(base):
             configs = getattr(base, "peft_config", {})
-            if isinstance(configs.get(adapter_name), SFAConfig):
-                configs.pop(adapter_name)
-            if not had_config and not configs and hasattr(base, "peft_config"):
+            if isinstance(configs.get(name), SFAConfig):
+                configs.pop(name)
+            if not self.had_config and not configs and hasattr(base, "peft_config"):
                 del base.peft_config
-        raise
-    finally:
-        LOADING.reset(token)
 
 
 @contextmanager
-def _readable_errors(model_id: str | os.PathLike[str], options: dict[str, Any]) -> Iterator[None]:
+def _readable_errors(load: _Load, model_id: Any, options: dict[str, Any]) -> Iterator[None]:
     """Make what PEFT trips over in a damaged SFA adapter a `CheckpointError`."""
     try:
         yield
     except (KeyError, TypeError, AttributeError, RecursionError, SafetensorError, JSONDecodeError, UnicodeError) as e:
-        if isinstance(model_id, str | os.PathLike) and _is_saved_by_sfa(model_id, options):
+        is_known = load.begun or _is_of_the_type(e)
+        if is_known and isinstance(model_id, str | os.PathLike) and _is_saved_by_sfa(model_id, options):
             SFAConfig.from_pretrained(model_id, **options)  # says what is wrong with it
             if isinstance(e, KeyError):  # of a head, which that does not know
                 raise CheckpointError(
                     f"the SFA adapter {str(model_id)!r} is incomplete: it lacks {e.args[0]!r}"
                 ) from e
         raise
+
+
+def _is_of_the_type(error: BaseException) -> bool:
+    """Whether PEFT could not read from a config whose adapter it is, so that it may be one of SFA."""
+    frames = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+    return "_get_peft_type" in frames or frames[-1] in ("from_pretrained", "load_adapter")
 
 
 def _is_saved_by_sfa(model_id: str | os.PathLike[str], options: dict[str, Any]) -> bool:

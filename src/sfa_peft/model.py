@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import torch
@@ -40,6 +41,14 @@ from .ticket.selection import Positions
 ALIGNMENT = 64  # bytes, as torch allocates
 
 
+# Whether transformers is loading an adapter by itself: it cannot read the file of SFA, whose positions are coded.
+HANDED_OVER: ContextVar[bool] = ContextVar("handed_over", default=False)
+
+
+class HandedOverError(Exception):
+    """Leads out of transformers' `load_adapter`, before it has touched the model, once the adapter is one of SFA."""
+
+
 class SFAModel(BaseTuner):
     """A base model with Selective Feature Adapters (Deng et al., arXiv 2310.01843).
 
@@ -63,6 +72,11 @@ class SFAModel(BaseTuner):
     prefix = "sfa_"
     tuner_layer_cls = SFALayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if HANDED_OVER.get():
+            raise HandedOverError
+        super().__init__(*args, **kwargs)
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, plan: Plan | None = None, **kwargs: Any

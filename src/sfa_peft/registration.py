@@ -7,6 +7,7 @@ public way to add one; `aenum.extend_enum` does.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -60,6 +61,16 @@ def register(config_cls: type, model_cls: type) -> None:
         register_peft_method(name=NAME.lower(), config_cls=config_cls, model_cls=model_cls)
     except Exception as error:
         raise _error(error) from error
+
+
+def arguments_of(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by their names; none if they do not fit, of which the function itself tells."""
+    try:
+        bound = inspect.signature(function).bind(*args, **kwargs)
+    except TypeError:
+        return {}
+    bound.apply_defaults()
+    return bound.arguments
 
 
 def extend(cls: type, methods: Mapping[str, Callable[..., Any]], applies: Callable[[Any], bool]) -> None:

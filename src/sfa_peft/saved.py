@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,10 @@ SEALED = (
     "modules_to_save",
     "ticket_sizes",
 )
+
+
+# What is done before a config is read, where a load waits to know whether the adapter is one of SFA.
+BEFORE_READING: ContextVar[Callable[[], None]] = ContextVar("before_reading", default=lambda: None)
 
 
 def weights_of(name: str, subfolder: str | None = None, **kwargs: Any) -> Path | None:
