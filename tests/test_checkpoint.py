@@ -188,8 +188,6 @@ def test_a_pretrained_head_is_adapted_instead_of_saved_whole(tmp_path):
 
 
 def test_target_heads_that_cannot_be_are_refused():
-    with pytest.raises(ValueError, match=r"target_heads.*running statistics.*modules_to_save"):
-        get_peft_model(tiny.swin(), SFAConfig(budget=0.1, target_heads=["decode_head"]))
     with pytest.raises(ValueError, match="target_heads"):
         get_peft_model(tiny.swin(), SFAConfig(budget=0.1, target_heads=["no_head"]))
     with pytest.raises(ValueError, match="target_heads"):

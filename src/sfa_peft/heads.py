@@ -9,6 +9,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .mixed import Mixture, run_each
+from .statistics import release_statistics
 
 
 class Head(ModulesToSaveWrapper):
@@ -64,6 +65,7 @@ def wrap_heads(
         if isinstance(head, ModulesToSaveWrapper):
             flags = [(p, p.requires_grad) for p in head.modules_to_save.parameters()]
             head.update(adapter_name)
+            release_statistics(head.modules_to_save[adapter_name])
             head.modules_to_save[adapter_name].requires_grad_(False)
             if is_active:
                 head.set_adapter(adapter_name, inference_mode=inference_mode)
@@ -72,5 +74,6 @@ def wrap_heads(
                     p.requires_grad_(requires_grad)
             continue
         wrapper = Head(head, adapter_name)
+        release_statistics(wrapper.modules_to_save[adapter_name])
         wrapper.set_adapter(adapter_name if is_active else [], inference_mode=inference_mode)
         model.set_submodule(name, wrapper)

@@ -36,6 +36,7 @@ from .heads import Head, wrap_heads
 from .layer import QuantizedLinear, SFALayer, base_parameters_of, layer_class, sfa_layers
 from .mixed import BASE, Mixture
 from .plan import LOADING, TASK_HEADS, Plan, Planner, peft_verdict, ticket_sizes
+from .statistics import keep_statistics, release_statistics
 from .ticket.selection import Positions
 
 ALIGNMENT = 64  # bytes, as torch allocates
@@ -113,6 +114,7 @@ class SFAModel(BaseTuner):
                 config.modules_to_save = heads
             is_active = adapter_name in self.active_adapters
             wrap_heads(model, planner.heads, adapter_name, is_active, config.inference_mode)
+            keep_statistics(model)
         except BaseException:
             discard_adapter(model, adapter_name)
             raise
@@ -312,7 +314,9 @@ class SFAModel(BaseTuner):
     ) -> nn.Module:
         if merge and safe_merge:  # before the first layer is unloaded
             self.merge_adapter(adapter_names, safe_merge)
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        release_statistics(model)
+        return model
 
     def unload(self) -> nn.Module:
         """Give back the base model, its original heads included (PEFT's own `unload` leaves the trained heads in)."""
@@ -647,3 +651,5 @@ def unwrap_empty_layers(model: nn.Module) -> None:
     for name, layer in sfa_layers(model):
         if not layer.adapter_names:
             model.set_submodule(name, layer.base_layer)
+    if not sfa_layers(model):
+        release_statistics(model)

@@ -267,14 +267,6 @@ class Planner:
                     f"lies in a module {head!r} outside `modules_to_save`."
                 )
             leaves += own
-        for name, module in self.leaves.items():
-            tracks = getattr(base_layer_of(module), "track_running_stats", False)
-            if tracks and in_module(name, self.config.target_heads or ()) and self._is_allowed(name):
-                raise ValueError(
-                    f"SFAConfig.target_heads reaches {name!r}, a {type(module).__name__}: its running statistics "
-                    f"change while training, and would not be saved. Name it in `modules_to_save` (a few numbers), as "
-                    f"{name.rpartition('.')[2]!r}."
-                )
         added = set(leaves) - set(backbones.known_targets(self.model))
         return [name for name in self.leaves if name in added]
 
