@@ -72,8 +72,8 @@ def bytes_of(*modules: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def main() -> None:
-    args = parse_arguments()
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse_arguments(arguments)
     image = make_scene(seed=12345)["image"] if args.image is None else image_of_flag(args.image)
     device = PartialState().device
     runs = [Trained.load(folder, TASKS) for folder in dict.fromkeys(args.runs or train_all(args))]

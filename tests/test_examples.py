@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,14 +18,14 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from peft import LoraConfig, PeftModel, ShiraConfig
 from safetensors.torch import load_file
-from transformers import AutoConfig, Dinov2Model, SwinForImageClassification
+from transformers import AutoConfig, BertConfig, Dinov2Model, SwinForImageClassification
 
 import tiny
 from sfa_peft import SFAConfig
 
 from dense import nano_backbone
 from dense.arguments import parse
-from dense.folder import CHECKPOINTS
+from dense.folder import CHECKPOINTS, RunFolder
 from dense.methods import METHODS, Dense, adapt, is_head, lora_config, shira_config, trained_backbone_parameters
 from dense.models import LinearHead, feature_levels, heads_of
 from dense.run import run
@@ -290,7 +292,22 @@ def test_flags_that_cannot_be_meant_are_refused(folders, tmp_path, capsys):
         with pytest.raises(SystemExit):
             parse(SemanticSegmentation, arguments)
         assert message in capsys.readouterr().err
+    BertConfig().save_pretrained(tmp_path / "bert")
+    AutoConfig.from_pretrained(folders / "swin").save_pretrained(tmp_path / "empty")
     for task, arguments, message in (
+        (
+            SemanticSegmentation,
+            ["--model", "no/model/here"],
+            "'no/model/here' is neither a folder nor a model on the",
+        ),
+        (
+            SemanticSegmentation,
+            ["--model", "me/nothing"],
+            "'me/nothing' is neither a folder nor a model on the",
+        ),
+        (SemanticSegmentation, ["--model", str(folders / "data")], "--model '.*data': the folder has no model"),
+        (SemanticSegmentation, ["--model", str(tmp_path / "bert")], "--model: bert has no backbone in transformers"),
+        (SemanticSegmentation, ["--model", str(tmp_path / "empty")], "--model '.*empty': its weights cannot be read"),
         (InstanceSegmentation, ["--model", str(folders / "swin")], "a pyramid of three stages"),
         (InstanceSegmentation, ["--head_channels", "40"], "must be a multiple of 32"),
     ):
@@ -361,12 +378,16 @@ def test_every_checkpoint_leads_to_the_same_end(folders, tmp_path):
     keep = [*RESUMABLE, "--checkpoints_total_limit", "9", "--head", "upernet", "--head_channels", "8"]
     run(task, flags_of(folders, task, tmp_path, *keep))
     expected = trained(tmp_path)
-    with pytest.raises(FlagError, match="has checkpoints of an earlier run: go on from them"):
-        run(task, flags_of(folders, task, tmp_path, *keep))
     for step in (0, 2, 6):
         checkpoint = str(tmp_path / CHECKPOINTS / f"step_{step}")
-        run(task, flags_of(folders, task, tmp_path, *keep, "--resume_from_checkpoint", checkpoint))
+        resumed = flags_of(folders, task, tmp_path, *keep, "--resume_from_checkpoint", checkpoint)
+        with pytest.raises(FlagError, match="a finished run is there"):
+            run(task, resumed)
+        run(task, [*resumed, "--overwrite"])
         assert all(torch.equal(tensor, trained(tmp_path)[name]) for name, tensor in expected.items())
+    other = tmp_path / "other"
+    run(task, flags_of(folders, task, other, *keep, "--resume_from_checkpoint", checkpoint))
+    assert all(torch.equal(tensor, trained(other)[name]) for name, tensor in expected.items())
     with pytest.raises(FlagError, match=r"--budget 0.2: the run in .* was started with 0.1; go on with that"):
         run(task, flags_of(folders, task, tmp_path, *keep, "--resume_from_checkpoint", checkpoint, "--budget", "0.2"))
 
@@ -411,9 +432,193 @@ def test_two_processes_share_the_work_and_can_be_resumed(folders, task, tmp_path
     assert "2 on cpu" in (tmp_path / "report.html").read_text()
     expected = trained(tmp_path)
     checkpoint = str(tmp_path / CHECKPOINTS / "step_2")
-    done = launch(script, *arguments, "--resume_from_checkpoint", checkpoint, launcher=TWO)
+    done = launch(script, *arguments, "--resume_from_checkpoint", checkpoint, "--overwrite", launcher=TWO)
     assert done.returncode == 0, done.stderr[-3000:]
     assert all(torch.equal(tensor, trained(tmp_path)[name]) for name, tensor in expected.items())
+
+
+# Folders that have a run already
+
+
+def files_of(folder):
+    """What is in a folder, byte for byte."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def ended(folders, tmp_path_factory):
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("ended")
+    run(SemanticSegmentation, flags_of(folders, SemanticSegmentation, folder, "--search_steps", "0"))
+    return folder
+
+
+@pytest.fixture
+def copied(ended, tmp_path):
+    shutil.copytree(ended, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--budget", "0.00001"],
+        ["--model", "nowhere/at/all"],
+        ["--model", "{folders}/data"],
+        ["--dataset", "nowhere/at/all"],
+        ["--id2label", "nowhere.json"],
+        ["--image_size", "31", "33"],
+        ["--log_with", "clearml"],
+        ["--checkpointing_steps", "often"],
+        ["--resume_from_checkpoint", "nowhere"],
+        ["--id2label", "{folders}/one.json"],
+        ["--id2label", "{folders}/one.json", "--bad_data", "error"],
+    ],
+)
+def test_a_mistyped_run_leaves_the_result_that_it_would_replace(folders, ended, flags):
+    (folders / "one.json").write_text(json.dumps({"0": CLASSES[0]}))
+    before = files_of(ended)
+    flags = [flag.format(folders=folders) for flag in flags]
+    with pytest.raises((DataError, FlagError, OSError)):
+        run(SemanticSegmentation, flags_of(folders, SemanticSegmentation, ended, "--overwrite", *flags))
+    assert files_of(ended) == before
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_replaced_only_where_a_flag_says_so(folders, ended):
+    before = files_of(ended)
+    for task, flags in ((SemanticSegmentation, ["--search_steps", "0"]), (DepthEstimation, [])):
+        with pytest.raises(
+            FlagError, match=r"a finished run is there \(SemanticSegmentation, --method sfa\); .*--over"
+        ):
+            run(task, flags_of(folders, task, ended, *flags))
+    assert files_of(ended) == before
+
+
+@pytest.mark.slow
+def test_a_finished_run_that_is_to_go_on_has_nothing_left_to_do(folders, ended, capsys):
+    before = files_of(ended)
+    arguments = ["--search_steps", "0", "--resume_from_checkpoint", "latest"]
+    flags = flags_of(folders, SemanticSegmentation, ended, *arguments)
+    assert run(SemanticSegmentation, flags) == json.loads(before["results.json"])
+    assert "nothing is left to do" in capsys.readouterr().out
+    for more, message in ((["--budget", "0.2"], "--budget 0.2: .*with 0.1"), (["--push_to_hub", "me/x"], "hf upload")):
+        with pytest.raises(FlagError, match=message):
+            run(SemanticSegmentation, [*flags, *more])
+    with pytest.raises(FlagError, match="is one of SemanticSegmentation"):
+        run(DepthEstimation, flags_of(folders, DepthEstimation, ended, *arguments))
+    assert files_of(ended) == before
+
+
+def run_stopped(monkeypatch, task, flags, steps):
+    """A run that is interrupted, as by Ctrl-C, after so many steps."""
+    loss, calls = task.loss, iter(range(steps))
+
+    def interrupted(self, *arguments):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return loss(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(task, "loss", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(task, flags)
+
+
+@pytest.mark.slow
+def test_the_old_result_stays_whole_until_the_new_one_is(folders, copied, monkeypatch):
+    task, before = SemanticSegmentation, files_of(copied)
+    (copied / "notes.txt").write_text("of mine")
+    (copied / "adapter_notes.txt").write_text("of mine")
+    again = flags_of(folders, task, copied, "--search_steps", "0", "--seed", "1")
+    run_stopped(monkeypatch, task, [*again, "--overwrite"], steps=3)
+    assert before.items() <= files_of(copied).items()
+    base = task(parse(task, again), names_of(copied)).build(str(folders / "swin"), CPU).model
+    PeftModel.from_pretrained(base, copied)
+    with pytest.raises(FlagError, match="not ended; it left no checkpoint, begin anew with --overwrite"):
+        run(task, again)
+    run(task, [*again, "--overwrite"])
+    assert json.loads((copied / "results.json").read_text())["seed"] == 1
+    after = files_of(copied)
+    assert after["adapter_model.safetensors"] != before["adapter_model.safetensors"]
+    assert after.keys() >= {"notes.txt", "adapter_notes.txt"}
+    assert not [name for name in after if "unfinished" in name or "complete" in name]
+
+
+def names_of(folder):
+    return Classes({int(i): name for i, name in json.loads((folder / "run.json").read_text())["id2label"].items()})
+
+
+@pytest.mark.slow
+def test_a_run_that_replaces_another_can_be_killed_and_go_on(folders, copied, tmp_path, monkeypatch):
+    task, before = SemanticSegmentation, files_of(copied)
+    run(task, flags_of(folders, task, tmp_path / "whole", *RESUMABLE))
+    flags = flags_of(folders, task, copied, *RESUMABLE)
+    latest = ["--resume_from_checkpoint", "latest"]
+    run_stopped(monkeypatch, task, [*flags, "--overwrite", *latest], steps=5)
+    assert before.items() <= files_of(copied).items()
+    with pytest.raises(FlagError, match="go on with it by --resume_from_checkpoint latest, begin anew with --overwr"):
+        run(task, flags)
+    run(task, [*flags, *latest])
+    assert trained(copied).keys() == trained(tmp_path / "whole").keys()
+    assert all(torch.equal(tensor, trained(copied)[name]) for name, tensor in trained(tmp_path / "whole").items())
+
+
+def test_a_kill_while_a_result_is_put_in_place_loses_nothing(tmp_path, monkeypatch):
+    """At every moment of it: what is there is the old result, or becomes the new one at the next start."""
+    step = iter(())
+
+    def killed_at_last(act):
+        def maybe(*arguments, **options):
+            if next(step, None) is None:
+                raise KeyboardInterrupt
+            return act(*arguments, **options)
+
+        return maybe
+
+    for owner, name in ((shutil, "rmtree"), (Path, "unlink"), (Path, "rename"), (Path, "rmdir")):
+        monkeypatch.setattr(owner, name, killed_at_last(getattr(owner, name)))
+    old = dict.fromkeys(("run.json", "results.json", "pictures/old.jpg", "ticket.png"), b"old")
+    new = dict.fromkeys(("run.json", "results.json", "pictures/new.jpg", "adapter_model.safetensors"), b"new")
+    for moment in range(40):
+        folder = RunFolder(tmp_path / str(moment))
+        for where, files in ((folder.path, old), (folder.work, new)):
+            for name, content in files.items():
+                (where / name).parent.mkdir(parents=True, exist_ok=True)
+                (where / name).write_bytes(content)
+        step = iter(range(moment))
+        try:
+            folder.put_in_place()
+        except KeyboardInterrupt:
+            step = iter(range(99))
+            RunFolder(folder.path).mend()
+        else:
+            assert moment > 5
+            break
+        assert files_of(folder.path) == new
+    else:
+        pytest.fail("it never came to its end")
+
+
+def test_what_is_of_no_run_is_never_replaced(folders, tmp_path):
+    (tmp_path / "README.md").write_text("of mine")
+    with pytest.raises(FlagError, match=r"README\.md would be replaced, and is of no run; name another folder"):
+        run(DepthEstimation, flags_of(folders, DepthEstimation, tmp_path, "--overwrite"))
+    with pytest.raises(FlagError, match=r"README\.md is no folder"):
+        run(DepthEstimation, flags_of(folders, DepthEstimation, tmp_path / "README.md"))
+    assert files_of(tmp_path) == {"README.md": b"of mine"}
+
+
+def test_by_default_each_task_and_method_has_a_folder():
+    assert parse(SemanticSegmentation, []).output_dir == Path("out/semantic_segmentation-sfa")
+    assert parse(DepthEstimation, ["--method", "lora"]).output_dir == Path("out/depth_estimation-lora")
+    assert parse(DepthEstimation, ["--output_dir", "x"]).output_dir == Path("x")
+
+
+def test_the_demo_can_be_run_again():
+    (flags,) = re.findall(r"examples/semantic_segmentation.py (.*)", (EXAMPLES.parent / "Makefile").read_text())
+    assert parse(SemanticSegmentation, flags.split()).overwrite
 
 
 @pytest.mark.slow
@@ -423,7 +628,7 @@ def test_nothing_of_an_earlier_run_is_taken_for_a_later_ones(folders, tmp_path):
     run(SemanticSegmentation, arguments)
     assert (tmp_path / "ticket.png").exists()
     (tmp_path / "notes.txt").write_text("of mine")
-    later = run(SemanticSegmentation, [*arguments, "--method", "head"])
+    later = run(SemanticSegmentation, [*arguments, "--method", "head", "--overwrite"])
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(("adapter", "ticket"))]
     assert later["bytes"].keys() == {"head or whole model", "names and rest", "total"}
     assert (tmp_path / "notes.txt").exists()

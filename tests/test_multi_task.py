@@ -128,23 +128,22 @@ def test_without_the_adapter_the_base_model_answers(folders):
 
 
 @pytest.mark.slow
-def test_the_script_draws_and_compares(folders, tmp_path, monkeypatch, capsys):
+def test_the_script_draws_and_compares(folders, tmp_path, capsys):
     image = tmp_path / "street.png"
     Image.fromarray(np.asarray(make_scene(3)["image"])[..., 0].astype(np.uint16) * 257).save(image)  # 16-bit grey
     runs = [str(folders / name) for name in SMALL]
-    monkeypatch.setattr(
-        sys, "argv", ["multi_task.py", "--runs", *runs, "--image", str(image), "--output_dir", str(tmp_path / "out")]
-    )
-    multi_task()
+    multi_task(["--runs", *runs, "--image", str(image), "--output_dir", str(tmp_path / "out")])
     told = capsys.readouterr().out
     numbers = json.loads((tmp_path / "out" / "memory.json").read_text())
     assert numbers["bytes_together"] < numbers["bytes_of_whole_models"]
     assert "3 whole models" in told
     assert (tmp_path / "out" / "answers.png").stat().st_size > 5_000
+    with pytest.raises(FlagError, match=r"--image .*nowhere\.png: image that cannot be read"):
+        multi_task(["--image", str(tmp_path / "nowhere.png")])
 
 
 @pytest.mark.slow
-def test_runs_that_cannot_be_used_together_are_refused(folders, tmp_path):
+def test_runs_that_cannot_be_used_together_are_refused(folders, tmp_path, hub):
     with pytest.raises(FlagError, match=r"is not the folder of a finished run: run.json is missing"):
         Trained.load(tmp_path, TASKS)
     shutil.copytree(folders / "depth", tmp_path / "depth")
@@ -153,6 +152,8 @@ def test_runs_that_cannot_be_used_together_are_refused(folders, tmp_path):
     runs = [Trained.load(folder / "depth", TASKS) for folder in (folders, tmp_path)]
     with pytest.raises(FlagError, match=r"share no backbone; .*/depth on another"):
         Switchboard(runs, CPU)
+    with pytest.raises(FlagError, match=r"depth was trained on cannot be loaded: --model 'another' is neither"):
+        Switchboard(runs[1:], CPU)
 
 
 @pytest.mark.slow
@@ -207,11 +208,9 @@ def test_what_each_script_leaves_by_default_can_be_switched(default_runs, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", BY_DEFAULT)
-def test_the_script_takes_what_each_script_leaves_by_default(default_runs, kind, tmp_path, monkeypatch, capsys):
+def test_the_script_takes_what_each_script_leaves_by_default(default_runs, kind, capsys):
     folders = [str(trained.folder) for trained in default_runs[kind]]
-    output = ["--output_dir", folders[0]]  # a run's own folder, which stays a run's
-    monkeypatch.setattr(sys, "argv", ["multi_task.py", "--runs", *folders, *folders, *output])
-    multi_task()
+    multi_task(["--runs", *folders, *folders, "--output_dir", folders[0]])  # a run's own folder, which stays a run's
     assert "3 whole models" in capsys.readouterr().out
     assert Trained.load(Path(folders[0]), TASKS).results
 

@@ -73,7 +73,7 @@ def test_a_pretrained_head_can_be_adapted_with_its_norms_left_as_they_are(tmp_pa
     [
         lambda model: model.unload(),
         lambda model: model.merge_and_unload(),
-        lambda model: (model.delete_adapter("default"), model.get_base_model())[1],
+        lambda model: (model.delete_adapter("default"), model.base_model.model)[1],
     ],
     ids=["unload", "merge_and_unload", "delete_adapter"],
 )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoBackbone, PretrainedConfig
+from transformers import AutoBackbone, AutoConfig, PretrainedConfig
 
 from .samples import FlagError
 
@@ -46,6 +47,20 @@ def require_plain(config: PretrainedConfig, head: str) -> None:
         )
 
 
+def load_config(name_or_path: str) -> PretrainedConfig:
+    """The config of a checkpoint.
+
+    Raises:
+        FlagError: If there is none of this name.
+    """
+    try:
+        return AutoConfig.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        is_folder = Path(name_or_path).is_dir()
+        what = ": the folder has no model" if is_folder else " is neither a folder nor a model on the Hub"
+        raise FlagError(f"--model {name_or_path!r}{what}: {str(error).splitlines()[0]}") from error
+
+
 def load_backbone(name_or_path: str, config: PretrainedConfig, **options: Any) -> nn.Module:
     """The pretrained backbone of a checkpoint, giving the levels that a dense head needs.
 
@@ -55,7 +70,7 @@ def load_backbone(name_or_path: str, config: PretrainedConfig, **options: Any) -
         options: Fields of the config to be set, if it has them.
 
     Raises:
-        ValueError: If the checkpoint's architecture has no backbone in transformers.
+        FlagError: If the checkpoint's architecture has no backbone in transformers.
     """
     config.out_features = feature_levels(config)
     for field, value in options.items():
@@ -69,8 +84,8 @@ def feature_levels(config: PretrainedConfig) -> list[str]:
     """The stages to read: all of a pyramid, four evenly spaced ones of a plain transformer."""
     stages = getattr(config, "stage_names", None)
     if not stages:
-        raise ValueError(
-            f"{config.model_type} has no backbone in transformers; use a Swin or DINOv2 checkpoint, or a dense model"
+        raise FlagError(
+            f"--model: {config.model_type} has no backbone in transformers; take a Swin, a DINOv2 or a dense checkpoint"
         )
     stages = stages[1:]  # the first is the stem
     if hasattr(config, "depths"):

@@ -103,7 +103,10 @@ class MultiTask(nn.Module):
         models: list[Dense] = []
         for trained in runs:
             torch.manual_seed(trained.task.args.seed)  # an untrained head is the one that the run began with
-            models.append(trained.task.build(trained.model, device))
+            try:
+                models.append(trained.task.build(trained.model, device))
+            except FlagError as error:
+                raise FlagError(f"the model that {trained.folder} was trained on cannot be loaded: {error}") from error
         backbones = [dense.model.get_submodule(dense.backbone) for dense in models]
         self.backbone = backbones[0]
         fields = {field for trained in runs for field in trained.task.backbone_options()}

@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from .data import Rows, load_rows
 from .methods import Dense, Rates
 from .metrics import InMemoryMetric
-from .models import heads_of, load_backbone, patch_multiple, use_fast_attention
+from .models import heads_of, load_backbone, load_config, patch_multiple, use_fast_attention
 from .samples import Array, Classes, FlagError, Note, Sample
 
 
@@ -95,11 +96,15 @@ class Task(ABC):
         Raises:
             FlagError: If the checkpoint is neither, or cannot work at this image size.
         """
-        config = AutoConfig.from_pretrained(name_or_path)
-        if isinstance(config, self.dense_config):
-            model = self.load_whole(name_or_path)
-        else:
-            model = self.fresh(load_backbone(name_or_path, config, **self.backbone_options()))
+        config = load_config(name_or_path)
+        is_whole = isinstance(config, self.dense_config)
+        try:
+            if is_whole:
+                model = self.load_whole(name_or_path)
+            else:
+                model = self.fresh(load_backbone(name_or_path, config, **self.backbone_options()))
+        except (OSError, SafetensorError) as error:
+            raise FlagError(f"--model {name_or_path!r}: its weights cannot be read: {error}") from error
         backbone = model.get_submodule(self.backbone_path)
         multiple = patch_multiple(backbone)
         if any(side % multiple for side in self.size):

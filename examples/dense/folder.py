@@ -1,0 +1,136 @@
+"""A run's folder: what an earlier run has left in it stays whole until a new result is, and takes its place."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .samples import FlagError
+
+RUN = "run.json"
+RESULTS = "results.json"
+TICKET = "ticket.safetensors"
+SEARCH = "search.safetensors"
+CHECKPOINTS = "checkpoints"
+PICTURES = "pictures"
+LOGS = "logs"
+REPORT = "report.html"
+TICKET_PICTURE = "ticket.png"
+PRODUCTS = (
+    *(RUN, RESULTS, TICKET, TICKET_PICTURE, SEARCH, CHECKPOINTS, PICTURES, LOGS, REPORT, "README.md"),
+    *("adapter_config.json", "adapter_model.safetensors", "head.safetensors", "model.safetensors"),
+)
+UNFINISHED = "unfinished_run"
+COMPLETE = "complete_run"
+
+
+class RunFolder:
+    """The folder that `--output_dir` names, and the one inside where a run writes until it is complete.
+
+    Attributes:
+        path: The folder.
+        work: Where the run writes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.work = path, path / UNFINISHED
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether a run has ended here."""
+        return (self.path / RUN).is_file()
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether a run has begun here, and not ended."""
+        return self.work.is_dir()
+
+    def mend(self) -> None:
+        """Do the rest, if a run was killed while its complete result was put in place."""
+        if (self.work / RESULTS).is_file():
+            self.put_in_place()
+        elif (self.path / COMPLETE).is_dir():
+            self._move()
+
+    def check_is_free(self, overwrite: bool) -> None:
+        """Check that a run may begin here.
+
+        Raises:
+            FlagError: If that would replace what is here, and `overwrite` does not say so, or it is of no run.
+        """
+        where = f"--output_dir {self.path}"
+        if self.path.exists() and not self.path.is_dir():
+            raise FlagError(f"{where} is no folder")
+        foreign = [] if self.is_finished else [path.name for path in self._products()]
+        if foreign:
+            raise FlagError(f"{where}: {', '.join(foreign)} would be replaced, and is of no run; name another folder")
+        if overwrite:
+            return
+        if self.is_unfinished:
+            resumable = (self.work / SEARCH).is_file() or any((self.work / CHECKPOINTS).glob("step_*"))
+            go_on = "go on with it by --resume_from_checkpoint latest" if resumable else "it left no checkpoint"
+            raise FlagError(
+                f"{where}: a run has begun there and not ended; {go_on}, begin anew with --overwrite, or name another "
+                f"folder"
+            )
+        if self.is_finished:
+            flags = json.loads((self.path / RUN).read_text())
+            raise FlagError(
+                f"{where}: a finished run is there ({flags['task']}, --method {flags['args']['method']}); replace it "
+                f"with --overwrite, or name another folder"
+            )
+
+    def begin(self, described: Mapping[str, Any], checkpoint: Path | None, goes_on: bool) -> None:
+        """Make ready for a run.
+
+        Args:
+            described: What `run.json` tells.
+            checkpoint: That it goes on from, if any.
+            goes_on: Whether it goes on with the run that is unfinished here.
+        """
+        if not goes_on and self.work.exists():
+            shutil.rmtree(self.work)
+        self.work.mkdir(parents=True, exist_ok=True)
+        write_json(self.work / RUN, described)
+        if checkpoint is not None and not goes_on:
+            self._take(checkpoint)
+
+    def _take(self, checkpoint: Path) -> None:
+        """Copy a checkpoint of another run, or of the one that has ended here, with what belongs to it."""
+        source = run_of(checkpoint)
+        if (source / TICKET).is_file():
+            shutil.copy(source / TICKET, self.work / TICKET)
+        for name in (PICTURES, LOGS):
+            if (source / name).is_dir():
+                shutil.copytree(source / name, self.work / name)
+        shutil.copytree(checkpoint, self.work / CHECKPOINTS / checkpoint.name)
+
+    def put_in_place(self) -> None:
+        """Replace what an earlier run has left by what this one has written. What is of no run stays."""
+        for path in self._products():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.work.rename(self.path / COMPLETE)
+        self._move()
+
+    def _move(self) -> None:
+        for path in (self.path / COMPLETE).iterdir():
+            path.rename(self.path / path.name)
+        (self.path / COMPLETE).rmdir()
+
+    def _products(self) -> Iterator[Path]:
+        return (self.path / name for name in PRODUCTS if (self.path / name).exists())
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The folder of the run that a checkpoint is of."""
+    return checkpoint.resolve().parents[1]
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a file that is whole, or not there."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    unfinished.replace(path)
