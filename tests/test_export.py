@@ -8,7 +8,7 @@ from peft import get_peft_model
 from torch import nn
 
 import tiny
-from sfa_peft import SFAConfig
+from sfa_peft import SFAConfig, SFALayer
 
 MODELS = {
     "swin": (tiny.swin, tiny.SIZE),
@@ -58,3 +58,38 @@ def test_onnxruntime_computes_the_same(model_and_input, tmp_path):
     (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     expected = model(x).detach().numpy()
     assert np.abs(y - expected).max() <= TOLERANCE * max(1.0, np.abs(expected).max())
+
+
+@pytest.mark.parametrize("granularity", ["element", "row", "column", "block"])
+@pytest.mark.parametrize("make", [tiny.vit, tiny.swinv2])
+def test_the_older_onnx_exporter_keeps_the_adapter(make, granularity, tmp_path):
+    config = SFAConfig(
+        budget=0.1,
+        init_weights=False,
+        external_places=["attention", "mlp", "mlp_parallel"],
+        internal_granularity=granularity,
+        internal_block_size=4,
+    )
+    model, x, file = FirstTensor(get_peft_model(make(), config)).eval(), tiny.pixels(), tmp_path / "model.onnx"
+    torch.onnx.export(model, (x,), file, dynamo=False)
+    session = onnxruntime.InferenceSession(file)
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    expected = model(x).detach().numpy()
+    assert np.abs(y - expected).max() <= TOLERANCE * max(1.0, np.abs(expected).max())
+    base = make()(x)[0].detach().numpy()
+    assert np.abs(y - base).max() > 0.1
+
+
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_a_traced_model_can_be_saved_and_computes_the_same(model_and_input, with_gradients, tmp_path):
+    model, x = model_and_input
+    with torch.set_grad_enabled(with_gradients):
+        torch.jit.trace(model, x, check_trace=False).save(tmp_path / "model.pt")
+    with torch.no_grad():
+        assert torch.allclose(torch.jit.load(tmp_path / "model.pt")(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_whether_a_leaf_takes_internal_adapters_can_be_asked():
+    model = get_peft_model(tiny.dinov2(), SFAConfig(budget=0.1))
+    layers = [layer for layer in model.modules() if isinstance(layer, SFALayer)]
+    assert {hasattr(layer, "op") for layer in layers} == {True, False}

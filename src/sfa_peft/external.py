@@ -128,10 +128,11 @@ class ExternalAdapter(nn.Module):
         if self.channel_dim != -1:
             x = x.movedim(self.channel_dim, -1)
         dtype = compute_dtype(x, self.down.weight.dtype)
-        if self.dropout and self.training:
-            # Autograd keeps the dropped hidden states here; only `width` of them per token.
+        if (self.dropout and self.training) or torch.jit.is_tracing():
+            # Autograd keeps the dropped hidden states here; only `width` of them per token. TorchScript can hold no
+            # autograd function.
             hidden = ACTIVATIONS[self.activation].forward(self.down(x.to(dtype)))
-            delta = self.up(F.dropout(hidden, self.dropout) * self.scale).to(x.dtype)
+            delta = self.up(F.dropout(hidden, self.dropout, self.training) * self.scale).to(x.dtype)
         else:
             delta = BottleneckFunction.apply(
                 x, self.down.weight, self.down.bias, self.up.weight, self.activation, self.scale, dtype

@@ -7,7 +7,7 @@ tensor of the weight's size is kept between forward and backward, none reaches t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -88,6 +88,18 @@ def changed_parameter(parameter: Tensor, changes: Sequence[Change], dtype: torch
         change.granularity.write(result, positions, (old + change.values.detach()).to(dtype))
         source = result
     return result
+
+
+def _traced_parameter(parameter: Tensor, changes: Sequence[Change], dtype: torch.dtype) -> Tensor:
+    """What `changed_parameter` gives, without writing into a view, which ONNX's older exporter leaves out."""
+    source = parameter.detach().reshape(-1)
+    result = source.to(dtype)
+    numbers = torch.arange(parameter.numel(), device=parameter.device).view(parameter.shape)
+    for change in changes:
+        at = change.granularity.read(numbers, change.positions.long()).reshape(-1)
+        new = source.index_select(0, at) + change.values.reshape(-1)
+        result = source = result.scatter(0, at, new.to(dtype))
+    return result.view(parameter.shape)
 
 
 class Op(Protocol):
@@ -277,11 +289,15 @@ def _unflatten(layout: Sequence[tuple[str, Granularity]], tensors: Sequence[Tens
 
 
 def _changed(
-    weight: Tensor, bias: Tensor | None, changes: Sequence[Change], dtype: torch.dtype
+    weight: Tensor,
+    bias: Tensor | None,
+    changes: Sequence[Change],
+    dtype: torch.dtype,
+    change: Callable[[Tensor, Sequence[Change], torch.dtype], Tensor] = changed_parameter,
 ) -> tuple[Tensor, Tensor | None]:
     def new(parameter: Tensor, name: str) -> Tensor:
-        own = [change for change in changes if change.name == name]
-        return changed_parameter(parameter, own, dtype) if own else parameter.to(dtype)
+        own = [c for c in changes if c.name == name]
+        return change(parameter, own, dtype) if own else parameter.to(dtype)
 
     return new(weight, "weight"), None if bias is None else new(bias, "bias")
 
@@ -292,6 +308,8 @@ def sparse_forward(op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, delta
     dtype = op.compute_dtype(x, weight)
     if autocasts(x):
         x = x.to(dtype)
+    if torch.jit.is_tracing():  # TorchScript can hold no autograd function
+        return op.forward(x, *_changed(weight, bias, changes, dtype, _traced_parameter))[0]
     if not torch.is_grad_enabled():
         return op.forward(x, *_changed(weight, bias, changes, dtype))[0]
     layout = tuple((change.name, change.granularity) for change in changes)

@@ -157,7 +157,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     @property
     def op(self) -> Op:
-        raise TypeError(f"{type(self.get_base_layer()).__name__} takes external adapters only")
+        raise AttributeError(f"{type(self.get_base_layer()).__name__} takes external adapters only")
 
     @property
     def changeable(self) -> Any:
