@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,10 @@ from dense.metrics import DepthErrors
 from dense.models import require_plain
 from dense.pictures import paint_depth
 from dense.run import main
-from dense.samples import Array, BadSampleError, Note, Sample, read_depth, read_image
+from dense.samples import Array, BadSampleError, Census, Note, Sample, read_depth, read_image
 from dense.task import Task
+
+DepthMap = TypeVar("DepthMap", Array, Tensor)
 
 LEAST = 1e-3  # metres; less has no logarithm that helps
 VARIANCE_FOCUS = 0.85
@@ -90,7 +92,7 @@ class DepthEstimation(Task):
     def read(self, row: Mapping[str, Any], note: Note) -> Sample:
         sample = Sample(read_image(row[self.column["image"]]))
         depth = read_depth(row[self.column["depth"]], sample.size, self.args.depth_scale, note)
-        if not ((depth > LEAST) & (depth <= self.args.max_depth)).any():
+        if not self._counts(depth).any():
             least = depth[depth > 0].min()
             raise BadSampleError(
                 f"no depth from {LEAST} to {self.args.max_depth:g} m, which are --max_depth; is --depth_scale right?",
@@ -98,6 +100,21 @@ class DepthEstimation(Task):
             )
         sample.depth = depth
         return sample
+
+    def _counts(self, depth: DepthMap) -> DepthMap:
+        return (depth > LEAST) & (depth <= self.args.max_depth)
+
+    def counting(self, sample: Sample) -> float:
+        return float(self._counts(sample.depth).sum() / (sample.depth > 0).sum())
+
+    def doubts(self, census: Census) -> list[str]:
+        found, left_out = super().doubts(census), 1 - census.counting / max(census.usable, 1)
+        if census.usable and left_out > 0.5:
+            found.append(
+                f"{left_out:.0%} of the known depth is outside {LEAST} to {self.args.max_depth:g} m, which are "
+                f"--max_depth: is --depth_scale right?"
+            )
+        return found
 
     def batch(self, tensors: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
         return {
@@ -115,7 +132,7 @@ class DepthEstimation(Task):
         predicted = F.interpolate(predicted[:, None], size=truth.shape[-2:], mode="bilinear", align_corners=False)[
             :, 0
         ]
-        known = (truth > LEAST) & (truth <= self.args.max_depth)
+        known = self._counts(truth)
         if not known.any():
             return 0 * predicted.sum()
         d = (predicted[known] + LEAST).log() - truth[known].log()

@@ -25,7 +25,7 @@ from dense.metrics import MeanIoU
 from dense.models import LinearHead
 from dense.pictures import paint_labels, palette
 from dense.run import main
-from dense.samples import IGNORE_INDEX, Array, Classes, Note, Sample, read_image, read_label
+from dense.samples import IGNORE_INDEX, Array, Census, Classes, Note, Sample, read_image, read_label
 from dense.task import Task
 
 
@@ -82,6 +82,19 @@ class SemanticSegmentation(Task):
             label = np.where((label == 0) | (label == IGNORE_INDEX), IGNORE_INDEX, label - 1)
         sample.label = self.classes.of_map(label)
         return sample
+
+    def counting(self, sample: Sample) -> float:
+        return float((sample.label != IGNORE_INDEX).mean())
+
+    def doubts(self, census: Census) -> list[str]:
+        found, ignored = super().doubts(census), 1 - census.counting / max(census.usable, 1)
+        if census.usable and (ignored > 0.5 or (found and ignored)):
+            labels = sorted({IGNORE_INDEX, *((0,) if self.args.reduce_labels else self.classes.ignored)})
+            found.append(
+                f"{ignored:.0%} of the pixels are ignored, those labelled {' or '.join(map(str, labels))}: if that is "
+                f'a class, name it in --id2label, as in {{"0": "background", "255": "thing"}}'
+            )
+        return found
 
     def batch(self, tensors: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
         return {

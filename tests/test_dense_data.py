@@ -3,7 +3,9 @@
 import io
 import json
 import re
+import textwrap
 from argparse import Namespace
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -202,7 +204,7 @@ def test_pictures_are_of_the_next_rows_where_some_are_bad(folder, tmp_path, stre
     spoiled(folder, tmp_path, "image", lambda i: {"bytes": b"broken", "path": f"{i}.jpg"}, at=(0, 1))
     args = flags(DepthEstimation, "--dataset", tmp_path, *(["--streaming"] if streaming else []))
     task, train, _ = DepthEstimation.load(args)
-    report = Report(task, train, Accelerator(), Progress(), {}, "")
+    report = Report(task, tmp_path, train, Accelerator(), Progress(), {}, {}, "")
     report.read_samples()
     assert report.samples
 
@@ -493,6 +495,141 @@ def test_a_dataset_without_what_it_needs_is_named(folder, tmp_path, task_class, 
         given[1] = str(tmp_path)
     with pytest.raises(DataError, match=message):
         task_class.load(flags(task_class, *given))
+
+
+# Data that is not what the flags say
+
+
+def masks_of(folder, values):
+    """A dataset of label maps with a thing in the middle: the values are those of background and thing."""
+    label = np.full((20, 30), values[0], np.uint8)
+    label[5:15, 5:25] = values[1]
+    rows = {"image": [Image.new("RGB", (30, 20))] * 4, "label": [Image.fromarray(label)] * 4}
+    kinds = datasets.Features({"image": datasets.Image(), "label": datasets.Image()})
+    for split in ("train", "validation"):
+        datasets.Dataset.from_dict(rows, features=kinds).to_parquet(folder / f"{split}.parquet")
+
+
+def doubts_of(args, task_class=SemanticSegmentation):
+    """What is doubtful in the validation split."""
+    task, _, validation = task_class.load(args)
+    problems = Problems()
+    for _ in eval_batches(task, validation, Accelerator(), problems):
+        pass
+    return task.doubts(problems.census)
+
+
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]])
+def test_masks_of_0_and_255_are_doubted_until_255_is_named(tmp_path, streaming):
+    masks_of(tmp_path, (0, 255))
+    names = tmp_path / "id2label.json"
+    names.write_text('{"0": "background", "1": "person"}')
+    args = flags(SemanticSegmentation, "--dataset", tmp_path, *streaming)
+    absent, ignored = doubts_of(args)
+    assert absent.startswith("of 2 classes, 1 in none of the 4 rows that were read (person): is --id2label that of")
+    assert re.match(
+        r"33% of the pixels are ignored, those labelled 255: if that is a class, name it in --id2l", ignored
+    )
+    names.write_text('{"0": "background", "255": "person"}')
+    assert doubts_of(args) == []
+
+
+def test_what_mostly_does_not_count_is_doubted(tmp_path, folder):
+    masks_of(tmp_path, (0, 1))
+    (tmp_path / "id2label.json").write_text('{"0": "void", "1": "person"}')
+    (ignored,) = doubts_of(flags(SemanticSegmentation, "--dataset", tmp_path))
+    assert ignored.startswith("67% of the pixels are ignored, those labelled 0 or 255")
+    masks_of(tmp_path, (0, 1))
+    (tmp_path / "id2label.json").write_text('{"0": "person"}')
+    (ignored,) = doubts_of(flags(SemanticSegmentation, "--dataset", tmp_path, "--reduce_labels"))
+    assert ignored.startswith("67% of the pixels are ignored, those labelled 0 or 255")
+    assert doubts_of(flags(DepthEstimation, "--dataset", folder), DepthEstimation) == []
+    (beyond,) = doubts_of(flags(DepthEstimation, "--dataset", folder, "--max_depth", "4"), DepthEstimation)
+    assert re.match(
+        r"\d\d% of the known depth is outside 0.001 to 4 m, which are --max_depth: is --depth_scale", beyond
+    )
+
+
+def test_rows_and_classes_that_do_not_fit_are_doubted(folder, tmp_path):
+    names = tmp_path / "names.json"
+    names.write_text(json.dumps({0: "car", 99: "spaceship"}))
+    found = doubts_of(flags(ObjectDetection, "--dataset", folder, "--id2label", names), ObjectDetection)
+    assert re.match(r"of 2 classes, 1 in none of the \d rows that were read \(spaceship\)", found[-1])
+    masks_of(tmp_path, (0, 7))
+    names.write_text('{"0": "background", "1": "person"}')
+    (all_bad,) = doubts_of(flags(SemanticSegmentation, "--dataset", tmp_path, "--id2label", names))
+    assert all_bad == "4 of 4 rows cannot be used"
+
+
+@pytest.fixture
+def pictures_and_masks(tmp_path):
+    """A folder as people have it: for each split one of images and one of masks."""
+    for split in ("train", "validation"):
+        for kind, picture in (("images", Image.new("RGB", (30, 20))), ("masks", Image.new("L", (30, 20), 1))):
+            (tmp_path / split / kind).mkdir(parents=True)
+            for i in range(2):
+                picture.save(tmp_path / split / kind / f"{i}.png")
+    (tmp_path / "names.json").write_text('{"0": "background", "1": "person"}')
+    return tmp_path
+
+
+def test_folders_of_images_and_masks_are_paired_as_the_error_says(pictures_and_masks):
+    args = flags(
+        SemanticSegmentation, "--dataset", pictures_and_masks, "--id2label", pictures_and_masks / "names.json"
+    )
+    with pytest.raises(
+        DataError, match=r"column 'label' of .* \(images, masks\).*--label_column.*metadata.jsonl"
+    ) as told:
+        SemanticSegmentation.load(args)
+    line = str(told.value).split("such as ")[-1]
+    for split in ("train", "validation"):
+        (pictures_and_masks / split / "metadata.jsonl").write_text(f"{line.replace('1.jpg', '1.png')}\n")
+    task, train, _ = SemanticSegmentation.load(args)
+    (row,) = train
+    assert (task.read(row, Notes()).label == 1).all()
+
+
+def test_the_documented_way_to_pair_images_and_masks(pictures_and_masks, monkeypatch):
+    docs = (Path(__file__).parent.parent / "docs" / "examples.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?metadata.jsonl.*?)```", docs, re.DOTALL)
+    monkeypatch.chdir(pictures_and_masks)
+    for split in ("train", "validation"):
+        exec(textwrap.dedent(code).replace("my-data/train", split), {})
+    _, train, validation = SemanticSegmentation.load(
+        flags(SemanticSegmentation, "--dataset", pictures_and_masks, "--id2label", "names.json")
+    )
+    assert len(train) == len(validation) == 2
+
+
+@pytest.mark.parametrize("task_class", TASKS)
+def test_a_column_of_another_kind_is_named_before_anything_is_read(task_class, folder, tmp_path):
+    role = "instances" if task_class is InstanceSegmentation else list(task_class.columns)[-1]
+    for split in ("train", "validation"):
+        rows = make_scenes(2)
+        rows.add_column("number", [1] * len(rows)).to_parquet(tmp_path / f"{split}.parquet")
+    (tmp_path / "id2label.json").write_text((folder / "id2label.json").read_text())
+    args = flags(task_class, "--dataset", tmp_path, f"--{role}_column", "number")
+    with pytest.raises(DataError, match=f"column 'number' .* holds one number for each row.*--{role}_column"):
+        task_class.load(args)
+
+
+def objects_in(value):
+    keys = {"bbox": "bbox", "category": "category"}
+    return read_objects(value, Classes({0: "car"}), (9, 9), keys, False, Notes())
+
+
+@pytest.mark.parametrize(
+    ("read", "kind"),
+    [
+        (lambda: read_image(5), "image expected, and something else is there"),
+        (lambda: read_label([1, 2], (1, 2)), "label map expected, and something else is there"),
+        (lambda: objects_in([1, 2]), "objects expected, and something else is there"),
+        (lambda: objects_in(7), "objects expected, and something else is there"),
+    ],
+)
+def test_values_of_another_kind_say_what_was_expected(read, kind):
+    with pytest.raises(BadSampleError, match=kind):
+        read()
 
 
 def test_classes_come_from_a_file_the_features_or_beside_the_data(folder, tmp_path):

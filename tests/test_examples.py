@@ -282,6 +282,22 @@ def test_bad_rows_are_in_the_results_and_the_report(folders, tmp_path):
     assert "no usable object (first: row 1 of validation)" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.slow
+def test_what_is_doubtful_in_the_data_is_said_and_kept(folders, tmp_path, capsys):
+    names = tmp_path / "names.json"
+    names.write_text(json.dumps(dict(enumerate([*CLASSES, "spaceship"]))))
+    results = run(
+        SemanticSegmentation, flags_of(folders, SemanticSegmentation, tmp_path / "out", "--id2label", str(names))
+    )
+    told = capsys.readouterr().out
+    for split in ("validation", "train"):
+        (line,) = results["doubts"][split]
+        assert re.match(r"of \d+ classes, .*spaceship\): is --id2label that of this dataset", line)
+        assert f"{split}: {line.split(' in none')[0]}" in (tmp_path / "out" / "report.html").read_text()
+        assert told.count(f"warning: {split}: of ") == 1
+    assert told.index("warning: validation") < told.index("step 1: ")
+
+
 def test_flags_that_cannot_be_meant_are_refused(folders, tmp_path, capsys):
     for arguments, message in (
         (["--budget", "2"], "--budget must be a fraction"),

@@ -126,6 +126,26 @@ def load_rows(args: argparse.Namespace, split: str, columns: Mapping[str, str]) 
     return result
 
 
+def check_kinds(args: argparse.Namespace, rows: Rows, columns: Mapping[str, str]) -> None:
+    """Check that no column that is there holds one number for each row; no role is one.
+
+    Raises:
+        DataError: If one does, as where `datasets` has made classes of the names of folders.
+    """
+    for role, column in columns.items():
+        feature = (rows.rows.features or {}).get(column)
+        if not isinstance(feature, datasets.ClassLabel | datasets.Value) or feature.dtype == "string":
+            continue
+        names = f" ({', '.join(feature.names[:6])})" if isinstance(feature, datasets.ClassLabel) else ""
+        line = f'{{"image_file_name": "images/1.jpg", "{column}_file_name": "masks/1.png"}}'
+        raise DataError(
+            f"column {column!r} of dataset {args.dataset!r} holds one number for each row{names}, which is no "
+            f"annotation: name another column with --{role}_column. Of folders such as images/ and masks/, `datasets` "
+            f"makes one row for each file; to pair the files, write a metadata.jsonl beside the folders, with lines "
+            f"such as {line}"
+        )
+
+
 def _load(args: argparse.Namespace, split: str) -> datasets.Dataset | datasets.IterableDataset:
     options = {"revision": args.dataset_revision} if args.dataset_revision else {}
     try:

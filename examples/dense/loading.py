@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from .augmentation import Augmentation, finished, to_tensors
 from .data import Rows
-from .samples import BadSampleError, DataError, Problems, Sample
+from .samples import BadSampleError, Census, DataError, Problems, Sample
 
 if TYPE_CHECKING:
     from .task import Task
@@ -51,7 +51,7 @@ class Item:
 
 def read_item(task: Task, rows: Rows, row: dict[str, Any], index: int, keeps_sample: bool) -> Item:
     """Read a row; for evaluation the sample is kept as it is, beside its tensors."""
-    where, problems = rows.where(row, index), Problems()
+    where, problems = rows.where(row, index), Problems(census=Census(rows=1))
 
     def note(kind: str, detail: str = "") -> None:
         problems.add(kind, where, detail)
@@ -62,6 +62,7 @@ def read_item(task: Task, rows: Rows, row: dict[str, Any], index: int, keeps_sam
     except BadSampleError as error:
         note(error.kind, error.detail)
         return Item(None, None, problems)
+    problems.census.add(sample, task.counting(sample))
     return Item(tensors, sample if keeps_sample else None, problems)
 
 

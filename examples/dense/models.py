@@ -85,7 +85,7 @@ def feature_levels(config: PretrainedConfig) -> list[str]:
     stages = getattr(config, "stage_names", None)
     if not stages:
         raise FlagError(
-            f"--model: {config.model_type} has no backbone in transformers; take a Swin, a DINOv2 or a dense checkpoint"
+            f"--model: {config.model_type} has no backbone in transformers; take a Swin, DINOv2 or dense checkpoint"
         )
     stages = stages[1:]  # the first is the stem
     if hasattr(config, "depths"):

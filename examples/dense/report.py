@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import math
 import platform
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ class Report:
         accelerator: Says where the model is.
         progress: The curves and scores.
         problems: What was wrong with each split.
+        doubts: What is doubtful in it.
         command: How the run was started.
 
     Attributes:
@@ -54,11 +56,12 @@ class Report:
         rows: Rows,
         accelerator: Accelerator,
         progress: Progress,
-        problems: dict[str, Problems],
+        problems: Mapping[str, Problems],
+        doubts: Mapping[str, Sequence[str]],
         command: str,
     ) -> None:
         self.task, self.folder, self.rows, self.accelerator = task, folder, rows, accelerator
-        self.progress, self.problems, self.command = progress, problems, command
+        self.progress, self.problems, self.doubts, self.command = progress, problems, doubts, command
         self.facts: dict[str, Any] = {}
         self.samples: list[Sample] = []
 
@@ -132,7 +135,8 @@ class Report:
             pictures={f"step {step}": _inline(self._picture(step).read_bytes()) for step in sorted(progress.scores)},
             ticket=_inline(ticket.read_bytes()) if ticket.is_file() else None,
             facts=facts,
-            problems=[f"{split}: {line}" for split, own in self.problems.items() for line in own.lines()],
+            problems=[f"{split}: {line}" for split, own in self.doubts.items() for line in own]
+            + [f"{split}: {line}" for split, own in self.problems.items() for line in own.lines()],
             command=self.command,
         )
         (self.folder / REPORT).write_text(page, encoding="utf-8")

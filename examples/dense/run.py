@@ -88,6 +88,7 @@ class Run:
         )
         self.checkpoints = Checkpoints(self.folder.work, self.accelerator, args.checkpoints_total_limit)
         self.problems = {"train": Problems(), "validation": Problems()}
+        self.doubts: dict[str, list[str]] = {}
         self.progress = Progress()
 
     def all(self) -> dict[str, Any]:
@@ -210,7 +211,9 @@ class Run:
             self.task, self.train_rows, self.validation_rows = self.task_class.load(args)
         self.interval = checkpointing_interval(args, self.train_rows, self.accelerator.num_processes)
         rows, work = self.validation_rows, self.folder.work
-        self.report = Report(self.task, work, rows, self.accelerator, self.progress, self.problems, self.command)
+        self.report = Report(
+            self.task, work, rows, self.accelerator, self.progress, self.problems, self.doubts, self.command
+        )
 
     def _begin(self) -> None:
         """Make the folder ready to be written to; no process looks at what was there any more."""
@@ -232,9 +235,20 @@ class Run:
         progress.add(headline, scores[headline])
         self.accelerator.log({k: v for k, v in scores.items() if isinstance(v, float)}, step=progress.step)
         self._say(f"step {progress.step}: {headline} {number(scores[headline])}")
+        for split in ("validation", "train") if progress.step else ("validation",):
+            self._doubt(split)
         if self.accelerator.is_main_process:
             self.report.draw(model)
             self.report.write()
+
+    def _doubt(self, split: str) -> None:
+        """Say what is doubtful in a split, the first time; later it is brought up to date."""
+        read = Problems()
+        read.merge(gather_object([self.problems[split]]))
+        is_first = split not in self.doubts
+        self.doubts[split] = self.task.doubts(read.census)
+        for line in self.doubts[split] if is_first else ():
+            self._say(f"warning: {split}: {line}")
 
     def _search(self, model: nn.Module) -> None:
         args = self.args
@@ -300,6 +314,7 @@ class Run:
             "curves": progress.series,
             "seconds": round(progress.seconds, 1),
             "bytes": sizes,
+            "doubts": self.doubts,
             "left_out": {split: {k: len(v) for k, v in p.found.items()} for split, p in self.problems.items()},
         }
         results = _as_json(results)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,10 +73,48 @@ class Sample:
 
 
 @dataclass
+class Census:
+    """What the rows that were read hold, for what no single one shows: a class that never comes, say.
+
+    Attributes:
+        rows: How many were read.
+        usable: How many of them can be used.
+        classes: In how many of these each class occurs.
+        counting: The sum over them of the part of what is annotated that counts.
+    """
+
+    rows: int = 0
+    usable: int = 0
+    classes: Counter[int] = field(default_factory=Counter)
+    counting: float = 0.0
+
+    def add(self, sample: Sample, counting: float) -> None:
+        """Count a row that can be used, and the part of it that counts."""
+        self.usable += 1
+        self.counting += counting
+        if sample.label is not None:
+            self.classes.update(np.flatnonzero(np.bincount(sample.label.ravel(), minlength=IGNORE_INDEX)).tolist())
+        if sample.classes is not None:
+            self.classes.update(set(sample.classes.tolist()))
+
+    def merge(self, other: Census) -> None:
+        self.rows += other.rows
+        self.usable += other.usable
+        self.classes.update(other.classes)
+        self.counting += other.counting
+
+
+@dataclass
 class Problems:
-    """What was wrong with the data: by kind, in which rows (each counts once), and which value it was."""
+    """What was wrong with the data: by kind, in which rows (each counts once), and which value it was.
+
+    Attributes:
+        found: For each kind, the rows and values.
+        census: What the rows hold.
+    """
 
     found: dict[str, dict[str, str]] = field(default_factory=dict)
+    census: Census = field(default_factory=Census)
 
     def add(self, kind: str, where: str, detail: str = "") -> bool:
         """Remember a problem of a row; whether it is the first of its kind."""
@@ -85,6 +124,7 @@ class Problems:
 
     def merge(self, others: Iterable[Problems]) -> None:
         for other in others:
+            self.census.merge(other.census)
             for kind, rows in other.found.items():
                 own = self.found.setdefault(kind, {})
                 own.update({where: detail for where, detail in rows.items() if where not in own})
@@ -372,6 +412,8 @@ def _drawn(shapes: Sequence[Any], size: tuple[int, int]) -> Array:
 def _opened(value: Any, what: str) -> Image.Image:
     if value is None:
         raise BadSampleError(f"{what} missing")
+    if not isinstance(value, Mapping | str | Image.Image):
+        raise BadSampleError(f"{what} expected, and something else is there", repr(value)[:80])
     try:
         image = datasets.Image().decode_example(value)
         image.load()
@@ -391,6 +433,8 @@ def _as_lists(objects: Any) -> Mapping[str, Any]:
         return objects
     if not objects:
         return {}
+    if not (isinstance(objects, Sequence) and all(isinstance(one, Mapping) for one in objects)):
+        raise BadSampleError("objects expected, and something else is there", repr(objects)[:80])
     return {key: [one.get(key) for one in objects] for key in objects[0]}
 
 

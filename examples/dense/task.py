@@ -12,11 +12,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from .data import Rows, load_rows
+from .data import Rows, check_kinds, load_rows
 from .methods import Dense, Rates
 from .metrics import InMemoryMetric
 from .models import heads_of, load_backbone, load_config, patch_multiple, use_fast_attention
-from .samples import Array, Classes, FlagError, Note, Sample
+from .samples import Array, Census, Classes, FlagError, Note, Sample
+
+NAMED = 6  # so many classes are named in a sentence
 
 
 class Task(ABC):
@@ -66,8 +68,11 @@ class Task(ABC):
         Raises:
             DataError: If the dataset cannot be used.
         """
-        needed = {role: getattr(args, f"{role}_column") for role in cls.columns}
+        roles = {role: getattr(args, f"{role}_column") for role in {**cls.columns, **cls.optional_columns}}
+        needed = {role: roles[role] for role in cls.columns}
         train, validation = (load_rows(args, split, needed) for split in ("train", "validation"))
+        for rows in (train, validation):
+            check_kinds(args, rows, roles)
         return cls(args, cls.load_classes(args, train)), train, validation
 
     @property
@@ -131,6 +136,24 @@ class Task(ABC):
         Raises:
             BadSampleError: If it cannot be used.
         """
+
+    def counting(self, sample: Sample) -> float:
+        """Of what is annotated in a sample, the part that counts."""
+        return 1.0
+
+    def doubts(self, census: Census) -> list[str]:
+        """What makes it doubtful that a split's annotations are what the flags say, for people."""
+        found = []
+        if 2 * census.usable < census.rows:
+            found.append(f"{census.rows - census.usable} of {census.rows} rows cannot be used")
+        absent = [name for i, name in self.id2label.items() if not census.classes[i]]
+        if absent and census.usable:
+            names = ", ".join(absent[:NAMED]) + (", ..." if len(absent) > NAMED else "")
+            found.append(
+                f"of {len(self.id2label)} classes, {len(absent)} in none of the {census.usable} rows that were read "
+                f"({names}): is --id2label that of this dataset?"
+            )
+        return found
 
     @abstractmethod
     def batch(self, tensors: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
