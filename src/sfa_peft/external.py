@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .offloading import brought, is_hooked
+
 
 class Activation(NamedTuple):
     """An elementwise function and its gradient ``(grad_output, input) -> grad_input``."""
@@ -125,6 +127,12 @@ class ExternalAdapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` of shape ``(..., channels)``, or ``(batch, channels, ...)``, to what is to be added, alike."""
+        if is_hooked(self.down):
+            with brought(self.down, self.up):
+                return self._delta(x.to(self.down.weight.device))
+        return self._delta(x)
+
+    def _delta(self, x: Tensor) -> Tensor:
         if self.channel_dim != -1:
             x = x.movedim(self.channel_dim, -1)
         dtype = compute_dtype(x, self.down.weight.dtype)

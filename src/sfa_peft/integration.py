@@ -6,6 +6,7 @@ transformers reads an adapter's file by itself, and has no hook for what is code
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import tempfile
@@ -37,6 +38,7 @@ from .granularity import position_dtype
 from .hotswap import resized
 from .layer import sfa_layers
 from .model import HANDED_OVER, HandedOverError, discard_adapter
+from .offloading import brought, is_hooked
 from .plan import LOADING
 from .registration import NAME, arguments_of, extend
 from .renaming import key_mapping
@@ -48,6 +50,19 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "s
 Method = Callable[..., Any]
 
 
+def _brings_weights(method: Method) -> Method:
+    """Have the weights of adapters and heads in place that Accelerate has offloaded."""
+
+    @functools.wraps(method)
+    def bringing(original: Method, model: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        own = [m for n, m in model.named_modules() if is_hooked(m) and (".sfa_" in n or ".modules_to_save." in n)]
+        with brought(*own):
+            return method(original, model, *args, **kwargs)
+
+    return bringing
+
+
+@_brings_weights
 def save_pretrained(
     original: Method,
     model: PeftModel,

@@ -31,6 +31,7 @@ from .internal import (
     sparse_forward,
 )
 from .mixed import Mixture, joined
+from .offloading import brought, is_hooked
 from .quantized import is_quantized, parameters_of, zeros_like_parameters
 
 
@@ -264,6 +265,9 @@ class SFALayer(nn.Module, BaseTunerLayer):
                 f"active; set them on the SFA layer, after get_peft_model.",
                 stacklevel=2,
             )
+        if is_hooked(base):
+            with brought(base, *deltas):
+                return sparse_forward(self.op, x.to(base.weight.device), base.weight, base.bias, deltas)
         return sparse_forward(self.op, x, base.weight, base.bias, deltas)
 
     def forward(self, x: Tensor, *args: Any, mixture: Mixture | None = None, **kwargs: Any) -> Tensor:
@@ -308,7 +312,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
                 value = self.parallel_inputs[name].hook.take()
                 if mixture is not None:
                     value = value.index_select(0, mixture.rows(value)[name])
-                result = result + self.sfa_parallel[name](value).to(y.dtype)
+                result = result + self.sfa_parallel[name](value).to(y)
         return result
 
     def get_delta_weight(self, adapter: str, parameter: str = "weight") -> Tensor:
@@ -408,7 +412,7 @@ class AddExternals:
             if external is not None:
                 result = result + external(output)
             if parallel is not None:
-                result = result + parallel(self.inputs[name].take()).to(output.dtype)
+                result = result + parallel(self.inputs[name].take()).to(output)
         return result
 
 

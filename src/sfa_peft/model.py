@@ -430,6 +430,11 @@ class SFAModel(BaseTuner):
         widths = {}
         expected = (config.external_activation, config.external_scale)
         for name, layer in sfa_layers(self.model):
+            if any(p.is_meta for p in layer.parameters_of(adapter_name)):
+                raise ValueError(
+                    f"adapter {adapter_name!r} has no weights yet: it was made on the meta device, or with "
+                    f"low_cpu_mem_usage=True. Load its weights first."
+                )
             for external, container in layer.externals_of(adapter_name):
                 widths[name, container is not None] = external.width
                 if (external.activation, external.scale) != expected:

@@ -75,6 +75,8 @@ def ticket_of(model: nn.Module, adapter_name: str | None = None) -> Ticket:
     tuner, adapter_name = adapter_of(model, adapter_name)
     config = tuner.peft_config[adapter_name]
     own, widths = tuner.positions(adapter_name), copy.deepcopy(config.external_widths or {})
+    if any(p.is_meta for parameters in own.values() for p in parameters.values()):
+        raise ValueError(f"adapter {adapter_name!r} has no positions here: on the meta device, or offloaded.")
     # A ticket is the same wherever its model is, and does not change with it.
     positions = {m: {n: p.to("cpu", copy=True) for n, p in parameters.items()} for m, parameters in own.items()}
     shapes = shapes_of(tuner.candidates(adapter_name))
@@ -105,7 +107,8 @@ def searchable(model: nn.Module, adapter_name: str | None, replaces_externals: b
             raise ValueError(f"the model's adapters are {state} before the search.")
         if any(p.is_meta for p in layer.parameters_of(adapter_name)):
             raise ValueError(
-                f"adapter {adapter_name!r} has no weights yet (low_cpu_mem_usage=True); make it without that option."
+                f"adapter {adapter_name!r} has no weights here: made with low_cpu_mem_usage=True or on the meta "
+                f"device, or offloaded by Accelerate. Search with all weights in place."
             )
         if adapter_name in layer.sfa_internal and any(p.any() for p in layer.sfa_internal[adapter_name].parameters()):
             raise ValueError(
