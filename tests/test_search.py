@@ -897,3 +897,98 @@ def test_trained_external_adapters_are_not_dropped_by_a_ticket_from_elsewhere():
         next(p for n, p in model.named_parameters() if ".up." in n).fill_(0.1)
     with pytest.raises(ValueError, match="external adapters of adapter 'default' have been trained"):
         install_ticket(model, ticket)
+
+
+class ReadsItsWeight(nn.Module):
+    """A block as in timm's Swinv2: the weight of `qkv` is read, and `qkv` itself never called."""
+
+    def __init__(self, dim=8):
+        super().__init__()
+        self.qkv, self.proj, self.unused = (nn.Linear(dim, dim) for _ in range(3))
+
+    def forward(self, x):
+        return self.proj(torch.tanh(nn.functional.linear(x, self.qkv.weight, self.qkv.bias)))
+
+
+def idle_model(**options):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(4, 8), ReadsItsWeight(), nn.Linear(8, 1))
+    config = {"internal_density": 0.2, "target_modules": ["qkv", "proj", "0"], "external_modules": []} | options
+    return get_peft_model(base, SFAConfig(**config))
+
+
+def squared(model, x):
+    return model(x).square().mean()
+
+
+INPUTS = [torch.randn(6, 4, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_targets_that_are_never_called_are_left_out_of_the_ticket(rounds):
+    model = idle_model()
+    size = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    with pytest.warns(UserWarning, match=r"never calls \['1.qkv'\]: it does not use them, or reads their weights"):
+        report = search(model, INPUTS, loss_fn=squared, rounds=rounds, rewind_step=1)
+    assert {name.rpartition(".")[0] for name, own in positions(model).items() if len(own)} <= {
+        "base_model.model.1.proj",
+        "base_model.model.0",
+    }
+    assert report.ticket_size == size
+    unmerged = model(INPUTS[0])
+    model.merge_adapter()
+    assert torch.allclose(model(INPUTS[0]), unmerged, atol=1e-6)
+
+
+def test_targets_that_are_called_must_be_enough():
+    model = idle_model(internal_density=0.5, target_modules=["qkv", "0"])
+    with pytest.raises(TicketSearchError, match=r"never calls \['1.qkv'\].*only 40 parameters for a ticket of 56"):
+        search(model, INPUTS, loss_fn=squared)
+    assert sum(len(own) for own in positions(model).values()) == 56
+
+
+def test_an_external_adapter_that_never_runs_is_told():
+    model = idle_model(external_modules=["unused"], external_width=2)
+    with pytest.warns(UserWarning, match=r"never calls \['1.unused'\]: the external adapters there do nothing"):
+        search(model, INPUTS, loss_fn=squared)
+
+
+def test_a_placement_leaves_out_what_never_runs():
+    model = idle_model(
+        budget=100,
+        internal_density=None,
+        external_modules=["unused", "proj"],
+        external_placement="auto",
+        external_share=0.5,
+    )
+    with pytest.warns(UserWarning, match="never calls"):
+        search(model, INPUTS, loss_fn=squared)
+    assert "1.unused" not in model.peft_config["default"].external_widths["module"]
+
+
+def test_a_stopped_search_remembers_what_was_called(tmp_path):
+    def stop_at(step):
+        count = itertools.count()
+
+        def loss(model, x):
+            if next(count) == step:
+                raise KeyboardInterrupt
+            return squared(model, x)
+
+        return loss
+
+    path = tmp_path / "search.safetensors"
+    whole = idle_model(target_modules=["proj", "0"])
+    search(whole, INPUTS, loss_fn=squared)
+    model = idle_model(target_modules=["proj", "0"])
+    with pytest.raises(KeyboardInterrupt):
+        search(model, INPUTS, loss_fn=stop_at(3), checkpoint=path, checkpoint_every=1)
+    called = []
+
+    def skips_first(model, x):
+        called.append(x)
+        return model.base_model.model[1:](model.base_model.model[0].base_layer(x)).square().mean()
+
+    search(model, INPUTS, loss_fn=skips_first, checkpoint=path)
+    assert len(called) == 1
+    assert any("model.0." in name for name in positions(model))

@@ -11,7 +11,7 @@ grows with the learning rate, so it is taken for a rate of 1 on both sides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -61,8 +61,17 @@ class Placement:
         """What training has to sum up, and for which parameters."""
         return {p: (STATISTIC,) for _, probe in self.probes for p in probe.parameters()}
 
-    def score(self, training: DenseTraining, agree: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Score the units of the probes that `training` has trained. `agree` makes all processes score alike."""
+    def score(
+        self,
+        training: DenseTraining,
+        agree: Callable[[Tensor], Tensor] | None = None,
+        left_out: Collection[str] = (),
+    ) -> None:
+        """Score the units of the probes that `training` has trained, but for those on the modules `left_out`.
+
+        `agree` makes all processes score alike.
+        """
+        self.left_out = {str(i) for i, (place, _) in enumerate(self.probes) if place.module in left_out}
         slots = {slot.parameter: slot for slot in training.slots}
         self.costs = {str(i): external_cost(place.channels, 1) for i, (place, _) in enumerate(self.probes)}
         self.credit: dict[str, Tensor] = {}
@@ -77,11 +86,12 @@ class Placement:
 
     def select(self, allowance: int) -> Chosen:
         """The best units that `allowance` parameters pay for."""
-        per_parameter = {name: credit / self.costs[name] for name, credit in self.credit.items()}
+        scored = {name: credit for name, credit in self.credit.items() if name not in self.left_out}
+        per_parameter = {name: credit / self.costs[name] for name, credit in scored.items()}
         units = top_units(per_parameter, self.costs, allowance)
         chosen = Chosen()
         for i, (place, _) in enumerate(self.probes):
-            kept = units[str(i)].long()
+            kept = units.get(str(i), torch.empty(0)).long()
             down, bias, up = self.values[i]
             at = kept.to(down.device)
             chosen.externals.append(replace(place, width=len(kept)))

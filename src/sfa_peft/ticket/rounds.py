@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +23,13 @@ class Rounds:
     Args:
         candidates: For each module, its parameters by name.
         granularity: The unit of selection.
-        size: Elements in the ticket; at most, if that is found out by the search.
+        size: Elements in the ticket.
         criterion: Scores the positions.
         quotas: Limits on the spread of what is chosen.
         schedule: What a round leaves to the next, of `SCHEDULES`.
         count: How many rounds there are.
         seed: Of the search.
+        finds_size: Whether `size` is the most that a ticket may have, and the search finds out how many.
         agree: Makes all processes choose alike.
     """
 
@@ -41,11 +43,12 @@ class Rounds:
         schedule: str,
         count: int,
         seed: int,
+        finds_size: bool = False,
         agree: Callable[[Positions], Positions] = lambda positions: positions,
     ) -> None:
         self.candidates, self.granularity = candidates, granularity
         self.total = count_elements(candidates)
-        self.size = size
+        self.size, self.finds_size = size, finds_size
         self.criterion, self.quotas, self.schedule, self.count, self.seed = criterion, quotas, schedule, count, seed
         self.sizes = {m: sum(p.numel() for p in own.values()) for m, own in self.candidates.items()}
         self.agree = agree
@@ -62,6 +65,34 @@ class Rounds:
             for name, p in own.items()
         }
         return list(self.slots.values())
+
+    def leave_out(self, modules: Collection[str]) -> None:
+        """Choose from these modules no more.
+
+        Raises:
+            ValueError: If the others do not have enough.
+        """
+        left_out = [module for module in modules if module in self.candidates]
+        if not left_out:
+            return
+        self.candidates = {m: own for m, own in self.candidates.items() if m not in left_out}
+        self.total = count_elements(self.candidates)
+        self.sizes = {m: sum(p.numel() for p in own.values()) for m, own in self.candidates.items()}
+        which = f"{left_out[:3]}{' and others' if len(left_out) > 3 else ''}"
+        if self.finds_size:
+            self.size = min(self.size, self.total)
+        if self.size > self.total:
+            raise ValueError(
+                f"the model never calls {which}, so no adapter can act there, and the other targets have only "
+                f"{self.total:,} parameters for a ticket of {self.size:,}; lower `budget` or name more targets"
+            )
+        if self.quotas:
+            self.quotas.check(self.sizes, self.size)
+        warnings.warn(
+            f"the model never calls {which}: it does not use them, or reads their weights past them. An adapter could "
+            f"not act there, so the ticket leaves them out.",
+            stacklevel=3,
+        )
 
     def limits(self, size: int) -> dict[str, Limits] | None:
         return self.quotas.limits(self.sizes, size) if self.quotas else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from numbers import Integral, Real
@@ -25,8 +26,8 @@ from .progress import SearchCheckpoint
 from .quotas import Quotas
 from .report import TicketReport
 from .rounds import SCHEDULES, Rounds
-from .selection import NotFiniteError, Positions, count_elements
-from .steps import Run, TicketSearchError, default_loss, endless, prepared, seeded
+from .selection import Positions, count_elements
+from .steps import Calls, Run, TicketSearchError, choosing, default_loss, endless, prepared, seeded
 from .ticket import Ticket, shapes_of
 from .training import STATES, DenseTraining, Slot
 
@@ -181,6 +182,7 @@ def search_ticket(
         schedule,
         rounds,
         seed,
+        finds_size=places_externals,
         agree=(lambda positions: _from_main_process(positions, device)) if several else lambda positions: positions,
     )
     with ExitStack() as stack:
@@ -202,7 +204,11 @@ def search_ticket(
             masked=schedule == "prune",
         )
         stack.callback(training.rewind, to_early=False)
-        run = Run(model, training, state, device, autocast, loss_fn or default_loss, seed)
+        places = [name for name, layer in sfa_layers(tuner.model) if layer.externals_of(adapter_name)]
+        names = dict.fromkeys((*candidates, *places))
+        calls = Calls({name: tuner.model.get_submodule(name) for name in names})
+        stack.callback(calls.remove)
+        run = Run(model, training, state, device, autocast, loss_fn or default_loss, seed, calls)
         if needs_data:
             if checkpoint is not None:
                 settings = _settings(config) | {
@@ -227,17 +233,16 @@ def search_ticket(
                     f"depend on the backbone."
                 )
         chosen = None
-        try:
+        with choosing():
+            never = calls.never(device) if needs_data else []
+            selector.leave_out(never)
+            _tell_idle([name for name in places if name in never])
             if placement:
-                placement.score(training, broadcast if several else None)
+                placement.score(training, broadcast if several else None, never)
                 shares = SHARES if finds_share else ()
                 chosen, positions = _best_split(tuner, adapter_name, placement, selector, training, shares)
             else:
                 positions = selector.choose(training, selector.size)
-        except NotFiniteError as error:
-            raise TicketSearchError(f"the search diverged: {error}. Lower `learning_rate`.") from error
-        except ValueError as error:
-            raise TicketSearchError(f"the search gave no ticket: {error}") from error
         early = selector.early_values(positions)
         # Probes are gone after the search; what they leave is in `chosen`.
         moved = [slot for slot in others if slot.begin is not slot.before and slot.parameter not in probed]
@@ -250,6 +255,15 @@ def search_ticket(
     widths = copy.deepcopy(config.external_widths or {})
     found = Ticket(positions, shapes_of(candidates), config.granularity, widths, rule.name)
     return TicketReport(found, len(run.losses), tuple(run.losses))
+
+
+def _tell_idle(places: Sequence[str]) -> None:
+    if places:
+        warnings.warn(
+            f"the model never calls {list(places[:3])}{' and others' if len(places) > 3 else ''}: the external "
+            f"adapters there do nothing. Leave these modules out (`exclude_modules`, `external_modules`).",
+            stacklevel=3,
+        )
 
 
 def _best_split(

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from .progress import Progress, SearchCheckpoint
 from .rounds import Rounds
+from .selection import NotFiniteError
 from .training import DenseTraining
 
 State = AcceleratorState | PartialState
@@ -31,11 +32,46 @@ class TicketSearchError(RuntimeError):
     """The search could not be finished. The model is as it was before it."""
 
 
+class Calls:
+    """Which modules of a model are called: an adapter acts where its module is called, and nowhere else.
+
+    A model can read a module's weight and never call it, as timm's Swinv2 does with its ``qkv``.
+
+    Args:
+        modules: The modules, by name.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self.names = list(modules)
+        self.called: set[str] = set()
+        self.handles = [
+            module.register_forward_hook(lambda module, args, output, name=name: self.called.add(name))
+            for name, module in modules.items()
+        ]
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def state(self) -> Tensor:
+        """One number for each module, 1 if it was called."""
+        return torch.tensor([name in self.called for name in self.names], dtype=torch.int32)
+
+    def load_state(self, state: Tensor) -> None:
+        self.called |= {name for name, called in zip(self.names, state.tolist(), strict=True) if called}
+
+    def never(self, device: torch.device) -> list[str]:
+        """The modules that were called on no process."""
+        called = reduce(self.state().to(device), reduction="sum").tolist()
+        return [name for name, count in zip(self.names, called, strict=True) if not count]
+
+
 class Run:
     """The steps of one search, and where it is.
 
     Attributes:
         losses: The loss of each step done, the mean over all processes.
+        calls: Which modules with adapters, or that the ticket may choose from, the model calls.
         checkpoint: Where the progress is kept, if it is.
     """
 
@@ -48,9 +84,11 @@ class Run:
         autocast: Callable[[], AbstractContextManager[Any]],
         loss_fn: Callable[[nn.Module, Any], Tensor],
         seed: int,
+        calls: Calls,
     ) -> None:
         self.model, self.training, self.state, self.device = model, training, state, device
         self.autocast, self.loss_fn, self.seed = autocast, loss_fn, seed
+        self.calls = calls
         self.losses: list[float] = []
         self._unread: list[Tensor] = []
         # Processes must learn of each other's failures at once, or they wait for each other.
@@ -65,6 +103,7 @@ class Run:
             return
         self.losses = progress.losses
         self.training.load_state_dict(progress.tensors)
+        self.calls.load_state(progress.tensors["called"])
         with torch.no_grad():
             for name, buffer in self._buffers():
                 buffer.copy_(progress.tensors[f"buffer:{name}"])
@@ -76,7 +115,9 @@ class Run:
     def _save(self) -> None:
         if self.checkpoint is not None and self.state.is_main_process:
             buffers = {f"buffer:{name}": buffer for name, buffer in self._buffers()}
-            self.checkpoint.save(Progress(self.losses, self.training.state_dict() | buffers))
+            self.checkpoint.save(
+                Progress(self.losses, self.training.state_dict() | buffers | {"called": self.calls.state()})
+            )
 
     def through(
         self,
@@ -106,7 +147,9 @@ class Run:
         ):
             for step in bar:
                 if step and step % steps == 0:
-                    selector.end(step // steps, self.training)
+                    with choosing():
+                        selector.leave_out(self.calls.never(self.device))
+                        selector.end(step // steps, self.training)
                 self._step(step, batches)
                 is_due = (step + 1) % checkpoint_every == 0
                 if is_due or (step + 1) % steps == 0 or len(self._unread) >= self._read_every:
@@ -165,6 +208,17 @@ class Run:
                     f"before. Lower `learning_rate`, or check the data."
                 )
             self.losses.append(loss)
+
+
+@contextmanager
+def choosing() -> Iterator[None]:
+    """Say that the search has failed where nothing can be chosen."""
+    try:
+        yield
+    except NotFiniteError as error:
+        raise TicketSearchError(f"the search diverged: {error}. Lower `learning_rate`.") from error
+    except ValueError as error:
+        raise TicketSearchError(f"the search gave no ticket: {error}") from error
 
 
 def prepared(dataloader: Iterable[Any], device: torch.device) -> Iterable[Any]:
