@@ -1,18 +1,20 @@
 """A page to try adapters on: upload an image, pick a task and an adapter, and see what it changes.
 
-    python examples/app.py --runs out/segmentation out/depth                   # then open http://127.0.0.1:7860
+    python examples/app.py --runs out/demo out/depth_estimation-sfa            # then open http://127.0.0.1:7860
     python examples/app.py                                                     # the adapters of multi_task.py
 
 `--runs` are output folders of the other examples, trained with SFA. Adapters on the same backbone share it in memory.
-The page shows the prediction beside that of the base model, and the ticket's picture.
+The page shows the prediction beside that of the model before its training, what the colours mean, and the ticket.
 """
 
 from __future__ import annotations
 
 import argparse
+import html
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import gradio
 import torch
@@ -51,18 +53,23 @@ class Adapters:
         """The folders of the adapters for a task."""
         return [folder for folder, trained in self.runs.items() if trained.task.name == task]
 
-    def answer(self, path: str | None, folder: str) -> tuple[Array, Array, str | None, str]:
-        """The base model's prediction for an image file, the adapter's, the ticket's picture, and a few words."""
+    def answer(self, path: str | None, folder: str) -> tuple[Array | None, Array | None, str]:
+        """The prediction for an image file before the training and after it; or none, and what is wrong with it."""
         if path is None:
-            raise gradio.Error("Upload an image first.")
+            return None, None, "Upload an image first."
         try:
             image = read_image({"path": path, "bytes": None})
         except BadSampleError as error:
-            raise gradio.Error(f"This file cannot be used: {error.kind}. {error.detail}") from error
+            return None, None, f"This file cannot be used: {str(error).replace(path, Path(path).name)}"
         trained = self.runs[folder]
-        pictures = [self.boards[trained.model].paint(trained, image, adapted) for adapted in (False, True)]
-        ticket = trained.folder / TICKET_PICTURE
-        return *pictures, str(ticket) if ticket.is_file() else None, self.words(folder)
+        before, adapted = (self.boards[trained.model].paint(trained, image, adapted) for adapted in (False, True))
+        return before, adapted, ""
+
+    def before(self, folder: str) -> str:
+        """What the model is called that the training began with."""
+        trained = self.runs[folder]
+        is_fresh = self.boards[trained.model].fresh[trained]
+        return "Untrained head on the frozen backbone" if is_fresh else "The checkpoint before training"
 
     def words(self, folder: str) -> str:
         """What there is to say of an adapter."""
@@ -70,46 +77,77 @@ class Adapters:
         results, headline = trained.results, trained.task.headline
         part = results["trained_backbone_parameters"] / results["backbone_parameters"]
         size = (trained.folder / "adapter_model.safetensors").stat().st_size
-        legend = ", ".join(trained.task.id2label.values())
         return (
             f"**{folder}**: {part:.1%} of the backbone trained, {size / 1e6:.2f} MB with its head; {headline} "
             f"{number(results['before'][headline])} before training, {number(results['after'][headline])} after."
-            + (f" Classes: {legend}." if legend else "")
         )
+
+    def legend(self, folder: str) -> str:
+        """The colours of the pictures, as HTML."""
+        colours = self.runs[folder].task.legend().items()
+        keys = ((name, " ".join(f"{255 * part:.0f}" for part in colour)) for name, colour in colours)
+        return "".join(f'<li><i style="background: rgb({rgb})"></i>{html.escape(name)}</li>' for name, rgb in keys)
+
+    def ticket(self, folder: str) -> str | None:
+        """The file of the ticket's picture; there is none without internal adapters."""
+        path = self.runs[folder].folder / TICKET_PICTURE
+        return str(path) if path.is_file() else None
 
 
 # Gradio shows small pictures small.
-ENLARGED = """
-:is(#upload, #base, #adapted) :is(.image-frame, img) { width: 100% !important; object-fit: contain !important; }
+STYLE = """
+:is(#upload, #before, #adapted) :is(.image-frame, img) { width: 100% !important; object-fit: contain !important; }
+#legend ul { display: flex; flex-wrap: wrap; gap: .2em 1.2em; margin: 0; padding: 0; list-style: none; }
+#legend i { display: inline-block; width: .9em; height: .9em; margin-right: .4em; border: 1px solid #0004; }
 """
 
 
 def build(adapters: Adapters) -> gradio.Blocks:
     """The page."""
-    first = adapters.tasks[0]
+    task = adapters.tasks[0]
+    first = adapters.of_task(task)[0]
     with gradio.Blocks(title="Selective Feature Adapters", analytics_enabled=False) as page:
         gradio.Markdown("# Selective Feature Adapters\nOne frozen backbone; pick what it should do with your image.")
         with gradio.Row():
             with gradio.Column():
-                image = gradio.Image(type="filepath", image_mode=None, label="Image", elem_id="upload")
-                task = gradio.Dropdown(adapters.tasks, value=first, label="Task", elem_id="task")
-                folder = gradio.Dropdown(
-                    adapters.of_task(first), value=adapters.of_task(first)[0], label="Adapter", elem_id="adapter"
-                )
+                upload = gradio.Image(type="filepath", image_mode=None, label="Image", elem_id="upload")
+                tasks = gradio.Dropdown(adapters.tasks, value=task, label="Task", elem_id="task")
+                folders = gradio.Dropdown(adapters.of_task(task), value=first, label="Adapter", elem_id="adapter")
                 button = gradio.Button("Predict", variant="primary", elem_id="predict")
-                words = gradio.Markdown(adapters.words(adapters.of_task(first)[0]), elem_id="words")
+                wrong = gradio.Markdown(elem_id="wrong")
+                words = gradio.Markdown(adapters.words(first), elem_id="words")
             with gradio.Column():
-                base = gradio.Image(label="Base model", interactive=False, elem_id="base")
+                before = gradio.Image(label=adapters.before(first), interactive=False, elem_id="before")
                 adapted = gradio.Image(label="With the adapter", interactive=False, elem_id="adapted")
-        ticket = gradio.Image(label="The ticket: where the internal adapters are", interactive=False, elem_id="ticket")
+                legend = gradio.HTML(f"<ul>{adapters.legend(first)}</ul>", elem_id="legend")
+        ticket = gradio.Image(
+            adapters.ticket(first),
+            label="The ticket: where the internal adapters are",
+            interactive=False,
+            elem_id="ticket",
+        )
 
-        def choose(chosen: str) -> gradio.Dropdown:
+        def of_task(chosen: str) -> gradio.Dropdown:
             own = adapters.of_task(chosen)
             return gradio.Dropdown(own, value=own[0])
 
-        task.change(choose, task, folder)
-        # One at a time: an adapter is switched in the one model that all share.
-        button.click(adapters.answer, [image, folder], [base, adapted, ticket, words], concurrency_limit=1)
+        def describe(folder: str) -> tuple[str, str, str | None, gradio.Image]:
+            label = gradio.Image(label=adapters.before(folder))
+            return adapters.words(folder), f"<ul>{adapters.legend(folder)}</ul>", adapters.ticket(folder), label
+
+        def answer(file: dict[str, Any] | None, folder: str) -> tuple[Array | None, Array | None, str]:
+            return adapters.answer(file and file["path"], folder)
+
+        # One at a time: an adapter is switched in the one model that all share. Not preprocessed: Gradio would open
+        # the file itself, and say nothing of why it cannot.
+        predicted = button.click(
+            answer, [upload, folders], [before, adapted, wrong], concurrency_limit=1, preprocess=False
+        )
+        tasks.change(of_task, tasks, folders)
+        # What is shown is of the image and the adapter that are chosen, or nothing is.
+        for chosen in (upload, folders):
+            chosen.change(lambda: (None, None, ""), None, [before, adapted, wrong], cancels=predicted)
+        folders.change(describe, folders, [words, legend, ticket, before])
     return page
 
 
@@ -128,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     build(adapters).launch(
         server_name=args.host,
         server_port=args.port,
-        css=ENLARGED,
+        css=STYLE,
         theme=gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         allowed_paths=[str(folder.resolve()) for folder in folders],
     )

@@ -24,7 +24,7 @@ from transformers import DPTConfig, DPTForDepthEstimation
 from dense.methods import Rates
 from dense.metrics import DepthErrors
 from dense.models import require_plain
-from dense.pictures import paint_depth
+from dense.pictures import depth_colours, paint_depth
 from dense.run import main
 from dense.samples import Array, BadSampleError, Census, Note, Sample, read_depth, read_image
 from dense.task import Task
@@ -153,6 +153,9 @@ class DepthEstimation(Task):
 
     def paint(self, image: Array, annotation: Array) -> Array:
         return paint_depth(annotation, self.args.max_depth)
+
+    def legend(self) -> dict[str, tuple[float, float, float]]:
+        return depth_colours(self.args.max_depth)
 
 
 if __name__ == "__main__":

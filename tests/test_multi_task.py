@@ -23,8 +23,9 @@ import tiny
 from app import Adapters
 from dense.augmentation import finished, to_tensors
 from dense.nano_backbone import pretrained_nano_backbone
+from dense.pictures import depth_colours, paint_depth, palette
 from dense.run import run
-from dense.samples import FlagError, Sample
+from dense.samples import Classes, FlagError, Sample
 from dense.scenes import make_scene, make_scenes
 from dense.switching import Switchboard, Trained
 from dense.task import predictions
@@ -222,8 +223,35 @@ def test_the_page_takes_what_each_script_leaves_by_default(default_runs, tmp_pat
     adapters = Adapters(runs, CPU)
     assert adapters.tasks == [TASKS[task].name for own in BY_DEFAULT.values() for task in own]
     for trained in runs:
-        before, adapted, *_ = adapters.answer(str(tmp_path / "street.png"), str(trained.folder))
+        before, adapted, wrong = adapters.answer(str(tmp_path / "street.png"), str(trained.folder))
         assert before.shape == adapted.shape
+        assert not wrong
+        assert adapters.before(str(trained.folder)) == "Untrained head on the frozen backbone"
+        assert adapters.legend(str(trained.folder)).count("<li>") == len(trained.task.legend()) > 0
+
+
+@pytest.mark.slow
+def test_a_whole_checkpoint_is_not_called_untrained(folders, default_runs, tmp_path):
+    trained = default_runs["swin"][0]
+    trained.task.build(trained.model, CPU).model.save_pretrained(tmp_path / "upernet")
+    shutil.copytree(trained.folder, tmp_path / "run")
+    described = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps(described | {"model": str(tmp_path / "upernet")}))
+    adapters = Adapters([Trained.load(tmp_path / "run", TASKS)], CPU)
+    assert adapters.before(str(tmp_path / "run")) == "The checkpoint before training"
+
+
+def test_names_of_classes_are_text_in_the_legend():
+    task = TASKS["ObjectDetection"](None, Classes({0: "<b>bold</b>"}))
+    adapters = Adapters([], CPU)
+    adapters.runs["run"] = Trained(Path("run"), task, "", {})
+    assert "&lt;b&gt;bold" in adapters.legend("run")
+
+
+def test_depth_is_painted_in_the_colours_of_its_legend():
+    for name, colour in depth_colours(80).items():
+        painted = paint_depth(np.full((1, 1), float(name.removesuffix(" m"))), 80)[0, 0]
+        assert np.allclose(painted / 255, colour, atol=1 / 255)
 
 
 # The page
@@ -268,6 +296,12 @@ def pixels_of(page, element):
     return picture.evaluate("e => [e.naturalWidth, e.naturalHeight]")
 
 
+def assert_nothing_is_shown(page):
+    """No prediction, of another image or adapter say."""
+    for element in ("before", "adapted"):
+        page.locator(f"#{element} img").wait_for(state="detached", timeout=30_000)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
 def test_a_person_uploads_an_image_and_switches_tasks(page_url, tmp_path):
@@ -286,20 +320,41 @@ def test_a_person_uploads_an_image_and_switches_tasks(page_url, tmp_path):
         expect(page.locator("#words")).to_contain_text("of the backbone trained", timeout=60_000)
 
         page.locator("#predict").click()
-        expect(page.get_by_text("Upload an image first.").first).to_be_visible(timeout=30_000)
+        expect(page.locator("#wrong")).to_contain_text("Upload an image first.", timeout=30_000)
+        assert_nothing_is_shown(page)
 
         page.locator("#upload input[type=file]").set_input_files(tmp_path / "street.png")
         pixels_of(page, "upload")
+        expect(page.locator("#wrong")).not_to_contain_text("Upload")
         page.locator("#predict").click()
-        assert pixels_of(page, "base") == pixels_of(page, "adapted") == [128, 96]
+        assert pixels_of(page, "before") == pixels_of(page, "adapted") == [128, 96]
         assert pixels_of(page, "ticket")[0] > 300
-        before = page.locator("#adapted img").get_attribute("src")
+        expect(page.locator("#before")).to_contain_text("Untrained head on the frozen backbone")
+        sky = page.locator("#legend li", has_text="sky").locator("i")
+        colour = "rgb({:.0f}, {:.0f}, {:.0f})".format(*(255 * part for part in palette(1)[0]))
+        expect(sky).to_have_css("background-color", colour)
+        ticket = page.locator("#ticket img").get_attribute("src")
 
         page.locator("#task input").click()
         page.get_by_role("option", name="depth estimation").click()
         expect(page.locator("#adapter input")).to_have_value(re.compile("depth$"), timeout=30_000)
+        expect(page.locator("#words")).to_contain_text("abs_rel", timeout=30_000)  # before anything is predicted
+        expect(page.locator("#legend")).to_contain_text("80 m")
+        expect(page.locator("#legend")).not_to_contain_text("sky")
+        expect(page.locator("#ticket img")).not_to_have_attribute("src", ticket)
+        assert_nothing_is_shown(page)
         page.locator("#predict").click()
-        expect(page.locator("#words")).to_contain_text("abs_rel", timeout=60_000)
-        expect(page.locator("#adapted img")).not_to_have_attribute("src", before)
+        assert pixels_of(page, "before") == pixels_of(page, "adapted") == [128, 96]
+
+        page.locator("#upload button[aria-label='Remove Image']").click()
+        assert_nothing_is_shown(page)
+        page.locator("#upload input[type=file]").set_input_files(tmp_path / "broken.png")
+        page.locator("#upload img").wait_for(timeout=30_000, state="attached")
+        page.locator("#predict").click()
+        reason = page.locator("#wrong")
+        expect(reason).to_contain_text("This file cannot be used: image that cannot be read", timeout=30_000)
+        expect(reason).to_contain_text("'broken.png'")  # its name, not where the server keeps it
+        expect(page.get_by_text("Error", exact=True)).to_have_count(0)
+        assert_nothing_is_shown(page)
         assert not errors
         browser.close()

@@ -38,11 +38,13 @@ class Dense:
         model: The model.
         backbone: The name of the backbone in it.
         heads: The names of the heads.
+        is_fresh: Whether the heads have never been trained.
     """
 
     model: nn.Module
     backbone: str
     heads: Sequence[str]
+    is_fresh: bool = False
 
     @property
     def backbone_parameters(self) -> int:

@@ -65,6 +65,13 @@ def paint_objects(
     return np.asarray(drawn)
 
 
+def depth_colours(max_depth: float) -> dict[str, Colour]:
+    """What the colours of `paint_depth` mean."""
+    depths = np.array([max_depth / 100, max_depth / 10, max_depth])
+    painted = paint_depth(depths[None], max_depth)[0] / 255
+    return {f"{depth:g} m": tuple(map(float, colour)) for depth, colour in zip(depths, painted, strict=True)}
+
+
 def paint_depth(depth: Array, max_depth: float) -> Array:
     """A depth map, near is bright; unknown is black. The scale is logarithmic, as depth errors are judged."""
     near = np.log(np.maximum(depth, 1e-3))

@@ -96,6 +96,7 @@ class MultiTask(nn.Module):
         backbone: The one backbone.
         tasks: For each run, the task's model, without a backbone of its own.
         key_mappings: For each run, what PEFT needs to find an adapter's modules here.
+        fresh: For each run, whether its task's head had never been trained before.
     """
 
     def __init__(self, runs: Sequence[Trained], device: torch.device) -> None:
@@ -107,6 +108,7 @@ class MultiTask(nn.Module):
                 models.append(trained.task.build(trained.model, device))
             except FlagError as error:
                 raise FlagError(f"the model that {trained.folder} was trained on cannot be loaded: {error}") from error
+        self.fresh = [dense.is_fresh for dense in models]
         backbones = [dense.model.get_submodule(dense.backbone) for dense in models]
         self.backbone = backbones[0]
         fields = {field for trained in runs for field in trained.task.backbone_options()}
@@ -141,6 +143,7 @@ class Switchboard:
         # Not the folders' names: not every name of a folder can be one of an adapter, and two may have the same.
         self.adapters = {trained: f"run_{place}" for place, trained in enumerate(runs)}
         self.tasks = dict(zip(runs, base.tasks, strict=True))
+        self.fresh = dict(zip(runs, base.fresh, strict=True))
         first, *others = zip(runs, self.adapters.values(), base.key_mappings, strict=True)
         trained, adapter, mapping = first
         self.model = PeftModel.from_pretrained(base, str(trained.folder), adapter, key_mapping=mapping)

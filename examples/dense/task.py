@@ -115,7 +115,7 @@ class Task(ABC):
         if any(side % multiple for side in self.size):
             raise FlagError(f"--image_size {self.size[0]} {self.size[1]}: this model needs multiples of {multiple}")
         use_fast_attention(model, backbone, device)
-        return Dense(model.to(device), self.backbone_path, heads_of(model, self.backbone_path))
+        return Dense(model.to(device), self.backbone_path, heads_of(model, self.backbone_path), not is_whole)
 
     def backbone_options(self) -> dict[str, Any]:
         """Fields of the backbone's config that the head depends on."""
