@@ -2,7 +2,7 @@
 
     python examples/depth_estimation.py                                        # embedded data and backbone
     python examples/depth_estimation.py --model facebook/dpt-dinov2-small-nyu --dataset me/my-depth \
-        --max_depth 10 --image_size 476 630 --budget 0.02 --output_dir out
+        --max_depth 10 --image_size 476 630 --budget 0.02 --output_dir out/mine
 
 The model is a DPT checkpoint on DINOv2, or a DINOv2 backbone that gets a fresh DPT head. The dataset has the columns
 `image` and `depth_map`, an image of one channel or numbers, 0 where unknown. Run it under `accelerate launch` for

@@ -2,7 +2,7 @@
 
     python examples/instance_segmentation.py                                   # embedded data and backbone
     python examples/instance_segmentation.py --model facebook/mask2former-swin-tiny-coco-instance \
-        --dataset qubvel-hf/ade20k-mini --image_size 512 512 --budget 0.02 --output_dir out
+        --dataset qubvel-hf/ade20k-mini --image_size 512 512 --budget 0.02 --output_dir out/mine
 
 The model is a Mask2Former checkpoint, or a Swin backbone that gets a fresh Mask2Former head. The dataset has the
 columns `image` and `objects`, with `bbox` and `category` in it; masks are `segmentation` in `objects` (COCO's polygons

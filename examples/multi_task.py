@@ -1,7 +1,7 @@
 """One frozen backbone, three tasks: segmentation, detection and depth of one image by switching SFA adapters.
 
     python examples/multi_task.py                                              # trains the three adapters first
-    python examples/multi_task.py --runs out/segmentation out/detection out/depth --image street.jpg
+    python examples/multi_task.py --runs out/object_detection-sfa out/depth_estimation-sfa --image street.jpg
 
 `--runs` are output folders of the other examples, trained with SFA on the same backbone. The backbone is loaded once,
 each adapter brings its own head. The predictions are drawn, and the memory is compared with that of whole models.

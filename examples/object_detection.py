@@ -2,7 +2,7 @@
 
     python examples/object_detection.py                                        # embedded data and backbone
     python examples/object_detection.py --model Roboflow/rf-detr-base --dataset rishitdagli/cppe-5 \
-        --validation_split test --image_size 560 560 --budget 0.02 --output_dir out
+        --validation_split test --image_size 560 560 --budget 0.02 --output_dir out/mine
 
 The model is an RF-DETR checkpoint, or a DINOv2 backbone that gets a fresh RF-DETR head. The dataset has the columns
 `image` and `objects`, with `bbox` and `category` in it. Run it under `accelerate launch` for several processes or

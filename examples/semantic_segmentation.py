@@ -2,7 +2,7 @@
 
     python examples/semantic_segmentation.py                                   # embedded data and backbone
     python examples/semantic_segmentation.py --model microsoft/swin-tiny-patch4-window7-224 \
-        --dataset me/my-segmentation-set --budget 0.02 --output_dir out
+        --dataset me/my-segmentation-set --budget 0.02 --output_dir out/mine
 
 The model is an UperNet checkpoint, or a backbone that gets a fresh UperNet or linear head. The dataset has the columns
 `image` and `label`, a map of class ids. Run it under `accelerate launch` for several processes or mixed precision.
