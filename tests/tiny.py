@@ -161,6 +161,52 @@ def mask2former_on_swin():
     ).eval()
 
 
+def _detector_backbone():
+    return swin_config(
+        image_size=64,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 1, 1],
+        out_features=["stage2", "stage3", "stage4"],
+    )
+
+
+def _detector_options():
+    return {
+        "backbone": None,
+        "use_pretrained_backbone": False,
+        "backbone_config": _detector_backbone(),
+        "d_model": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "encoder_ffn_dim": 16,
+        "decoder_ffn_dim": 16,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "num_queries": 4,
+        "num_feature_levels": 3,
+    }
+
+
+def deformable_detr():
+    """Its boxes' heads are tied to the decoder's."""
+    from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection
+
+    torch.manual_seed(0)
+    config = DeformableDetrConfig(
+        **_detector_options(), use_timm_backbone=False, with_box_refine=True, two_stage=True, num_labels=3
+    )
+    return DeformableDetrForObjectDetection(config).eval()
+
+
+def grounding_dino():
+    """Its boxes' heads are tied to the decoder's."""
+    from transformers import BertConfig, GroundingDinoConfig, GroundingDinoForObjectDetection
+
+    torch.manual_seed(0)
+    text = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=200)
+    return GroundingDinoForObjectDetection(GroundingDinoConfig(**_detector_options(), text_config=text)).eval()
+
+
 def rf_detr():
     from transformers import RfDetrConfig, RfDetrForObjectDetection
     from transformers.models.rf_detr.configuration_rf_detr import RfDetrDinov2Config

@@ -123,6 +123,13 @@ class SFAModel(BaseTuner):
         # Whether its weights are still to come from a file. Not a field: it is nothing to save.
         config.awaits_weights = recorded
 
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        # SFA adapts no embeddings, and some detectors (Deformable DETR, Grounding DINO) raise when PEFT asks for them.
+        try:
+            return super()._get_module_names_tied_with_embedding()
+        except NotImplementedError:
+            return []
+
     def _prepare_adapter_config(self, peft_config: SFAConfig, model_config: dict[str, Any]) -> SFAConfig:
         return peft_config
 

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 
 from . import backbones
-from .base import backbone_parameters, head_modules, in_module, modules_outside_adapters, shared_parameters
+from .base import backbone_parameters, head_modules, in_heads, in_module, modules_outside_adapters, shared_parameters
 from .budget import External, absolute_budget, external_cost, widths_within
 from .checkpoint import CheckpointError
 from .config import DEFAULT_SHARE, SFAConfig
@@ -131,6 +131,7 @@ class Planner:
         else:
             externals, size = self._explicit_sizes(places, candidates)
         self._tell_shared(candidates)
+        self._tell_tied_heads()
         positions = self._initial_ticket(candidates, size)
         if not externals and not any(len(p) for own in positions.values() for p in own.values()):
             raise ValueError(
@@ -150,6 +151,25 @@ class Planner:
                         f"alone, and cannot be merged.",
                         stacklevel=2,
                     )
+
+    def _tell_tied_heads(self) -> None:
+        names = shared_parameters(self.model)
+        for head in self.heads:
+            own = {f"{head}.{name}": name for name, p in self.model.get_submodule(head).named_parameters()}
+            elsewhere = {
+                other.removesuffix(f".{own[name]}")
+                for name in own
+                for other in names.get(id(self.model.get_parameter(name)), ())
+                if not in_heads(other, [head])
+            }
+            if elsewhere:
+                others = " and ".join(map(repr, sorted(elsewhere)))
+                warnings.warn(
+                    f"SFAConfig.modules_to_save names {head!r}, which is tied to {others}. The head is trained as a "
+                    f"copy: {others} will not follow it, and keeps its own weights. Leave the head out, or untie the "
+                    f"model first if that is meant.",
+                    stacklevel=2,
+                )
 
     def _check_heads(self) -> None:
         of_task = TASK_HEADS.get(self.config.task_type or "", ())
