@@ -4,7 +4,15 @@ import warnings
 
 from hub_server import TOKEN, HubServer
 
-# Before anything imports huggingface_hub, which reads these once: no test can reach the real Hub.
+# What people have set for their own work must not decide how tests end: offline modes, caches, tokens, the settings of
+# Accelerate and of a launcher. Before anything imports huggingface_hub, which reads its variables once.
+FOREIGN = ("ACCELERATE_", "DATASETS_", "FSDP_", "GRADIO_", "HF_", "HUGGING", "MPL", "PEFT_", "TRANSFORMERS_", "TORCH")
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONWARNINGS")
+for variable in list(os.environ):
+    if variable.startswith(FOREIGN) or variable in LAUNCHER:
+        del os.environ[variable]
+
+# No test can reach the real Hub.
 HUB = HubServer()
 HOME = tempfile.TemporaryDirectory(prefix="hf-home-")
 os.environ |= {

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import UperNetForSemanticSegmentation
 
 import tiny
@@ -172,7 +173,17 @@ def test_diff(run):
     assert "mlp_parallel" in text
     code, _, errors = run("diff", "both", "rows")
     assert code == 2
-    assert "granularity" in errors
+    assert "one is of granularity element, the other of row" in errors
+
+
+def test_diff_names_what_differs_between_architectures(run, tmp_path):
+    for name in ("0", "1"):
+        base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        config = SFAConfig(internal_density=0.5, target_modules=[name], external_modules=[])
+        get_peft_model(base, config).save_pretrained(tmp_path / name)
+    code, _, errors = run("diff", str(tmp_path / "1"), str(tmp_path / "0"))
+    assert code == 2
+    assert "in one '1.weight' has shape (4, 4), in the other it is not there" in errors
 
 
 def test_an_adapter_that_another_program_saved(run, folder, tmp_path):

@@ -1,7 +1,8 @@
 import json
 
 import pytest
-from peft import LoraConfig, PeftConfig, get_peft_model
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 import tiny
@@ -162,3 +163,25 @@ def test_one_config_object_serves_several_models():
     assert config.ticket_sizes is None
     second = get_peft_model(tiny.dinov2(), config)
     assert first.peft_config["default"].ticket_sizes != second.peft_config["default"].ticket_sizes
+
+
+@pytest.mark.parametrize("part", ["all of it", "its backbone"])
+def test_a_compiled_model_is_refused_since_its_modules_have_other_names(part, tmp_path):
+    get_peft_model(tiny.dinov2(), SFAConfig()).save_pretrained(tmp_path)
+
+    def compiled():
+        model = tiny.dinov2()
+        if part == "all of it":
+            return torch.compile(model)
+        model.backbone = torch.compile(model.backbone)
+        return model
+
+    for inject in (
+        lambda: get_peft_model(compiled(), SFAConfig()),
+        lambda: PeftModel.from_pretrained(compiled(), tmp_path),
+    ):
+        with pytest.raises(ValueError, match=r"is compiled.*_orig_mod.*torch.compile\(get_peft_model\(model, config"):
+            inject()
+    in_place = tiny.dinov2()
+    in_place.compile()
+    assert get_peft_model(in_place, SFAConfig()).peft_config["default"].ticket_sizes

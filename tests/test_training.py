@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import tiny
-from sfa_peft import SFAConfig, search_ticket
+from sfa_peft import CheckpointError, SFAConfig, install_ticket, search_ticket, ticket_of
 
 
 def adapted(**options):
@@ -167,6 +168,113 @@ def test_a_compiled_step_is_compiled_once(make, tmp_path):
         torch.testing.assert_close(step(tiny.pixels()), losses[0])
     finally:
         torch.compiler.set_stance("default")
+
+
+# A whole state in a new process, which has searched for nothing
+
+
+def searched(**options):
+    model = adapted(**options)
+    search_ticket(model, [tiny.batch(seed=9)], steps=2, progress=False)
+    return model
+
+
+BATCHES = [tiny.batch(seed=seed) for seed in range(3)]
+
+
+@pytest.mark.parametrize("options", [{}, {"external_placement": "auto"}], ids=["ticket", "ticket and placement"])
+def test_a_state_brings_its_ticket_along(options):
+    model = searched(**options)
+    train_on(model, BATCHES)
+    again = adapted(**options)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(tiny.output(again), tiny.output(model))
+    config, other = again.peft_config["default"], model.peft_config["default"]
+    assert (config.ticket_sizes, config.external_widths) == (other.ticket_sizes, other.external_widths)
+
+
+def test_accelerate_goes_on_in_a_new_process(tmp_path):
+    def made(model):
+        accelerator = Accelerator(cpu=True)
+        return accelerator, *accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+
+    def steps(model, optimizer, batches):
+        for batch in batches:
+            model(batch["pixel_values"]).logits.square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    accelerator, model, optimizer = made(searched())
+    ticket = ticket_of(model)
+    steps(model, optimizer, BATCHES)
+    accelerator.save_state(tmp_path / "state")
+    steps(model, optimizer, BATCHES)
+    expected = trained_parameters(model)
+
+    accelerator, again, _ = made(adapted())
+    before = trained_parameters(again)
+    with pytest.raises(CheckpointError, match=r"another ticket.*an optimizer trains it already.*install_ticket"):
+        accelerator.load_state(tmp_path / "state")
+    assert all(torch.equal(p, before[name]) for name, p in trained_parameters(again).items())
+
+    fresh = adapted()
+    install_ticket(fresh, ticket)
+    accelerator, again, optimizer = made(fresh)
+    accelerator.load_state(tmp_path / "state")
+    steps(again, optimizer, BATCHES)
+    assert all(torch.equal(p, expected[name]) for name, p in trained_parameters(again).items())
+
+
+def test_a_state_does_not_replace_what_was_learned():
+    model, trained = searched(), adapted()
+    train_on(trained, BATCHES)
+    before = trained_parameters(trained)
+    with pytest.raises(CheckpointError, match="it has learned something"):
+        trained.load_state_dict(model.state_dict())
+    assert all(torch.equal(p, before[name]) for name, p in trained_parameters(trained).items())
+
+
+def test_a_state_with_impossible_positions_is_refused():
+    state = searched().state_dict()
+    key = next(key for key in state if key.endswith("fc1.sfa_internal.default.weight_positions"))
+    for damaged in (state[key].flip(0), state[key] + 1_000_000):
+        again = adapted()
+        before = ticket_of(again)
+        with pytest.raises(CheckpointError, match="not sorted, or not among"):
+            again.load_state_dict(state | {key: damaged})
+        assert ticket_of(again).overlap(before) == 1
+
+
+# An optimizer made too early
+
+
+def search_again(model):
+    search_ticket(model, [tiny.batch(seed=9)], steps=2, progress=False)
+
+
+def install_again(model):
+    install_ticket(model, ticket_of(searched()))
+
+
+@pytest.mark.parametrize("replace", [search_again, install_again])
+def test_an_optimizer_that_is_left_behind_is_told(replace):
+    model = adapted()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match=r"an optimizer \(SGD\) was made before adapter 'default' got another ticket"):
+        replace(model)
+    assert optimizer
+
+
+@pytest.mark.parametrize("replace", [search_again, install_again])
+def test_an_optimizer_of_other_parameters_is_not_told(replace):
+    model = adapted()
+    gone = torch.optim.SGD(model.parameters(), lr=0.1)
+    del gone
+    of_others = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="an optimizer")
+        replace(model)
+    assert of_others
 
 
 # Several processes

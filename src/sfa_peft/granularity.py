@@ -30,6 +30,9 @@ class Granularity(ABC):
     def name(self) -> str:
         return type(self).__name__.lower()
 
+    def __str__(self) -> str:
+        return self.name
+
     @abstractmethod
     def count(self, shape: Shape) -> int:
         """The number of units in a parameter of that shape; 0 if a ticket of this granularity cannot change it."""
@@ -113,6 +116,9 @@ class Block(Granularity):
     """
 
     side: int = 16
+
+    def __str__(self) -> str:
+        return f"block of {self.side} x {self.side}"
 
     def grid(self, shape: Shape) -> tuple[int, int]:
         """Tiles along the outputs and along the inputs."""

@@ -19,6 +19,7 @@ from .base import check_base
 from .config import SFAConfig
 from .layer import sfa_layers
 from .model import SFAModel
+from .optimizers import tell_left_behind
 from .plan import LOADING, Planner
 from .registration import NAME, PeftTooDifferentError, arguments_of
 from .saved import difference_of
@@ -85,9 +86,11 @@ def resized(model: PeftModel, adapter_name: str, config: SFAConfig) -> Iterator[
         plan = Planner(tuner.model, config).plan()
     finally:
         LOADING.reset(token)
+    before = tuner.parameters_of(adapter_name)
     with tuner.restoring(adapter_name, only_on_error=True):
         tuner.install(adapter_name, plan.positions, plan.all_externals)
         yield
+    tell_left_behind(before, tuner.parameters_of(adapter_name), adapter_name)
 
 
 def _asking_first(original: Callable[..., None]) -> Callable[..., None]:

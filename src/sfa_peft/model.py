@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -34,7 +35,9 @@ from .config import SFAConfig
 from .external import ExternalAdapter
 from .heads import Head, wrap_heads
 from .layer import QuantizedLinear, SFALayer, base_parameters_of, layer_class, sfa_layers
+from .layout import layout_in
 from .mixed import BASE, Mixture
+from .optimizers import holds_any
 from .plan import LOADING, TASK_HEADS, Plan, Planner, peft_verdict, ticket_sizes
 from .statistics import keep_statistics, release_statistics
 from .ticket.selection import Positions
@@ -269,8 +272,7 @@ class SFAModel(BaseTuner):
             discard_adapter(self.model, adapter_name)
             self.peft_config.pop(adapter_name, None)
             raise
-        own = [p for _, layer in sfa_layers(self.model) for p in layer.parameters_of(adapter_name)]
-        for p in own:
+        for p in self.parameters_of(adapter_name):
             p.requires_grad_(False)
         self.peft_config[adapter_name].awaits_weights = False
 
@@ -394,7 +396,7 @@ class SFAModel(BaseTuner):
         """
         config = self.peft_config[adapter_name]
         flags = [(p, p.requires_grad) for p in self.model.parameters()]
-        own = [p for _, layer in sfa_layers(self.model) for p in layer.parameters_of(adapter_name)]
+        own = self.parameters_of(adapter_name)
         upcast = all(p.dtype == torch.float32 for p in own)
         trainable = any(p.requires_grad for p in own)
         plan = Plan.of(positions or {}, externals or ())
@@ -425,6 +427,56 @@ class SFAModel(BaseTuner):
             for p in layer.parameters_of(adapter_name):
                 if id(p) not in kept:
                     p.requires_grad_(trainable)
+
+    def parameters_of(self, adapter_name: str) -> list[nn.Parameter]:
+        """All trainable parameters of an adapter outside its heads."""
+        return [p for _, layer in sfa_layers(self.model) for p in layer.parameters_of(adapter_name)]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # A whole state, as Accelerate saves it, may have been saved after another search than this process has run.
+        for adapter_name in self.peft_config:
+            self._take_layout(adapter_name, state_dict, f"{prefix}model.")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _take_layout(self, adapter_name: str, state: dict[str, Tensor], prefix: str) -> None:
+        """Take over the ticket and the widths that a state has for an adapter, if this one has learned nothing yet.
+
+        Raises:
+            CheckpointError: If it has learned something, or an optimizer trains it already, or the positions are none.
+        """
+        positions, widths = layout_in(state, prefix, adapter_name)
+        own, own_widths = layout_in(self.model.state_dict(), "", adapter_name)
+        if not (positions or widths) or (_lengths(positions), widths) == (_lengths(own), own_widths):
+            return
+        is_fresh = not any(layer.is_changed_by(adapter_name) for _, layer in sfa_layers(self.model))
+        if not is_fresh or holds_any(self.parameters_of(adapter_name)):
+            why = "an optimizer trains it already" if is_fresh else "it has learned something"
+            raise CheckpointError(
+                f"the state has another ticket or other widths for adapter {adapter_name!r} than the model, and "
+                f"{why}. Give the adapter the ticket before the optimizer is made: install_ticket(model, ticket) with "
+                f"the search's `report.ticket`, or load this state into the model then."
+            )
+        candidates = self.candidates(adapter_name)
+        granularity = self.peft_config[adapter_name].granularity
+        for module, parameters in positions.items():
+            for name, indices in parameters.items():
+                parameter = candidates.get(module, {}).get(name)
+                units = 0 if parameter is None else granularity.count(parameter.shape)
+                in_order = indices.dim() == 1 and bool((indices.diff() > 0).all())
+                if not in_order or (len(indices) and not 0 <= int(indices[0]) <= int(indices[-1]) < units):
+                    raise CheckpointError(
+                        f"the state's ticket for adapter {adapter_name!r} does not fit this model: it has positions "
+                        f"in {module}.{name} that are not sorted, or not among {units:,} units. Load it into the "
+                        f"model that it was saved from."
+                    )
+        places = {(p.module, "sfa_parallel" if p.mlp_input else "sfa_external"): p for p in self.places(adapter_name)}
+        unknown = widths.keys() - places.keys()
+        if unknown:
+            raise CheckpointError(
+                f"the state has an external adapter on {min(unknown)[0]!r}, where adapter {adapter_name!r} has no "
+                f"place; make the adapter with the config that the state was saved with."
+            )
+        self.install(adapter_name, positions, [replace(places[key], width=width) for key, width in widths.items()])
 
     def check_config(self, adapter_name: str) -> None:
         """Check that an adapter's config is valid, and says what the adapter is: fields can be set at any time.
@@ -617,6 +669,10 @@ class SFAModel(BaseTuner):
             check_finite(key, tensor)
             heads[key] = tensor.to(own[key].dtype) if key in own else tensor
         return adapter | heads
+
+
+def _lengths(positions: Positions) -> dict[tuple[str, str], int]:
+    return {(module, name): len(own) for module, parameters in positions.items() for name, own in parameters.items()}
 
 
 def _own(tensor: Tensor) -> Tensor:

@@ -31,6 +31,8 @@ TASK_HEADS = {
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
 
+COMPILED = "_orig_mod"  # what torch.compile puts into the names of the modules in what it wraps
+
 # Whether the weights of what is being injected follow at once, so that no ticket needs to be chosen for it.
 LOADING: ContextVar[bool] = ContextVar("loading", default=False)
 
@@ -111,6 +113,7 @@ class Planner:
         }
 
     def plan(self) -> Plan:
+        self._refuse_compiled()
         self._check_heads()
         if self.config.ticket_sizes is not None:
             return self._recorded_plan()
@@ -139,6 +142,15 @@ class Planner:
                 "for one unit of `internal_granularity`. Raise `external_width`, `internal_density` or `budget`."
             )
         return Plan.of(positions, externals)
+
+    def _refuse_compiled(self) -> None:
+        compiled = next((name for name in self.leaves if COMPILED in name.split(".")), None)
+        if compiled is not None:
+            raise ValueError(
+                f"{type(self.model).__name__} is compiled, which renames its modules ({compiled!r}), so that an "
+                f"adapter would fit compiled models only. Compile last: torch.compile(get_peft_model(model, config)), "
+                f"or model.compile(), which renames nothing."
+            )
 
     def _tell_shared(self, candidates: Iterable[str]) -> None:
         names = shared_parameters(self.model)
@@ -493,7 +505,10 @@ class Planner:
 
     def _require(self, name: str) -> None:
         if name not in self.leaves:
-            raise CheckpointError(_OTHER_ARCHITECTURE.format(name=name, model=type(self.model).__name__))
+            raise CheckpointError(
+                _OTHER_ARCHITECTURE.format(name=name, model=type(self.model).__name__)
+                + (f" Or rename: key_mapping={{'{COMPILED}.': ''}}." if COMPILED in name.split(".") else "")
+            )
 
 
 _OTHER_ARCHITECTURE = (

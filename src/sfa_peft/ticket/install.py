@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import nn
 
 from ..layer import sfa_layers
+from ..optimizers import tell_left_behind
 from .ticket import Ticket, shapes_of
 
 
@@ -58,7 +59,9 @@ def install_ticket(model: nn.Module, ticket: Ticket, adapter_name: str | None = 
                 f"the ticket with its external adapters takes {cost:,} parameters, but the budget of adapter "
                 f"{adapter_name!r} is {tuner.budget(adapter_name):,}; raise `budget`."
             )
+    before = tuner.parameters_of(adapter_name)
     tuner.install(adapter_name, ticket.positions, externals)
+    tell_left_behind(before, tuner.parameters_of(adapter_name), adapter_name)
 
 
 def ticket_of(model: nn.Module, adapter_name: str | None = None) -> Ticket:

@@ -18,6 +18,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..layer import SFALayer, base_layer_of, sfa_layers
+from ..optimizers import tell_left_behind
 from ..quantized import is_quantized
 from .criteria import Criterion, Score, as_criterion
 from .install import searchable
@@ -185,6 +186,7 @@ def search_ticket(
         finds_size=places_externals,
         agree=(lambda positions: _from_main_process(positions, device)) if several else lambda positions: positions,
     )
+    replaced = tuner.parameters_of(adapter_name)
     with ExitStack() as stack:
         stack.enter_context(_rewound(tuner, adapter_name))
         stack.enter_context(seeded(seed, device))
@@ -250,6 +252,7 @@ def search_ticket(
     with seeded(seed, device):
         tuner.install(adapter_name, positions, chosen.externals if chosen else None)
     _begin(tuner, adapter_name, chosen, early, early_beside)
+    tell_left_behind(replaced, tuner.parameters_of(adapter_name), adapter_name)
     if run.checkpoint is not None and state.is_main_process:
         run.checkpoint.remove()
     widths = copy.deepcopy(config.external_widths or {})

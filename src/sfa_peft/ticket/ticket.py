@@ -103,13 +103,24 @@ class Ticket:
         ious = self.overlaps(other, GROUPINGS[per] if per else lambda module: "")
         return ious if per else ious.get("", float("nan"))
 
+    def _check_comparable(self, other: Ticket) -> None:
+        difference = None
+        if self.granularity != other.granularity:
+            difference = f"one is of granularity {self.granularity}, the other of {other.granularity}"
+        for name in (*self.shapes, *other.shapes):
+            own, their = self.shapes.get(name), other.shapes.get(name)
+            if difference is None and own != their:
+                what = [f"has shape {shape}" if shape else "is not there" for shape in (own, their)]
+                difference = f"in one {name!r} {what[0]}, in the other it {what[1]}"
+        if difference:
+            raise ValueError(
+                f"tickets can be compared on the same candidates only: {difference}. Take adapters of the same "
+                f"architecture, `target_modules` and granularity."
+            )
+
     def overlaps(self, other: Ticket, group_of: Callable[[str], G]) -> dict[G, float]:
         """The intersection over union within each group of modules; `group_of` gives a module's group."""
-        if self.granularity != other.granularity or self.shapes != other.shapes:
-            raise ValueError(
-                f"tickets can be compared on the same candidates only: these are of {len(self.shapes)} and "
-                f"{len(other.shapes)} parameters, granularity {self.granularity.name} and {other.granularity.name}"
-            )
+        self._check_comparable(other)
         counts: dict[G, list[int]] = {}
         for name, shape in self.shapes.items():
             a, b = self.chosen(name), other.chosen(name)
