@@ -1,0 +1,33 @@
+"""What the state dict of a whole model says of an adapter: its ticket, and its external adapters' widths."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from .ticket.selection import Positions
+
+Widths = dict[tuple[str, str], int]  # by module, and `sfa_external` or `sfa_parallel`
+
+
+def layout_in(state: Mapping[str, Tensor], prefix: str, adapter_name: str) -> tuple[Positions, Widths]:
+    """The positions and widths of one adapter.
+
+    Args:
+        state: A state dict, with positions as the model has them.
+        prefix: What names in it begin with, in front of those of the base model.
+        adapter_name: The adapter.
+    """
+    name = re.escape(adapter_name)
+    internal = re.compile(rf"{re.escape(prefix)}(.+)\.sfa_internal\.{name}\.(weight|bias)_positions")
+    external = re.compile(rf"{re.escape(prefix)}(.+)\.(sfa_external|sfa_parallel)\.{name}\.down\.weight")
+    positions: Positions = {}
+    widths: Widths = {}
+    for key, tensor in state.items():
+        if found := internal.fullmatch(key):
+            positions.setdefault(found[1], {})[found[2]] = tensor
+        elif found := external.fullmatch(key):
+            widths[found[1], found[2]] = len(tensor)
+    return positions, widths
