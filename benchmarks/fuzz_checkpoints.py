@@ -37,8 +37,8 @@ from transformers import SwinConfig, UperNetConfig, UperNetForSemanticSegmentati
 from sfa_peft import CheckpointError, SFAConfig
 from sfa_peft.checkpoint.coding import encode_positions
 from sfa_peft.checkpoint.packing import CODES
+from sfa_peft.checkpoint.reader import tensors_of
 from sfa_peft.checkpoint.seal import CONFIG, WEIGHTS, read, seal
-from sfa_peft.saved import tensors_of
 
 ABSURD = (
     -1,

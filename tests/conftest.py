@@ -50,7 +50,7 @@ def _quiet_and_seeded():
 def _dots_for_pictures(request, monkeypatch):
     """A dot in place of the ticket's picture, which takes half a second, except where a test asks for `pictures`."""
     if "pictures" not in request.fixturenames:
-        monkeypatch.setattr("sfa_peft.hub.draw_ticket", lambda ticket, path: Image.new("RGB", (1, 1)).save(path))
+        monkeypatch.setattr("sfa_peft.hub.card.draw_ticket", lambda ticket, path: Image.new("RGB", (1, 1)).save(path))
 
 
 @pytest.fixture(autouse=True)

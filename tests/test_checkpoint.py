@@ -11,8 +11,8 @@ import tiny
 from sfa_peft import CheckpointError, SFAConfig, SFALayer, search_ticket
 from sfa_peft.checkpoint.coding import encode_positions
 from sfa_peft.checkpoint.packing import CODES, VALUES
+from sfa_peft.checkpoint.reader import tensors_of
 from sfa_peft.checkpoint.seal import read, seal
-from sfa_peft.saved import tensors_of
 
 CONFIGS = {
     "both": {"budget": 0.1},

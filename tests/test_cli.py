@@ -13,9 +13,9 @@ from transformers import UperNetForSemanticSegmentation
 
 import tiny
 from sfa_peft import SFAConfig
+from sfa_peft.checkpoint.reader import tensors_of
 from sfa_peft.checkpoint.seal import read
 from sfa_peft.cli import main
-from sfa_peft.saved import tensors_of
 
 
 @pytest.fixture(scope="module")

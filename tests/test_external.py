@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sfa_peft.external import ACTIVATIONS, ExternalAdapter
+from sfa_peft.layers.bottleneck import ACTIVATIONS, ExternalAdapter
 from test_internal import Saved
 
 

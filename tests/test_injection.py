@@ -10,7 +10,7 @@ from torch import nn
 
 import tiny
 from sfa_peft import SFAConfig, SFALayer
-from sfa_peft.budget import external_cost, widths_within
+from sfa_peft.planning.budget import external_cost, widths_within
 
 ARCHITECTURES = {
     "swin": (tiny.swin, ["decode_head"], 32),

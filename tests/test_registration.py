@@ -8,7 +8,7 @@ import pytest
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 import sfa_peft
-from sfa_peft import registration
+from sfa_peft.compat import registration
 
 
 def run(code):

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 import tiny
 from sfa_peft import BaseMismatchWarning, CheckpointError, SFAConfig
 from sfa_peft.checkpoint import files
+from sfa_peft.checkpoint.reader import tensors_of
 from sfa_peft.checkpoint.seal import read
-from sfa_peft.saved import tensors_of
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

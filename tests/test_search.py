@@ -590,7 +590,7 @@ def test_other_optimizer_states_find_nearly_the_same_ticket(state):
 
 
 def test_bf16_moments_do_not_lose_small_updates():
-    from sfa_peft.ticket.training import DenseTraining, Slot
+    from sfa_peft.search.training import DenseTraining, Slot
 
     p = nn.Parameter(torch.zeros(1000))
     training = DenseTraining([Slot("p", p, 1e-3)], "bf16", 0)

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfa_peft.granularity import Block, Column, Element, Row
+from sfa_peft.layers.granularity import Block, Column, Element, Row
 from sfa_peft.ticket import selection
 from sfa_peft.ticket.quotas import Quotas, layer_of, type_of
 from sfa_peft.ticket.selection import Limits, choose, top_k, top_units

@@ -1,27 +1,18 @@
 """Selective Feature Adapters (SFA) for Hugging Face PEFT. Importing this package registers the method with PEFT."""
 
-from .registration import add_peft_type, register
+from .compat.registration import add_peft_type, register
 
 add_peft_type()
 
-from . import hotswap, integration  # noqa: E402, F401
 from .checkpoint import CheckpointError  # noqa: E402
 from .checkpoint.fingerprint import BaseMismatchWarning  # noqa: E402
+from .compat import hotswap, loading  # noqa: E402, F401
 from .config import SFAConfig  # noqa: E402
-from .hub import describe_adapter  # noqa: E402
-from .layer import SFALayer  # noqa: E402
-from .model import SFAModel  # noqa: E402
-from .ticket import (  # noqa: E402
-    Evidence,
-    Quotas,
-    Ticket,
-    TicketReport,
-    TicketSearchError,
-    criterion,
-    install_ticket,
-    search_ticket,
-    ticket_of,
-)
+from .hub.card import describe_adapter  # noqa: E402
+from .layers.adapted import SFALayer  # noqa: E402
+from .search import TicketSearchError, install_ticket, search_ticket, ticket_of  # noqa: E402
+from .ticket import Evidence, Quotas, Ticket, TicketReport, criterion  # noqa: E402
+from .tuner.model import SFAModel  # noqa: E402
 
 register(SFAConfig, SFAModel)
 

@@ -19,15 +19,15 @@ from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from .base import in_module
 from .checkpoint import CheckpointError
 from .checkpoint.fingerprint import BaseMismatchWarning, Fingerprint
 from .checkpoint.packing import CODES
+from .checkpoint.reader import difference_of, positions_of, tensors_of, weights_of
 from .checkpoint.seal import AdapterFile, digest_of, read
 from .checkpoint.validation import INTERNAL, POSITIONS, PREFIX, is_adapter_key, is_positions_key
 from .config import SFAConfig
-from .layer import sfa_layers
-from .saved import difference_of, positions_of, tensors_of, weights_of
+from .layers.adapted import sfa_layers
+from .planning.base import in_module
 from .ticket import Ticket, TicketReport
 
 OK, BAD, TROUBLE = 0, 1, 2

@@ -15,10 +15,10 @@ from peft.utils import PeftType
 
 from .checkpoint import CheckpointError
 from .checkpoint.fingerprint import Fingerprint
+from .checkpoint.reader import BEFORE_READING, PICKLE, checked, weights_of
 from .checkpoint.seal import CONFIG, WEIGHTS
-from .external import ACTIVATIONS
-from .granularity import GRANULARITIES, Granularity, make_granularity
-from .saved import BEFORE_READING, PICKLE, checked, weights_of
+from .layers.bottleneck import ACTIVATIONS
+from .layers.granularity import GRANULARITIES, Granularity, make_granularity
 from .ticket.criteria import DATA_FREE
 
 FORMAT_VERSION = 1

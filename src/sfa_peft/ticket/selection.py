@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..granularity import Element, Granularity, position_dtype
+from ..layers.granularity import Element, Granularity, position_dtype
 
 BINS = 1 << 16
 CHUNK = 1 << 19

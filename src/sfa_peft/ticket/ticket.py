@@ -17,7 +17,7 @@ from ..checkpoint.coding import encode_positions
 from ..checkpoint.files import load_tensors, write_whole
 from ..checkpoint.packing import join_codes, split_codes
 from ..checkpoint.validation import decoded
-from ..granularity import GRANULARITIES, Granularity, make_granularity, position_dtype
+from ..layers.granularity import GRANULARITIES, Granularity, make_granularity, position_dtype
 from .quotas import GROUPINGS
 from .selection import Parameters, Positions
 

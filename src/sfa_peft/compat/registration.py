@@ -42,7 +42,7 @@ def add_peft_type() -> None:
         except Exception as error:
             raise _error(f"PeftType cannot be extended ({error})") from error
     owner = PEFT_TYPE_TO_TUNER_MAPPING.get(PeftType[NAME])
-    if owner is not None and owner.__module__.partition(".")[0] != __package__:
+    if owner is not None and owner.__module__.partition(".")[0] != __package__.partition(".")[0]:
         raise _error(f"it has a method {NAME} already ({owner.__module__})")
 
 

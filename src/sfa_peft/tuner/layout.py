@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from .ticket.selection import Positions
+from ..ticket.selection import Positions
 
 Widths = dict[tuple[str, str], int]  # by module, and `sfa_external` or `sfa_parallel`
 

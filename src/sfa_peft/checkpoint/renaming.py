@@ -12,9 +12,9 @@ from contextvars import ContextVar
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from .checkpoint import CheckpointError
-from .checkpoint.packing import CODES, VALUES
-from .checkpoint.validation import PREFIX, is_adapter_key
+from . import CheckpointError
+from .packing import CODES, VALUES
+from .validation import PREFIX, is_adapter_key
 
 if TYPE_CHECKING:
     from .config import SFAConfig

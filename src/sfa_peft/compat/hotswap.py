@@ -15,14 +15,14 @@ from peft import PeftModel, set_peft_model_state_dict
 from peft.utils import PeftType, hotswap
 from torch import Tensor, nn
 
-from .base import check_base
-from .config import SFAConfig
-from .layer import sfa_layers
-from .model import SFAModel
-from .optimizers import tell_left_behind
-from .plan import LOADING, Planner
+from ..checkpoint.reader import difference_of
+from ..config import SFAConfig
+from ..layers.adapted import sfa_layers
+from ..planning.base import check_base
+from ..planning.plan import LOADING, Planner
+from ..search.optimizers import tell_left_behind
+from ..tuner.model import SFAModel
 from .registration import NAME, PeftTooDifferentError, arguments_of
-from .saved import difference_of
 
 
 def swap(model: nn.Module, tensors: dict[str, Tensor], adapter_name: str, config: SFAConfig) -> None:

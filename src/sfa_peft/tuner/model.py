@@ -15,13 +15,10 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from . import backbones
-from .base import check_base, head_modules, shared_parameters
-from .budget import External
-from .checkpoint import CheckpointError
-from .checkpoint.coding import encode_positions
-from .checkpoint.packing import unpack
-from .checkpoint.validation import (
+from ..checkpoint import CheckpointError
+from ..checkpoint.coding import encode_positions
+from ..checkpoint.packing import unpack
+from ..checkpoint.validation import (
     INTERNAL,
     POSITIONS,
     PREFIX,
@@ -30,17 +27,22 @@ from .checkpoint.validation import (
     is_adapter_key,
     is_positions_key,
 )
+from ..config import SFAConfig
+from ..layers.adapted import SFALayer, sfa_layers
+from ..layers.bottleneck import ExternalAdapter
+from ..layers.heads import Head, wrap_heads
+from ..layers.kinds import QuantizedLinear, layer_class
+from ..layers.leaves import base_parameters_of
+from ..layers.mixed import BASE, Mixture
+from ..layers.statistics import keep_statistics, release_statistics
+from ..planning.architectures import known_prefixes
+from ..planning.base import check_base, head_modules, shared_parameters
+from ..planning.budget import External
+from ..planning.plan import LOADING, TASK_HEADS, Plan, Planner, peft_verdict, ticket_sizes
+from ..search.optimizers import holds_any
+from ..ticket.selection import Positions
 from .combining import check_combinable, combined, fill
-from .config import SFAConfig
-from .external import ExternalAdapter
-from .heads import Head, wrap_heads
-from .layer import QuantizedLinear, SFALayer, base_parameters_of, layer_class, sfa_layers
 from .layout import layout_in
-from .mixed import BASE, Mixture
-from .optimizers import holds_any
-from .plan import LOADING, TASK_HEADS, Plan, Planner, peft_verdict, ticket_sizes
-from .statistics import keep_statistics, release_statistics
-from .ticket.selection import Positions
 
 ALIGNMENT = 64  # bytes, as torch allocates
 
@@ -219,7 +221,7 @@ class SFAModel(BaseTuner):
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
 
-        blocks = backbones.known_prefixes(self.model)
+        blocks = known_prefixes(self.model)
         mixing = [(n, m) for n, m in self.model.named_modules() if isinstance(m, SFALayer | Head)]
         handles = []
         mixtures = {has_windows: Mixture(tuple(adapter_names), has_windows) for has_windows in (False, True)}

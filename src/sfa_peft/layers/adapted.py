@@ -7,111 +7,22 @@ next to an adapter that uses other places.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from threading import get_ident
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from .external import ExternalAdapter
+from .bottleneck import ExternalAdapter
 from .granularity import Granularity
-from .internal import (
-    PARAMETERS,
-    Conv2dOp,
-    LayerNormOp,
-    LinearOp,
-    Op,
-    SparseDelta,
-    changed_parameter,
-    changes_of,
-    sparse_forward,
-)
+from .leaves import base_parameters_of, channels_of
+from .merged import AddExternals
 from .mixed import Mixture, joined
 from .offloading import brought, is_hooked
-from .quantized import is_quantized, parameters_of, zeros_like_parameters
-
-
-class InputOf:
-    """A forward pre-hook that remembers a container's input for the parallel external adapter on its output.
-
-    Each thread has its own, since several may run one model (nn.DataParallel, servers).
-    """
-
-    def __init__(self) -> None:
-        self.values: dict[int, Tensor] = {}
-
-    @property
-    def thread(self) -> int:
-        # A compiled graph runs in the thread that calls it, and cannot ask which one that is.
-        return 0 if torch.compiler.is_compiling() else get_ident()
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.values[self.thread] = args[0]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> InputOf:
-        memo[id(self)] = copied = InputOf()
-        return copied
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"values": {}}
-
-    def take(self) -> Tensor:
-        """Hand the input over, once: an activation must not outlive its forward pass in an attribute."""
-        value = self.values.pop(self.thread, None)
-        if value is None:
-            raise RuntimeError(
-                "a parallel external adapter ran before the module whose input it reads; was the hook removed, or "
-                "the module called by another way than its __call__?"
-            )
-        return value
-
-    def forget(self) -> None:
-        self.values.pop(self.thread, None)
-
-
-class ParallelInput:
-    """Where a parallel external adapter reads: a container module, and the hook on it."""
-
-    def __init__(self, container: nn.Module) -> None:
-        self.container = container
-        self.hook = InputOf()
-        self.handle = container.register_forward_pre_hook(self.hook)
-
-    def remove(self) -> None:
-        self.handle.remove()
-
-
-def base_layer_of(module: nn.Module) -> nn.Module:
-    """What a tuner's layer wraps; any other module itself."""
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-
-
-def base_parameters_of(module: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters of a module that are not an adapter's or a head's."""
-    module = module.original_module if isinstance(module, ModulesToSaveWrapper) else base_layer_of(module)
-    yield from module.parameters(recurse=False)
-    for child in module.children():
-        yield from base_parameters_of(child)
-
-
-def channels_of(module: nn.Module) -> tuple[int, int] | None:
-    """``(channel width, channel dimension)`` of a leaf's output, or None if that cannot be told."""
-    module = base_layer_of(module)
-    if isinstance(module, nn.Linear):
-        return module.out_features, -1
-    if isinstance(module, nn.Conv2d):
-        return module.out_channels, 1
-    if isinstance(module, nn.LayerNorm):
-        return module.normalized_shape[-1], -1
-    vectors = {p.numel() for p in module.parameters(recurse=False) if p.dim() == 1}
-    is_leaf = next(module.children(), None) is None
-    if is_leaf and len(vectors) == 1:  # LayerScale, RMSNorm and other scales along the last dimension
-        return vectors.pop(), -1
-    return None
+from .ops import Op
+from .parallel import ParallelInput
+from .sparse import SparseDelta, changed_parameter, changes_of, sparse_forward
 
 
 class SFALayer(nn.Module, BaseTunerLayer):
@@ -397,115 +308,6 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "sfa." + super().__repr__()
-
-
-class AddExternals:
-    """The forward hook that adds a merged model's external adapters, which are the hooked leaf's submodules."""
-
-    def __init__(self, names: list[str], inputs: dict[str, InputOf]) -> None:
-        self.names, self.inputs = names, inputs
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        result = output
-        for name in self.names:
-            external, parallel = (getattr(module, f"{kind}_{name}", None) for kind in ("external", "parallel"))
-            if external is not None:
-                result = result + external(output)
-            if parallel is not None:
-                result = result + parallel(self.inputs[name].take()).to(output)
-        return result
-
-
-class Linear(SFALayer):
-    """SFA on `nn.Linear`."""
-
-    takes_internal = True
-
-    @property
-    def op(self) -> LinearOp:
-        return LinearOp()
-
-
-class Conv2d(SFALayer):
-    """SFA on `nn.Conv2d`, any padding, stride, dilation and groups."""
-
-    takes_internal = True
-
-    @property
-    def op(self) -> Conv2dOp:
-        base = self.get_base_layer()
-        padded = base.padding_mode != "zeros" or base.padding == "same"
-        padding = (0, 0) if padded or base.padding == "valid" else base.padding
-        return Conv2dOp(base.stride, padding, base.dilation, base.groups)
-
-    def _changed_forward(self, x: Tensor, deltas: Sequence[SparseDelta]) -> Tensor:
-        base = self.get_base_layer()
-        unbatched = x.dim() == 3
-        if unbatched:
-            x = x.unsqueeze(0)
-        if base.padding_mode != "zeros" or base.padding == "same":
-            mode = "constant" if base.padding_mode == "zeros" else base.padding_mode
-            x = F.pad(x, base._reversed_padding_repeated_twice, mode=mode)
-        y = super()._changed_forward(x, deltas)
-        return y.squeeze(0) if unbatched else y
-
-
-class LayerNorm(SFALayer):
-    """SFA on `nn.LayerNorm` with learned weight."""
-
-    takes_internal = True
-
-    @property
-    def op(self) -> LayerNormOp:
-        base = self.get_base_layer()
-        return LayerNormOp(base.normalized_shape, base.eps)
-
-
-class QuantizedLinear(SFALayer):
-    """SFA on a linear layer with a quantized weight, which stays as it is: ``y = base(x) + x @ delta.T``."""
-
-    takes_internal = True
-
-    @property
-    def op(self) -> LinearOp:
-        return LinearOp()
-
-    @property
-    def changeable(self) -> Any:
-        return zeros_like_parameters(self.get_base_layer())
-
-    def _changed_forward(self, x: Tensor, deltas: Sequence[SparseDelta]) -> Tensor:
-        y = self._base_forward(x)
-        zeros = zeros_like_parameters(self.get_base_layer(), x.dtype)
-        return y + sparse_forward(self.op, x, zeros.weight, zeros.bias, deltas).to(y.dtype)
-
-
-LAYERS: dict[type[nn.Module], type[SFALayer]] = {nn.Linear: Linear, nn.Conv2d: Conv2d, nn.LayerNorm: LayerNorm}
-
-
-def layer_class(module: nn.Module) -> type[SFALayer]:
-    """The SFA layer for a leaf. A subclass with a forward of its own takes external adapters only."""
-    if is_quantized(module):
-        return QuantizedLinear
-    for kind, layer in LAYERS.items():
-        if isinstance(module, kind) and type(module).forward is kind.forward:
-            return layer
-    return SFALayer
-
-
-def internal_parameters(module: nn.Module | None) -> dict[str, nn.Parameter]:
-    """What a ticket may choose from: the learned ``weight`` and ``bias`` of a leaf that takes internal adapters.
-
-    A quantized weight has its shape there, and no numbers.
-    """
-    if module is None:
-        return {}
-    module = base_layer_of(module)
-    if not layer_class(module).takes_internal:
-        return {}
-    if is_quantized(module):
-        return parameters_of(module)
-    return {name: p for name in PARAMETERS if isinstance(p := getattr(module, name, None), nn.Parameter)}
 
 
 def sfa_layers(model: nn.Module) -> list[tuple[str, SFALayer]]:

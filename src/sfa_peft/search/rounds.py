@@ -8,10 +8,10 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..granularity import Granularity
-from .criteria import Criterion
-from .quotas import Quotas
-from .selection import Limits, Positions, choose, count_elements, require_finite
+from ..layers.granularity import Granularity
+from ..ticket.criteria import Criterion
+from ..ticket.quotas import Quotas
+from ..ticket.selection import Limits, Positions, choose, count_elements, require_finite
 from .training import DenseTraining, Slot
 
 SCHEDULES = ("prune", "grow")

@@ -14,15 +14,18 @@ from peft import NoMatchingPeftModuleError, TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 
-from . import backbones
+from ..checkpoint import CheckpointError
+from ..config import DEFAULT_SHARE, SFAConfig
+from ..layers.adapted import SFALayer
+from ..layers.kinds import internal_parameters
+from ..layers.leaves import base_layer_of, channels_of
+from ..layers.merged import AddExternals
+from ..layers.quantized import dequantized, is_quantized
+from ..ticket.criteria import CRITERIA, Evidence
+from ..ticket.selection import Positions, choose, count_elements
+from .architectures import KNOWN, has_known_blocks, known_places, known_targets
 from .base import backbone_parameters, head_modules, in_heads, in_module, modules_outside_adapters, shared_parameters
 from .budget import External, absolute_budget, external_cost, widths_within
-from .checkpoint import CheckpointError
-from .config import DEFAULT_SHARE, SFAConfig
-from .layer import AddExternals, SFALayer, base_layer_of, channels_of, internal_parameters
-from .quantized import dequantized, is_quantized
-from .ticket.criteria import CRITERIA, Evidence
-from .ticket.selection import Positions, choose, count_elements
 
 # The heads that PEFT adds to `modules_to_save` for a task, whether a model has them or not.
 TASK_HEADS = {
@@ -218,16 +221,16 @@ class Planner:
             return [self._external("module", name, None) for name in names]
         if not config.external_places:
             return []
-        if not backbones.has_known_blocks(self.model):
+        if not has_known_blocks(self.model):
             if config.target_modules is None or self._share is not None:
                 return []  # candidates tells the user what to name
             raise ValueError(
-                f"{type(self.model).__name__} has no block of a known architecture ({', '.join(backbones.KNOWN)}), so "
+                f"{type(self.model).__name__} has no block of a known architecture ({', '.join(KNOWN)}), so "
                 f"the places of external adapters are not known: give `external_modules`, or `[]` for none."
             )
         found = [
             self._external(place.place, place.module, place.mlp_input)
-            for place in backbones.known_places(self.model)
+            for place in known_places(self.model)
             if place.place in config.external_places and self._is_allowed(place.module)
         ]
         if not found:
@@ -257,10 +260,10 @@ class Planner:
         if self._share == 1:
             return {}
         if config.target_modules is None:
-            names = [n for n in (*backbones.known_targets(self.model), *self._head_leaves()) if self._is_allowed(n)]
+            names = [n for n in (*known_targets(self.model), *self._head_leaves()) if self._is_allowed(n)]
             if not names:
                 raise ValueError(
-                    f"{type(self.model).__name__} has no block of a known architecture ({', '.join(backbones.KNOWN)})"
+                    f"{type(self.model).__name__} has no block of a known architecture ({', '.join(KNOWN)})"
                     f" outside `modules_to_save` and `exclude_modules`: give `target_modules`, and `external_modules` "
                     f"for external adapters (`[]` for none of a kind)."
                 )
@@ -299,7 +302,7 @@ class Planner:
                     f"lies in a module {head!r} outside `modules_to_save`."
                 )
             leaves += own
-        added = set(leaves) - set(backbones.known_targets(self.model))
+        added = set(leaves) - set(known_targets(self.model))
         return [name for name in self.leaves if name in added]
 
     @property
@@ -320,7 +323,7 @@ class Planner:
     @property
     def _lacks_places(self) -> bool:
         """Whether external adapters are wanted wherever the architecture has its places, and it is not known."""
-        return self.config.external_modules is None and not backbones.has_known_blocks(self.model)
+        return self.config.external_modules is None and not has_known_blocks(self.model)
 
     def _refuse_foreign(self, name: str, field_name: str) -> None:
         module = self.leaves.get(name)
@@ -484,7 +487,7 @@ class Planner:
 
     def recorded_externals(self) -> dict[str, list[External]]:
         externals: dict[str, list[External]] = {}
-        known = {(p.place, p.module): p.mlp_input for p in backbones.known_places(self.model)}
+        known = {(p.place, p.module): p.mlp_input for p in known_places(self.model)}
         for place, modules in (self.config.external_widths or {}).items():
             for name, width in modules.items():
                 self._require(name)

@@ -17,19 +17,20 @@ from accelerate.utils import broadcast
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from ..layer import SFALayer, base_layer_of, sfa_layers
-from ..optimizers import tell_left_behind
-from ..quantized import is_quantized
-from .criteria import Criterion, Score, as_criterion
+from ..layers.adapted import SFALayer, sfa_layers
+from ..layers.leaves import base_layer_of
+from ..layers.quantized import is_quantized
+from ..ticket.criteria import Criterion, Score, as_criterion
+from ..ticket.quotas import Quotas
+from ..ticket.report import TicketReport
+from ..ticket.selection import Positions, count_elements
+from ..ticket.ticket import Ticket, shapes_of
 from .install import searchable
+from .optimizers import tell_left_behind
 from .placement import SHARES, Chosen, Placement
 from .progress import SearchCheckpoint
-from .quotas import Quotas
-from .report import TicketReport
 from .rounds import SCHEDULES, Rounds
-from .selection import Positions, count_elements
 from .steps import Calls, Run, TicketSearchError, choosing, default_loss, endless, prepared, seeded
-from .ticket import Ticket, shapes_of
 from .training import STATES, DenseTraining, Slot
 
 

@@ -9,9 +9,9 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from ..layer import sfa_layers
-from ..optimizers import tell_left_behind
-from .ticket import Ticket, shapes_of
+from ..layers.adapted import sfa_layers
+from ..ticket.ticket import Ticket, shapes_of
+from .optimizers import tell_left_behind
 
 
 def install_ticket(model: nn.Module, ticket: Ticket, adapter_name: str | None = None) -> None:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ..ticket.selection import NotFiniteError
 from .progress import Progress, SearchCheckpoint
 from .rounds import Rounds
-from .selection import NotFiniteError
 from .training import DenseTraining
 
 State = AcceleratorState | PartialState

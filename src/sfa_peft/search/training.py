@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .criteria import STATISTICS, Criterion, Evidence, Step
+from ..ticket.criteria import STATISTICS, Criterion, Evidence, Step
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8

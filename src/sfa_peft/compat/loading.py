@@ -27,23 +27,23 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import PeftAdapterMixin
 
-from . import hub
-from .base import base_parameters
-from .checkpoint import CheckpointError
-from .checkpoint.files import staged
-from .checkpoint.seal import CONFIG, WEIGHTS, read, seal
-from .checkpoint.validation import check_sizes, is_adapter_key
-from .config import DTYPES, SFAConfig
-from .granularity import position_dtype
+from ..checkpoint import CheckpointError
+from ..checkpoint.files import staged
+from ..checkpoint.reader import BEFORE_READING, difference_of, tensors_of, weights_of
+from ..checkpoint.renaming import key_mapping
+from ..checkpoint.seal import CONFIG, WEIGHTS, read, seal
+from ..checkpoint.validation import check_sizes, is_adapter_key
+from ..config import DTYPES, SFAConfig
+from ..hub import card, upload
+from ..layers.adapted import sfa_layers
+from ..layers.granularity import position_dtype
+from ..layers.offloading import brought, is_hooked
+from ..planning.base import base_parameters
+from ..planning.plan import LOADING
+from ..search.install import ticket_of
+from ..tuner.model import HANDED_OVER, HandedOverError, discard_adapter
 from .hotswap import resized
-from .layer import sfa_layers
-from .model import HANDED_OVER, HandedOverError, discard_adapter
-from .offloading import brought, is_hooked
-from .plan import LOADING
 from .registration import NAME, arguments_of, extend
-from .renaming import key_mapping
-from .saved import BEFORE_READING, difference_of, tensors_of, weights_of
-from .ticket.install import ticket_of
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
@@ -101,10 +101,10 @@ def save_pretrained(
         return
     if folder.is_file():
         raise ValueError(f"save_directory={str(folder)!r} is a file; name a folder.")
-    hub.check_card(folder)
-    with staged(folder, last=(WEIGHTS, CONFIG, hub.PICTURE, hub.CARD)) as stage:
-        if (folder / hub.CARD).is_file():
-            shutil.copyfile(folder / hub.CARD, stage / hub.CARD)
+    card.check_card(folder)
+    with staged(folder, last=(WEIGHTS, CONFIG, card.PICTURE, card.CARD)) as stage:
+        if (folder / card.CARD).is_file():
+            shutil.copyfile(folder / card.CARD, stage / card.CARD)
         modes = {name: model.peft_config[name].inference_mode for name in names}
         try:
             original(str(stage), is_main_process=True, **options)
@@ -112,8 +112,8 @@ def save_pretrained(
             for name, mode in modes.items():
                 model.peft_config[name].inference_mode = mode
         for name in names:
-            _seal(model, name, hub.folder_of(stage, name))
-        hub.update_card(model, stage, os.fspath(save_directory))
+            _seal(model, name, card.folder_of(stage, name))
+        card.update_card(model, stage, os.fspath(save_directory))
 
 
 def _writes(is_main_process: bool) -> bool:
@@ -253,9 +253,9 @@ def _load_in_transformers(original: Method, model: PreTrainedModel, given: dict[
 
 def create_or_update_model_card(original: Method, model: PeftModel, output_dir: str) -> None:
     """Write the model card as `PeftModel.create_or_update_model_card` does, with a section on the saved adapters."""
-    tags = hub.begin_card(model, Path(output_dir))  # PEFT drops tags that it does not know
+    tags = card.begin_card(model, Path(output_dir))  # PEFT drops tags that it does not know
     original(output_dir)
-    hub.update_card(model, Path(output_dir), os.fspath(output_dir), tags=tags)
+    card.update_card(model, Path(output_dir), os.fspath(output_dir), tags=tags)
 
 
 def push_to_hub(
@@ -299,11 +299,11 @@ def push_to_hub(
         model.save_pretrained(folder, **save_options)  # first: what cannot be saved needs no repository
         if not _writes(save_options.get("is_main_process", True)):
             return None
-        push = hub.Push(repo_id, private=private, token=token, revision=revision, create_pr=create_pr)
+        push = upload.Push(repo_id, private=private, token=token, revision=revision, create_pr=create_pr)
         if push.fetch_card(Path(folder)):
-            hub.check_card(Path(folder))
+            card.check_card(Path(folder))
             model.create_or_update_model_card(folder)
-        hub.update_card(model, Path(folder), push.repo_id, is_repo=True, tags=tags or ())
+        card.update_card(model, Path(folder), push.repo_id, is_repo=True, tags=tags or ())
         return push.upload(Path(folder), message, commit_description)
 
 

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..budget import External, external_cost, widths_within
-from ..external import ExternalAdapter
-from ..layer import SFALayer, sfa_layers
-from .selection import top_units
+from ..layers.adapted import SFALayer, sfa_layers
+from ..layers.bottleneck import ExternalAdapter
+from ..planning.budget import External, external_cost, widths_within
+from ..ticket.selection import top_units
 from .training import DenseTraining
 
 PROBE_BUDGET = 3  # how many times the parameters of the adapters to be chosen the probes have

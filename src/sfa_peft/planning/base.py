@@ -10,10 +10,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from .checkpoint.fingerprint import BaseMismatchWarning, Fingerprint
-from .config import SFAConfig
-from .layer import sfa_layers
-from .quantized import numel
+from ..checkpoint.fingerprint import BaseMismatchWarning, Fingerprint
+from ..config import SFAConfig
+from ..layers.adapted import sfa_layers
+from ..layers.quantized import numel
 
 
 def in_module(name: str, modules: Iterable[str]) -> bool:

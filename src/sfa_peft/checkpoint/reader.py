@@ -14,11 +14,11 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor
 
-from .checkpoint import CheckpointError
-from .checkpoint.packing import unpack
-from .checkpoint.seal import CONFIG, DIGEST, WEIGHTS, AdapterFile, read
-from .checkpoint.validation import check_sizes
+from . import CheckpointError
+from .packing import unpack
 from .renaming import rename_config
+from .seal import CONFIG, DIGEST, WEIGHTS, AdapterFile, read
+from .validation import check_sizes
 
 if TYPE_CHECKING:
     from .config import SFAConfig

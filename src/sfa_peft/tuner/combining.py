@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .budget import External
-from .config import SFAConfig
-from .heads import Head
-from .layer import SFALayer, sfa_layers
-from .plan import Plan, Planner, ticket_sizes
-from .ticket.selection import Positions
+from ..config import SFAConfig
+from ..layers.adapted import SFALayer, sfa_layers
+from ..layers.heads import Head
+from ..planning.budget import External
+from ..planning.plan import Plan, Planner, ticket_sizes
+from ..ticket.selection import Positions
 
 
 def check_combinable(model: nn.Module, configs: dict[str, SFAConfig], adapters: Sequence[str], weights: Any) -> None:

@@ -1,0 +1,145 @@
+"""What the kinds of leaf compute with a changed weight and bias, and the gradients of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .bottleneck import autocasts, compute_dtype
+from .granularity import Column, Granularity, Row
+
+
+class Op(Protocol):
+    """What a kind of module computes, and its gradients, given its (changed) weight and bias."""
+
+    def compute_dtype(self, x: Tensor, weight: Tensor) -> torch.dtype: ...
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]: ...
+
+    def grad_input(
+        self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, saved: tuple[Tensor, ...]
+    ) -> Tensor: ...
+
+    def grad_weight(self, grad: Tensor, x: Tensor, weight: Tensor, saved: tuple[Tensor, ...]) -> Tensor: ...
+
+    def grad_bias(self, grad: Tensor) -> Tensor: ...
+
+    def grad_units(
+        self, grad: Tensor, x: Tensor, weight: Tensor, granularity: Granularity, positions: Tensor
+    ) -> Tensor | None:
+        """The gradient of some of the weight's units alone, or None where that saves nothing."""
+
+
+class LinearOp:
+    """``x @ weight.T + bias`` on ``(..., in_features)``."""
+
+    def compute_dtype(self, x: Tensor, weight: Tensor) -> torch.dtype:
+        return compute_dtype(x, weight.dtype)
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return F.linear(x, weight, bias), ()
+
+    def grad_input(
+        self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, saved: tuple[Tensor, ...]
+    ) -> Tensor:
+        return grad @ weight
+
+    def grad_weight(self, grad: Tensor, x: Tensor, weight: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
+        return grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+
+    def grad_bias(self, grad: Tensor) -> Tensor:
+        return grad.reshape(-1, grad.shape[-1]).sum(0)
+
+    def grad_units(
+        self, grad: Tensor, x: Tensor, weight: Tensor, granularity: Granularity, positions: Tensor
+    ) -> Tensor | None:
+        grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        match granularity:
+            case Row():
+                return grad.index_select(1, positions).t() @ x
+            case Column():
+                return x.index_select(1, positions).t() @ grad
+        return None
+
+
+class Conv2dOp:
+    """A 2-D convolution of ``(batch, in_channels, height, width)``, already padded where padding is not zeros."""
+
+    def __init__(self, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> None:
+        self.stride, self.padding, self.dilation, self.groups = list(stride), list(padding), list(dilation), groups
+
+    def compute_dtype(self, x: Tensor, weight: Tensor) -> torch.dtype:
+        return compute_dtype(x, weight.dtype)
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups), ()
+
+    def _backward(self, grad: Tensor, x: Tensor, weight: Tensor, groups: int, mask: list[bool]) -> list[Tensor]:
+        return torch.ops.aten.convolution_backward(
+            grad, x, weight, None, self.stride, self.padding, self.dilation, False, [0, 0], groups, mask
+        )
+
+    def grad_input(
+        self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, saved: tuple[Tensor, ...]
+    ) -> Tensor:
+        return self._backward(grad, x, weight, self.groups, [True, False, False])[0]
+
+    def grad_weight(self, grad: Tensor, x: Tensor, weight: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
+        return self._backward(grad, x, weight, self.groups, [False, True, False])[1]
+
+    def grad_bias(self, grad: Tensor) -> Tensor:
+        return grad.sum(dim=tuple(d for d in range(grad.dim()) if d != grad.dim() - 3))
+
+    def grad_units(
+        self, grad: Tensor, x: Tensor, weight: Tensor, granularity: Granularity, positions: Tensor
+    ) -> Tensor | None:
+        if self.groups != 1:  # its output channels see different inputs
+            return None
+        match granularity:
+            case Row():
+                grad, weight = grad.index_select(1, positions), weight.index_select(0, positions)
+                return self._backward(grad, x, weight, 1, [False, True, False])[1]
+            case Column():
+                x, weight = x.index_select(1, positions), weight.index_select(1, positions)
+                return self._backward(grad, x, weight, 1, [False, True, False])[1].transpose(0, 1)
+        return None
+
+
+class LayerNormOp:
+    """Layer normalisation over the last ``len(shape)`` dimensions."""
+
+    def __init__(self, shape: Sequence[int], eps: float) -> None:
+        self.shape, self.eps = list(shape), eps
+
+    def compute_dtype(self, x: Tensor, weight: Tensor) -> torch.dtype:
+        # Autocast keeps layer_norm in float32.
+        return torch.float32 if autocasts(x) else weight.dtype
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        y, mean, rstd = torch.native_layer_norm(x, self.shape, weight, bias, self.eps)
+        return y, (mean, rstd)
+
+    def _backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, saved: tuple[Tensor, ...], mask: list[bool]
+    ) -> list[Tensor]:
+        return torch.ops.aten.native_layer_norm_backward(grad, x, self.shape, *saved, weight, bias, mask)
+
+    def grad_input(
+        self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, saved: tuple[Tensor, ...]
+    ) -> Tensor:
+        return self._backward(grad, x, weight, bias, saved, [True, False, False])[0]
+
+    def grad_weight(self, grad: Tensor, x: Tensor, weight: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
+        return self._backward(grad, x, weight, None, saved, [False, True, False])[1]
+
+    def grad_bias(self, grad: Tensor) -> Tensor:
+        return grad.reshape(-1, *self.shape).sum(0)
+
+    def grad_units(
+        self, grad: Tensor, x: Tensor, weight: Tensor, granularity: Granularity, positions: Tensor
+    ) -> Tensor | None:
+        return None

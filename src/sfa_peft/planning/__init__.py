@@ -1,0 +1,1 @@
+"""What goes where: architectures, the base model, budgets, and the plan of an injection."""

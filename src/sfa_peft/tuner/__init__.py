@@ -1,0 +1,1 @@
+"""`SFAModel`: injects a plan, installs tickets, combines and merges adapters."""
