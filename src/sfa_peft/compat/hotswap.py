@@ -20,8 +20,8 @@ from ..config import SFAConfig
 from ..layers.adapted import sfa_layers
 from ..planning.base import check_base
 from ..planning.plan import LOADING, Planner
-from ..search.optimizers import tell_left_behind
 from ..tuner.model import SFAModel
+from ..tuner.optimizers import tell_left_behind
 from .registration import NAME, PeftTooDifferentError, arguments_of
 
 

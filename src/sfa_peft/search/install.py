@@ -11,7 +11,7 @@ from torch import nn
 
 from ..layers.adapted import sfa_layers
 from ..ticket.ticket import Ticket, shapes_of
-from .optimizers import tell_left_behind
+from ..tuner.optimizers import tell_left_behind
 
 
 def install_ticket(model: nn.Module, ticket: Ticket, adapter_name: str | None = None) -> None:

@@ -25,8 +25,8 @@ from ..ticket.quotas import Quotas
 from ..ticket.report import TicketReport
 from ..ticket.selection import Positions, count_elements
 from ..ticket.ticket import Ticket, shapes_of
+from ..tuner.optimizers import tell_left_behind
 from .install import searchable
-from .optimizers import tell_left_behind
 from .placement import SHARES, Chosen, Placement
 from .progress import SearchCheckpoint
 from .rounds import SCHEDULES, Rounds

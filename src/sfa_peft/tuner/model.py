@@ -39,10 +39,10 @@ from ..planning.architectures import known_prefixes
 from ..planning.base import check_base, head_modules, shared_parameters
 from ..planning.budget import External
 from ..planning.plan import LOADING, TASK_HEADS, Plan, Planner, peft_verdict, ticket_sizes
-from ..search.optimizers import holds_any
 from ..ticket.selection import Positions
 from .combining import check_combinable, combined, fill
 from .layout import layout_in
+from .optimizers import holds_any
 
 ALIGNMENT = 64  # bytes, as torch allocates
 
