@@ -116,15 +116,7 @@ def suites() -> dict[str, list[Run]]:
             Run("internal, blocks of 4", config=INTERNAL | {"internal_granularity": "block", "internal_block_size": 4})
         ],
         "rounds": [
-            *(
-                Run(
-                    f"internal, {schedule} in {rounds} rounds",
-                    config=INTERNAL,
-                    search={"rounds": rounds, "schedule": schedule, "steps": 20},
-                )
-                for schedule in ("prune", "grow")
-                for rounds in (3,)
-            ),
+            Run("internal, prune in 3 rounds", config=INTERNAL, search={"rounds": 3, "steps": 20}),
             Run("internal, rewound to step 20", config=INTERNAL, search={"rewind_step": 20}),
             Run("internal, search of 20 steps", config=INTERNAL, search={"steps": 20}),
             Run("internal, search of 180 steps", config=INTERNAL, search={"steps": 180}),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..checkpoint.files import write_whole
 
-FORMAT = "sfa_peft search 2"
+FORMAT = "sfa_peft search 3"
 
 
 @dataclass

@@ -14,8 +14,6 @@ from ..ticket.quotas import Quotas
 from ..ticket.selection import Limits, Positions, choose, count_elements, require_finite
 from .training import DenseTraining, Slot
 
-SCHEDULES = ("prune", "grow")
-
 
 class Rounds:
     """Chooses among an adapter's candidates, round by round.
@@ -26,7 +24,6 @@ class Rounds:
         size: Elements in the ticket.
         criterion: Scores the positions.
         quotas: Limits on the spread of what is chosen.
-        schedule: What a round leaves to the next, of `SCHEDULES`.
         count: How many rounds there are.
         seed: Of the search.
         finds_size: Whether `size` is the most that a ticket may have, and the search finds out how many.
@@ -40,7 +37,6 @@ class Rounds:
         size: int,
         criterion: Criterion,
         quotas: Quotas | None,
-        schedule: str,
         count: int,
         seed: int,
         finds_size: bool = False,
@@ -49,7 +45,7 @@ class Rounds:
         self.candidates, self.granularity = candidates, granularity
         self.total = count_elements(candidates)
         self.size, self.finds_size = size, finds_size
-        self.criterion, self.quotas, self.schedule, self.count, self.seed = criterion, quotas, schedule, count, seed
+        self.criterion, self.quotas, self.count, self.seed = criterion, quotas, count, seed
         self.sizes = {m: sum(p.numel() for p in own.values()) for m, own in self.candidates.items()}
         self.agree = agree
         if quotas:
@@ -119,20 +115,14 @@ class Rounds:
                 return scores
             require_finite(name, scores)
             scores = scores.to(slot.kept.device, torch.float32)
-            # Survivors of pruning before the rest; what has grown already before what has not.
-            last = torch.finfo(torch.float32)
-            if self.schedule == "prune":
-                return torch.where(slot.kept, scores, last.min)
-            return torch.where(slot.kept, last.max, scores)
+            return torch.where(slot.kept, scores, torch.finfo(torch.float32).min)  # survivors before the rest
 
         group_of = self.quotas.group_of if self.quotas else lambda module: ""
         return self.agree(choose(self.candidates, score, self.granularity, size, group_of, self.limits(size)))
 
     def end(self, round_: int, training: DenseTraining) -> None:
-        """Keep what the next round needs of round `round_` (from 1), and rewind the rest."""
-        part = round_ / self.count
-        pruned = round(self.total * (self.size / self.total) ** part)
-        size = pruned if self.schedule == "prune" else round(self.size * part)
+        """Keep what the next round may train after round `round_` (from 1), and rewind everything."""
+        size = round(self.total * (self.size / self.total) ** (round_ / self.count))
         limits = self.limits(size)
         if limits:  # a cap that the ticket keeps to may be too low for what a round keeps of small groups
             size = min(size, sum(limit.high for limit in limits.values()))
@@ -145,13 +135,7 @@ class Rounds:
                 values = torch.ones(self.granularity.values_shape(kept.shape, len(at)), dtype=torch.bool)
                 self.granularity.write(kept, at, values.to(kept.device))
                 slot.kept = kept
-        if self.schedule == "prune":
-            training.rewind()
-            return
-        for slot in self.slots.values():
-            start = slot.begin.to(slot.value)
-            slot.set(slot.value.clone() if slot.kept is None else torch.where(slot.kept, slot.value, start))
-            slot.forget()
+        training.rewind()
 
     def credit(self, positions: Positions) -> float:
         """The decrease of the loss that is credited to a ticket, for a learning rate of 1."""

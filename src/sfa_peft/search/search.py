@@ -29,7 +29,7 @@ from ..tuner.optimizers import tell_left_behind
 from .install import searchable
 from .placement import SHARES, Chosen, Placement
 from .progress import SearchCheckpoint
-from .rounds import SCHEDULES, Rounds
+from .rounds import Rounds
 from .steps import Calls, Run, TicketSearchError, choosing, default_loss, endless, prepared, seeded
 from .training import STATES, DenseTraining, Slot
 
@@ -41,7 +41,6 @@ def search_ticket(
     steps: int = 200,
     criterion: str | Criterion | Score = "lottery",
     rounds: int = 1,
-    schedule: str = "prune",
     rewind_step: int = 0,
     quotas: Quotas | None = None,
     learning_rate: float = 5e-4,
@@ -65,7 +64,7 @@ def search_ticket(
 
     With `external_placement="auto"` wide external adapters are trained at every place meanwhile, their hidden units
     are scored, and the best that the budget pays for are kept, with the weights they began with; see
-    `sfa_peft.ticket.placement`.
+    `sfa_peft.search.placement`.
 
     With several processes, gradients are averaged over them, and all of them hold the ticket of the main process. The
     same model, data, seed and settings give the same ticket.
@@ -78,13 +77,13 @@ def search_ticket(
         criterion: A name in `sfa_peft.ticket.criteria.CRITERIA` (``lottery``, ``fisher``, ``gradient``, ``taylor``,
             ``movement``, ``credit``, ``magnitude``, ``random``), or a function from `Evidence` to scores, which must
             give the same scores each time it is called.
-        rounds: How often to train and select; more than 1 for criteria that train.
-        schedule: What a round leaves to the next. ``prune``: the survivors, fewer each time by the same factor, and
-            only they are trained again (Frankle & Carbin, 2019). ``grow``: what was chosen so far, an equal part of
-            the ticket each time, which keeps its trained values while the rest begins anew.
-        rewind_step: The step of the first round that everything is rewound to, between rounds and at the end (Frankle
-            et al., "Linear Mode Connectivity and the Lottery Ticket Hypothesis", 2020). With 0 the model is the
-            identity again; otherwise ticket, external adapters and heads start with their values of that step.
+        rounds: Experimental: no gain was measured. How often to train and select; more than 1 for criteria that train.
+            A round leaves to the next its survivors, fewer each time by the same factor, and only they are trained
+            again (Frankle & Carbin, 2019).
+        rewind_step: Experimental: no gain was measured. The step of the first round that everything is rewound to,
+            between rounds and at the end (Frankle et al., "Linear Mode Connectivity and the Lottery Ticket
+            Hypothesis", 2020). With 0 the model is the identity again; otherwise ticket, external adapters and heads
+            start with their values of that step.
         quotas: Limits on how the ticket spreads over layers or types; by default the selection is global.
         learning_rate: Of the candidate parameters.
         adapter_learning_rate: Of the external adapters and the heads.
@@ -123,9 +122,8 @@ def search_ticket(
         raise TypeError(f"dataloader={dataloader!r} must give batches: a DataLoader, or a list of batches.")
     if checkpoint is not None and Path(checkpoint).is_dir():
         raise ValueError(f"checkpoint={str(checkpoint)!r} is a folder; give the path of a file.")
-    for name, value, known in (("schedule", schedule, SCHEDULES), ("optimizer_state", optimizer_state, STATES)):
-        if value not in known:
-            raise ValueError(f"{name}={value!r} is not known; choose one of {known}.")
+    if optimizer_state not in STATES:
+        raise ValueError(f"optimizer_state={optimizer_state!r} is not known; choose one of {STATES}.")
     if rounds > 1 and not rule.trains:
         raise ValueError(f"rounds={rounds}: {rule.name!r} does not train the candidates; every round would be alike.")
     if rewind_step >= steps:
@@ -181,7 +179,6 @@ def search_ticket(
         size,
         rule,
         quotas,
-        schedule,
         rounds,
         seed,
         finds_size=places_externals,
@@ -204,7 +201,6 @@ def search_ticket(
             [*selector.make_slots(learning_rate, ("credit",) if finds_share else ()), *others],
             optimizer_state,
             seed,
-            masked=schedule == "prune",
         )
         stack.callback(training.rewind, to_early=False)
         places = [name for name, layer in sfa_layers(tuner.model) if layer.externals_of(adapter_name)]
@@ -218,7 +214,6 @@ def search_ticket(
                     "criterion": rule.name,
                     "steps": steps,
                     "rounds": rounds,
-                    "schedule": schedule,
                     "rewind_step": rewind_step,
                     "quotas": repr(quotas),
                     "learning_rate": learning_rate,

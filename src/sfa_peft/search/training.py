@@ -107,17 +107,15 @@ class DenseTraining:
         state: Where moments and sums are kept: ``device``, as float32 beside the parameters; ``cpu``; or
             ``bf16``, on the device in half the memory, rounded stochastically so that small updates are not lost.
         seed: Of the stochastic rounding.
-        masked: Whether only what earlier rounds kept is trained.
     """
 
-    def __init__(self, slots: Sequence[Slot], state: str, seed: int, masked: bool = True) -> None:
+    def __init__(self, slots: Sequence[Slot], state: str, seed: int) -> None:
         self.slots = list(slots)
         self.state = state
         self.dtype = torch.bfloat16 if state == "bf16" else torch.float32
         # On the parameters' device: noise made elsewhere would have to be brought there for each of them.
         device = self.slots[0].parameter.device if self.slots else "cpu"
         self.rounding = torch.Generator(device).manual_seed(seed)
-        self.masked = masked
         for slot in self.slots:
             p = slot.parameter
             slot.before = p.detach().to("cpu", copy=True) if slot.rate else p.detach()
@@ -149,7 +147,7 @@ class DenseTraining:
         if gradient is None:
             return
         gradient = gradient.float()
-        if self.masked and slot.kept is not None:
+        if slot.kept is not None:
             gradient = gradient * slot.kept
         first = second = move = None
         if slot.moments is not None:
