@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from .coding import CodeError, decode_positions
+from .coding import Code, CodeError, decode_all
 
 
 class CheckpointError(ValueError):
@@ -52,7 +52,7 @@ def check_sizes(
     """
     own = {key.removeprefix(PREFIX): key for key in tensors if is_adapter_key(key)}
     announced: set[str] = set()
-    positions: dict[str, Tensor] = {}
+    codes: dict[str, Code] = {}
 
     def take(name: str) -> tuple[str, Tensor]:
         if name not in own:
@@ -75,7 +75,7 @@ def check_sizes(
         module, _, parameter = full_name.rpartition(".")
         shaped(f"{module}{INTERNAL}{parameter}", (size,))
         key, code = take(f"{module}{INTERNAL}{parameter}{POSITIONS}")
-        positions[key] = decoded(key, code, size, units.get(full_name, ANY_UNITS))
+        codes[key] = Code(code, size, units.get(full_name, ANY_UNITS))
     for place, modules in external_widths.items():
         kind = "sfa_parallel" if place == "mlp_parallel" else "sfa_external"
         for module, width in modules.items():
@@ -92,7 +92,7 @@ def check_sizes(
         )
     for key, tensor in tensors.items():
         check_finite(key, tensor)
-    return positions
+    return decoded(codes)
 
 
 def decode_state_dict(
@@ -121,41 +121,54 @@ def decode_state_dict(
             f"first. Otherwise adapter_config.json and adapter_model.safetensors are not of one save, or it was saved "
             f"for another architecture."
         )
-    return dict(_decoded_items(found, expected, units))
+    positions = {key: tensor for key, tensor in found.items() if key in units}
+    coded = {k: Code(t, len(expected[k]), units[k]) for k, t in positions.items() if not _is_decoded(t)}
+    own = positions | decoded(coded)
+    for key, indices in own.items():
+        check_positions(key, indices, len(expected[key]), units[key])
+    own = {key: t.to(dtype=expected[key].dtype, device=found[key].device) for key, t in own.items()}
+    return own | {key: _fitting(key, t, expected[key]) for key, t in found.items() if key not in units}
 
 
-def _decoded_items(
-    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], units: Mapping[str, int]
-) -> Iterator[tuple[str, Tensor]]:
-    for key, tensor in found.items():
-        own = expected[key]
-        if key in units:
-            yield key, decoded(key, tensor, len(own), units[key]).to(dtype=own.dtype, device=tensor.device)
-            continue
-        if tensor.shape != own.shape:
-            raise CheckpointError(
-                f"{key!r} has shape {tuple(tensor.shape)} in the checkpoint, but adapter_config.json and the model "
-                f"make it {tuple(own.shape)}. Load it into the model it was trained on; for another ticket use "
-                f"PeftModel.from_pretrained(base, path, is_trainable=True), or run the same search first."
-            )
-        if not tensor.is_floating_point():
-            raise CheckpointError(
-                f"{key!r} has dtype {tensor.dtype} in the checkpoint; expected one like {own.dtype}."
-            )
-        check_finite(key, tensor)
-        yield key, tensor.to(own.dtype)
+def _is_decoded(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.int32, torch.int64)
 
 
-def decoded(key: str, code: Tensor, count: int, units: int) -> Tensor:
-    """The positions of a coded tensor, or a `CheckpointError` that names it."""
-    if code.dtype != torch.uint8 or code.dim() != 1:
+def check_positions(key: str, positions: Tensor, count: int, units: int) -> None:
+    """Raise a `CheckpointError` unless these are `count` positions among `units`: sorted, unique, and in range."""
+    is_right = positions.dim() == 1 and len(positions) == count and bool((positions.diff() > 0).all())
+    if not is_right or (count and not 0 <= int(positions[0]) <= int(positions[-1]) < units):
         raise CheckpointError(
-            f"{key!r} must be coded positions, a 1-D tensor of dtype torch.uint8; it is {code.dtype} of shape "
-            f"{tuple(code.shape)}."
+            f"{key!r} does not hold {count:,} positions that are sorted and among {units:,} units; load the "
+            f"checkpoint into the model that it was saved from."
         )
+
+
+def _fitting(key: str, tensor: Tensor, own: Tensor) -> Tensor:
+    if tensor.shape != own.shape:
+        raise CheckpointError(
+            f"{key!r} has shape {tuple(tensor.shape)} in the checkpoint, but adapter_config.json and the model "
+            f"make it {tuple(own.shape)}. Load it into the model it was trained on; for another ticket use "
+            f"PeftModel.from_pretrained(base, path, is_trainable=True), or run the same search first."
+        )
+    if not tensor.is_floating_point():
+        raise CheckpointError(f"{key!r} has dtype {tensor.dtype} in the checkpoint; expected one like {own.dtype}.")
+    check_finite(key, tensor)
+    return tensor.to(own.dtype)
+
+
+def decoded(codes: Mapping[str, Code]) -> dict[str, Tensor]:
+    """The positions in codes, by the names of their tensors, or a `CheckpointError` that names the first damaged."""
+    for key, (code, _, _) in codes.items():
+        if code.dtype != torch.uint8 or code.dim() != 1:
+            raise CheckpointError(
+                f"{key!r} must be coded positions, a 1-D tensor of dtype torch.uint8; it is {code.dtype} of shape "
+                f"{tuple(code.shape)}."
+            )
     try:
-        return decode_positions(code, count, units)
+        return dict(zip(codes, decode_all(list(codes.values())), strict=True))
     except CodeError as error:
+        key, (_, count, _) = list(codes.items())[error.index]
         raise CheckpointError(
             f"{key!r} is not the code of {count:,} positions ({error}). The checkpoint is damaged, or has another "
             f"ticket than adapter_config.json; for another ticket use PeftModel.from_pretrained(base, path, "

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import CheckpointError
-from ..checkpoint.coding import encode_positions
+from ..checkpoint.coding import Code, encode_all
 from ..checkpoint.files import load_tensors, write_whole
 from ..checkpoint.packing import join_codes, split_codes
 from ..checkpoint.validation import decoded
-from ..layers.granularity import GRANULARITIES, Granularity, make_granularity, position_dtype
+from ..layers.granularity import GRANULARITIES, NO_BLOCKS, Granularity, position_dtype
 from .quotas import GROUPINGS
 from .selection import Parameters, Positions
 
@@ -141,11 +141,10 @@ class Ticket:
             "sizes": {name: len(own) for name, own in positions.items()},
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "granularity": self.granularity.name,
-            "block_size": getattr(self.granularity, "side", 0),
             "widths": self.widths,
             "criterion": self.criterion,
         }
-        codes = [encode_positions(own) for own in positions.values()]
+        codes = encode_all(list(positions.values()))
         write_whole(Path(path), {"positions": join_codes(codes)}, {"format": FORMAT, "ticket": json.dumps(described)})
 
     @classmethod
@@ -175,21 +174,23 @@ class Ticket:
     def _from_file(cls, described: Mapping, tensors: dict[str, Tensor]) -> Ticket:
         name = described["granularity"]
         if name not in GRANULARITIES:
-            raise CheckpointError(f"the granularity {name!r} is not known")
-        granularity = make_granularity(name, int(described["block_size"]))
+            raise CheckpointError(NO_BLOCKS if name == "block" else f"the granularity {name!r} is not known")
+        granularity = GRANULARITIES[name]
         shapes = {name: tuple(int(n) for n in shape) for name, shape in described["shapes"].items()}
         if not all(0 < n <= 1 << 31 for shape in shapes.values() for n in shape):
             raise CheckpointError("a shape in the description is not possible")
         sizes = {str(name): int(size) for name, size in described["sizes"].items()}
         positions: Positions = {}
+        codes_by_name: dict[str, Code] = {}
         codes = split_codes("positions", tensors["positions"], len(sizes))
         for name, code in zip(sorted(sizes), codes, strict=True):
             if name not in shapes:
                 raise CheckpointError(f"positions of {name!r}, whose shape is not in the description")
-            units = granularity.count(shapes[name])
+            codes_by_name[name] = Code(code, sizes[name], granularity.count(shapes[name]))
+        for name, own in decoded(codes_by_name).items():
             module, _, parameter = name.rpartition(".")
-            own = decoded(name, code, sizes[name], units).to(position_dtype(units))
-            positions.setdefault(module, {})[parameter] = own
+            dtype = position_dtype(granularity.count(shapes[name]))
+            positions.setdefault(module, {})[parameter] = own.to(dtype)
         widths = {
             str(place): {str(m): int(w) for m, w in modules.items()} for place, modules in described["widths"].items()
         }

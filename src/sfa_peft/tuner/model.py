@@ -16,13 +16,14 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..checkpoint import CheckpointError
-from ..checkpoint.coding import encode_positions
+from ..checkpoint.coding import encode_all
 from ..checkpoint.packing import unpack
 from ..checkpoint.validation import (
     INTERNAL,
     POSITIONS,
     PREFIX,
     check_finite,
+    check_positions,
     decode_state_dict,
     is_adapter_key,
     is_positions_key,
@@ -464,13 +465,8 @@ class SFAModel(BaseTuner):
             for name, indices in parameters.items():
                 parameter = candidates.get(module, {}).get(name)
                 units = 0 if parameter is None else granularity.count(parameter.shape)
-                in_order = indices.dim() == 1 and bool((indices.diff() > 0).all())
-                if not in_order or (len(indices) and not 0 <= int(indices[0]) <= int(indices[-1]) < units):
-                    raise CheckpointError(
-                        f"the state's ticket for adapter {adapter_name!r} does not fit this model: it has positions "
-                        f"in {module}.{name} that are not sorted, or not among {units:,} units. Load it into the "
-                        f"model that it was saved from."
-                    )
+                key = f"{prefix}{module}.sfa_internal.{adapter_name}.{name}_positions"
+                check_positions(key, indices, len(indices), units)
         places = {(p.module, "sfa_parallel" if p.mlp_input else "sfa_external"): p for p in self.places(adapter_name)}
         unknown = widths.keys() - places.keys()
         if unknown:
@@ -509,7 +505,7 @@ class SFAModel(BaseTuner):
                 if granularity != config.granularity:
                     raise ValueError(
                         f"the ticket of {adapter_name!r} is of {granularity}, and its config says "
-                        f"{config.granularity}: set `internal_granularity` and `internal_block_size` back."
+                        f"{config.granularity}: set `internal_granularity` back."
                     )
         announced = {
             (module, place == "mlp_parallel"): width
@@ -609,7 +605,8 @@ class SFAModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return {key: encode_positions(t) if is_positions_key(key) else t for key, t in own.items()}
+        positions = {key: tensor for key, tensor in own.items() if is_positions_key(key)}
+        return own | dict(zip(positions, encode_all(list(positions.values())), strict=True))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
