@@ -228,7 +228,7 @@ def fuzz(count: int, seed: int, seconds: float = 10.0, progress: bool = False) -
         for name, options in (
             ("elements", {}),
             ("rows", {"internal_granularity": "row"}),
-            ("blocks", {"internal_granularity": "block", "internal_block_size": 4, "values_dtype": "float16"}),
+            ("columns", {"internal_granularity": "column", "values_dtype": "float16"}),
         ):
             good = save_adapter(Path(folder, name), **options)
             if options.get("values_dtype"):

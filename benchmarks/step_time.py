@@ -59,7 +59,6 @@ def methods(budget: int) -> dict[str, Callable[[nn.Module], nn.Module]]:
         "SFA internal": sfa(0.0),
         "SFA internal, rows": sfa(0.0, "row"),
         "SFA internal, columns": sfa(0.0, "column"),
-        "SFA internal, blocks": sfa(0.0, "block"),
         "SFA external": sfa(1.0),
         "SFA both": sfa(0.5),
         "full fine-tuning": lambda model: model,

@@ -109,11 +109,7 @@ def suites() -> dict[str, list[Run]]:
             )
         ],
         "granularity": [
-            Run(f"internal, {name}s", config=INTERNAL | {"internal_granularity": name})
-            for name in ("row", "column", "block")
-        ]
-        + [
-            Run("internal, blocks of 4", config=INTERNAL | {"internal_granularity": "block", "internal_block_size": 4})
+            Run(f"internal, {name}s", config=INTERNAL | {"internal_granularity": name}) for name in ("row", "column")
         ],
         "rounds": [
             Run("internal, prune in 3 rounds", config=INTERNAL, search={"rounds": 3, "steps": 20}),

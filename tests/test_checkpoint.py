@@ -22,7 +22,6 @@ CONFIGS = {
     "every place": {"budget": 0.2, "external_places": ["attention", "mlp", "mlp_parallel"]},
     "rows": {"budget": 0.1, "internal_granularity": "row"},
     "columns": {"budget": 0.1, "internal_granularity": "column"},
-    "blocks": {"budget": 0.1, "internal_granularity": "block", "internal_block_size": 4},
     "explicit": {"external_width": {"fc2": 3}, "internal_density": 0.05},
     "layer norms": {"budget": 40, "external_modules": [], "target_modules": ["layernorm_before", "layernorm_after"]},
 }
@@ -388,7 +387,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(tmp_path, make):
 @given(
     budget=st.integers(100, 2000),
     share=st.sampled_from([0.0, 0.5, 1.0]),
-    granularity=st.sampled_from(["element", "row", "column", "block"]),
+    granularity=st.sampled_from(["element", "row", "column"]),
     places=st.sets(st.sampled_from(["attention", "mlp", "mlp_parallel"]), min_size=1),
 )
 def test_round_trip_of_any_adapter(tmp_path_factory, budget, share, granularity, places):
@@ -397,7 +396,6 @@ def test_round_trip_of_any_adapter(tmp_path_factory, budget, share, granularity,
         budget=budget,
         external_share=share,
         internal_granularity=granularity,
-        internal_block_size=4,  # a budget of 100 pays for a tile
         external_places=sorted(places),
         initial_ticket="random",
         init_weights=False,

@@ -127,7 +127,7 @@ def test_one_head_is_taken_over_and_two_are_refused():
         ({"target_modules": []}, {}),
         ({"layers_to_transform": [0], "layers_pattern": "layers"}, {"exclude_modules": ["fc1"]}),
         ({"external_share": 1.0}, {"external_places": []}),
-        ({"internal_block_size": 4}, {"external_activation": "relu", "external_places": ["mlp"]}),
+        ({}, {"external_activation": "relu", "external_places": ["mlp"]}),
     ],
 )
 @pytest.mark.parametrize("turned", [False, True])

@@ -60,7 +60,7 @@ def test_onnxruntime_computes_the_same(model_and_input, tmp_path):
     assert np.abs(y - expected).max() <= TOLERANCE * max(1.0, np.abs(expected).max())
 
 
-@pytest.mark.parametrize("granularity", ["element", "row", "column", "block"])
+@pytest.mark.parametrize("granularity", ["element", "row", "column"])
 @pytest.mark.parametrize("make", [tiny.vit, tiny.swinv2])
 def test_the_older_onnx_exporter_keeps_the_adapter(make, granularity, tmp_path):
     config = SFAConfig(
@@ -68,7 +68,6 @@ def test_the_older_onnx_exporter_keeps_the_adapter(make, granularity, tmp_path):
         init_weights=False,
         external_places=["attention", "mlp", "mlp_parallel"],
         internal_granularity=granularity,
-        internal_block_size=4,
     )
     model, x, file = FirstTensor(get_peft_model(make(), config)).eval(), tiny.pixels(), tmp_path / "model.onnx"
     torch.onnx.export(model, (x,), file, dynamo=False)

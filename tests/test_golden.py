@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
 
 import tiny
-from sfa_peft import BaseMismatchWarning, Ticket
+from sfa_peft import BaseMismatchWarning, CheckpointError, SFAConfig, Ticket
 
-ADAPTERS = sorted(p.parent for p in Path(__file__).with_name("golden").glob("*/*/adapter_config.json"))
+ADAPTERS = sorted(p.parent for p in Path(__file__).with_name("golden").glob("*/*/expected.json"))
 TICKETS = sorted(Path(__file__).with_name("golden").glob("*/ticket.safetensors"))
 
 
@@ -19,8 +19,8 @@ TICKETS = sorted(Path(__file__).with_name("golden").glob("*/ticket.safetensors")
 def test_a_golden_adapter_is_read(folder):
     expected = json.loads((folder / "expected.json").read_text())
     with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
         # The base may be initialised in another way one day.
-        warnings.simplefilter("error", BaseMismatchWarning)
         warnings.filterwarnings("ignore", "(?s).*have other values", BaseMismatchWarning)
         state = PeftModel.from_pretrained(tiny.swin(), folder).state_dict()
     adapter = {key: t for key, t in state.items() if ".sfa_" in key or ".modules_to_save." in key}
@@ -34,7 +34,31 @@ def test_a_golden_adapter_is_read(folder):
 
 
 def test_there_are_golden_adapters_of_every_kind():
-    assert {f.name for f in ADAPTERS} == {"elements", "rows", "columns", "blocks", "external", "dense", "head"}
+    assert {f.name for f in ADAPTERS} == {"elements", "rows", "columns", "external", "dense", "head"}
+
+
+@pytest.mark.parametrize("folder", ADAPTERS, ids=lambda f: f.name)
+def test_a_golden_config_alone_is_read(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = PeftConfig.from_pretrained(folder)
+    assert isinstance(config, SFAConfig)
+    assert "internal_block_size" not in config.to_dict()
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        SFAConfig.from_pretrained,
+        lambda folder: PeftModel.from_pretrained(tiny.swin(), folder),
+        lambda folder: get_peft_model(tiny.swin(), SFAConfig()).load_adapter(folder, "other"),
+        lambda folder: tiny.swin().load_adapter(str(folder)),
+    ],
+    ids=["config", "from_pretrained", "load_adapter", "transformers"],
+)
+def test_blocks_are_refused(load):
+    with pytest.raises(CheckpointError, match=r"block granularity was removed in 0\.2; sfa_peft 0\.1 reads"):
+        load(Path(__file__).with_name("golden") / "v1" / "blocks")
 
 
 @pytest.mark.parametrize("path", TICKETS, ids=lambda p: p.parent.name)

@@ -63,10 +63,10 @@ def assert_on_device(model):
 
 @every_architecture
 @pytest.mark.parametrize("order", ["to, inject", "inject, to"])
-@pytest.mark.parametrize("granularity", ["element", "row", "column", "block"])
+@pytest.mark.parametrize("granularity", ["element", "row", "column"])
 def test_the_main_path(make, order, granularity, tmp_path):
     base = make()
-    changes = {"internal_granularity": granularity, "internal_block_size": 4}
+    changes = {"internal_granularity": granularity}
     if order == "to, inject":
         model = get_peft_model(copy.deepcopy(base).to(DEVICE), config(**changes))
     else:
@@ -172,7 +172,7 @@ class Scored(nn.Module):
 
 
 @pytest.mark.parametrize("make", [tiny.vit, tiny.dinov3, tiny.dinov2_with_registers, tiny.swinv2])
-@pytest.mark.parametrize("granularity", ["element", "row", "column", "block"])
+@pytest.mark.parametrize("granularity", ["element", "row", "column"])
 def test_no_step_waits_for_the_gpu_that_the_base_does_not(make, granularity):
     x = tiny.pixels().to(DEVICE)
 
@@ -189,7 +189,7 @@ def test_no_step_waits_for_the_gpu_that_the_base_does_not(make, granularity):
         return run
 
     base = Scored(make()).to(DEVICE).train()
-    changes = {"modules_to_save": None, "internal_granularity": granularity, "internal_block_size": 4}
+    changes = {"modules_to_save": None, "internal_granularity": granularity}
     model = get_peft_model(Scored(make()).to(DEVICE), config(**changes)).train()
     assert waits(steps(model)) <= waits(steps(base))
 

@@ -41,7 +41,7 @@ def layer_norm():
 MODULES = [linear, conv, grouped_conv, same_conv, reflect_conv, layer_norm]
 
 
-GRANULARITIES = ["element", "row", "column", "block"]
+GRANULARITIES = ["element", "row", "column"]
 
 
 def adapted(module, density, granularity="element", seed=0):
@@ -51,7 +51,6 @@ def adapted(module, density, granularity="element", seed=0):
         target_modules=["0"],
         external_modules=[],
         internal_granularity=granularity,
-        internal_block_size=2,
         initial_ticket="random",
         ticket_seed=seed,
         init_weights=False,

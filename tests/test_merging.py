@@ -15,7 +15,7 @@ PLACES = {"sequential": ["attention", "mlp"], "parallel": ["attention", "mlp_par
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("granularity", ["element", "row", "column", "block"])
+@pytest.mark.parametrize("granularity", ["element", "row", "column"])
 def test_unmerging_gives_back_the_base_bit_for_bit(dtype, granularity):
     base = tiny.swin().to(dtype)
     before = {n: p.clone() for n, p in base.named_parameters()}
@@ -23,7 +23,6 @@ def test_unmerging_gives_back_the_base_bit_for_bit(dtype, granularity):
         "internal_density": 0.3,
         "external_modules": [],
         "internal_granularity": granularity,
-        "internal_block_size": 4,
     }
     model = get_peft_model(base, SFAConfig(**config, init_weights=False))
     model.add_adapter("other", SFAConfig(**config, initial_ticket="random", init_weights=False))

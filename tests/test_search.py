@@ -36,10 +36,10 @@ def positions(model, adapter="default"):
     }
 
 
-@pytest.mark.parametrize("granularity", ["element", "row", "column", "block"])
+@pytest.mark.parametrize("granularity", ["element", "row", "column"])
 @pytest.mark.parametrize("make", [tiny.swin, tiny.dinov2])
 def test_the_search_installs_another_ticket_of_the_same_budget(make, granularity):
-    model = adapted(make, internal_granularity=granularity, internal_block_size=4)
+    model = adapted(make, internal_granularity=granularity)
     before = positions(model)
     trained = sum(p.numel() for n, p in model.named_parameters() if ".sfa_" in n)
     report = search(model)

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfa_peft.layers.granularity import Block, Column, Element, Row
+from sfa_peft.layers.granularity import Column, Element, Row
 from sfa_peft.ticket import selection
 from sfa_peft.ticket.quotas import Quotas, layer_of, type_of
 from sfa_peft.ticket.selection import Limits, choose, top_k, top_units
@@ -158,20 +158,19 @@ def test_a_row_is_a_neuron_with_its_bias():
     assert chosen["n"]["weight"].tolist() == [0]
 
 
-def test_columns_and_blocks_are_chosen_by_their_mean():
+def test_columns_are_chosen_by_their_mean():
     scores = torch.zeros(4, 6)
     scores[:, 3] = 1.0
     scores[2:, 4:] = 5.0
     parameters = {"m": {"weight": scores}}
     assert choose(parameters, lambda n, p: p, Column(), 8)["m"]["weight"].tolist() == [4, 5]
-    assert choose(parameters, lambda n, p: p, Block(2), 9)["m"]["weight"].tolist() == [1, 5]
 
 
 @settings(deadline=None, max_examples=100)
 @given(
     shape=st.tuples(st.integers(1, 7), st.integers(1, 7))
     | st.tuples(st.integers(1, 4), st.integers(1, 4), st.just(3)),
-    granularity=st.sampled_from([Element(), Row(), Column(), Block(2), Block(3)]),
+    granularity=st.sampled_from([Element(), Row(), Column()]),
     data=st.data(),
 )
 def test_units_are_disjoint_and_read_back_what_was_written(shape, granularity, data):

@@ -19,7 +19,6 @@ ADAPTERS = {
     "elements": {"values_dtype": "bfloat16", "heads_dtype": "float16", "modules_to_save": ["classifier"]},
     "rows": {"internal_granularity": "row", "external_share": 0.0, "budget": 0.1},
     "columns": {"internal_granularity": "column", "external_places": ["attention", "mlp"]},
-    "blocks": {"internal_granularity": "block", "internal_block_size": 4},
     "external": {"external_share": 1.0, "external_activation": "silu", "external_scale": 0.5},
     "dense": {"budget": None, "internal_density": 0.9, "target_modules": ["layernorm_before", "downsample.reduction"]},
     "head": {"target_heads": ["decode_head"], "modules_to_save": ["batch_norm"]},

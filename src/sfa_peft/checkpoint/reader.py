@@ -30,7 +30,6 @@ SEALED = (
     "external_scale",
     "external_widths",
     "format_version",
-    "internal_block_size",
     "internal_granularity",
     "modules_to_save",
     "ticket_sizes",

@@ -1,7 +1,7 @@
 """Granularity: the units that a ticket is made of, and where they lie in a parameter.
 
-A unit is an `element`, a `row` (one output neuron, with its bias), a `column` (one input of all neurons) or a `block`
-(a square tile of the weight). A position is the index of a unit.
+A unit is an `element`, a `row` (one output neuron, with its bias) or a `column` (one input of all neurons). A position
+is the index of a unit.
 """
 
 from __future__ import annotations
@@ -107,57 +107,8 @@ class Column(Granularity):
         return parameter.transpose(0, 1)
 
 
-@dataclass(frozen=True)
-class Block(Granularity):
-    """A tile of ``side x side`` of the weight, seen as ``(outputs, inputs)``; tiles are numbered row by row.
-
-    What is left at the edges, where a dimension is no multiple of `side`, belongs to no unit. What has one dimension,
-    as biases and most norms, has no tiles.
-    """
-
-    side: int = 16
-
-    def __str__(self) -> str:
-        return f"block of {self.side} x {self.side}"
-
-    def grid(self, shape: Shape) -> tuple[int, int]:
-        """Tiles along the outputs and along the inputs."""
-        return (shape[0] // self.side, prod(shape[1:]) // self.side) if len(shape) > 1 else (0, 0)
-
-    def count(self, shape: Shape) -> int:
-        rows, columns = self.grid(shape)
-        return rows * columns
-
-    def size(self, shape: Shape) -> int:
-        return self.side**2
-
-    def view(self, parameter: Tensor) -> Tensor:
-        """Of shape ``(tile rows, tile columns, side, side)``: two indices for a unit."""
-        rows, columns = self.grid(parameter.shape)
-        flat = parameter.view(parameter.shape[0], -1)[: rows * self.side, : columns * self.side]
-        return flat.unflatten(1, (columns, self.side)).unflatten(0, (rows, self.side)).transpose(1, 2)
-
-    def index(self, shape: Shape, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The tile row and tile column of each position."""
-        columns = self.grid(shape)[1]
-        return positions // columns, positions % columns
-
-    def read(self, parameter: Tensor, positions: Tensor) -> Tensor:
-        return self.view(parameter)[self.index(parameter.shape, positions)].flatten(1)
-
-    def write(self, parameter: Tensor, positions: Tensor, values: Tensor) -> None:
-        self.view(parameter)[self.index(parameter.shape, positions)] = values.view(-1, self.side, self.side)
-
-    def unit_scores(self, scores: Tensor) -> Tensor:
-        return self.view(scores.contiguous()).mean((2, 3)).flatten()
-
-
-GRANULARITIES: dict[str, type[Granularity]] = {"element": Element, "row": Row, "column": Column, "block": Block}
-
-
-def make_granularity(name: str, block_size: int = 16) -> Granularity:
-    """The granularity of that name; `block_size` is the side of a block."""
-    return Block(block_size) if name == "block" else GRANULARITIES[name]()
+GRANULARITIES: dict[str, Granularity] = {unit.name: unit for unit in (Element(), Row(), Column())}
+NO_BLOCKS = "block granularity was removed in 0.2; sfa_peft 0.1 reads what has it"
 
 
 def position_dtype(units: int) -> torch.dtype:

@@ -286,8 +286,8 @@ class Planner:
         if names and not candidates:
             raise ValueError(
                 f"SFAConfig.internal_granularity={config.internal_granularity!r} finds no unit in the weights of "
-                f"{names[:3]}{'...' if len(names) > 3 else ''}: what has one dimension has no columns and no blocks, "
-                f"and a weight smaller than `internal_block_size` has no block. Use `element` or `row`."
+                f"{names[:3]}{'...' if len(names) > 3 else ''}: what has one dimension has no columns. "
+                f"Use `element` or `row`."
             )
         return candidates
 

@@ -34,7 +34,7 @@ def install_ticket(model: nn.Module, ticket: Ticket, adapter_name: str | None = 
     if ticket.granularity != config.granularity:
         raise ValueError(
             f"the ticket is of granularity {ticket.granularity}, and adapter {adapter_name!r} of "
-            f"{config.granularity}; set `internal_granularity` (and `internal_block_size`) as in the search."
+            f"{config.granularity}; set `internal_granularity` as in the search."
         )
     for name in ticket.shapes.keys() | shapes.keys():
         if ticket.shapes.get(name) != shapes.get(name):
