@@ -23,6 +23,7 @@ from sfa_peft import SFAConfig
         ("external_share", -0.1),
         ("external_share", 1.1),
         ("external_share", None),
+        ("external_share", "auto"),
         ("external_places", ["attention", "head"]),
         ("external_places", ["mlp", "mlp"]),
         ("external_places", "mlp"),

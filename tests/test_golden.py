@@ -1,6 +1,7 @@
 """Every version reads what earlier ones wrote."""
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -59,6 +60,17 @@ def test_a_golden_config_alone_is_read(folder):
 def test_blocks_are_refused(load):
     with pytest.raises(CheckpointError, match=r"block granularity was removed in 0\.2; sfa_peft 0\.1 reads"):
         load(Path(__file__).with_name("golden") / "v1" / "blocks")
+
+
+def test_a_share_that_a_search_has_found_is_read(tmp_path):
+    elements = Path(__file__).with_name("golden") / "v1" / "elements"
+    shutil.copytree(elements, tmp_path, dirs_exist_ok=True)
+    config = json.loads((elements / "adapter_config.json").read_text())
+    changed = config | {"external_share": "auto", "external_placement": "auto"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(changed))
+    one, other = (PeftModel.from_pretrained(tiny.swin(), folder) for folder in (elements, tmp_path))
+    assert tiny.same_state(one.state_dict(), other.state_dict())
+    assert other.peft_config["default"].external_share == 0.25
 
 
 @pytest.mark.parametrize("path", TICKETS, ids=lambda p: p.parent.name)

@@ -730,21 +730,6 @@ def test_a_failed_placement_leaves_the_adapters_as_they_were():
     failing("^$", error=KeyboardInterrupt, model=auto(), loss_fn=interrupt)
 
 
-def test_an_auto_share_is_one_of_several_within_the_budget():
-    model = auto(external_share="auto")
-    before = model.peft_config["default"].external_widths
-    assert before
-    search(model, adapter_learning_rate=1e-2)
-    external = sum(p.numel() for n, p in model.named_parameters() if ".sfa_ext" in n or ".sfa_par" in n)
-    trained = sum(p.numel() for n, p in model.named_parameters() if ".sfa_" in n)
-    budget = model.base_model.budget("default")
-    assert trained == budget
-    assert any(share * budget - 100 < external <= share * budget for share in (0.0, 0.1, 0.25, 0.5, 0.75))
-    failing("'fisher' does not train", error=ValueError, model=auto(external_share="auto"), criterion="fisher")
-    with pytest.raises(ValueError, match="external_share='auto' is not valid; it is found together"):
-        SFAConfig(external_share="auto")
-
-
 def test_auto_placement_alone():
     model = auto(external_share=1.0)
     report = search(model)
@@ -803,28 +788,6 @@ def test_a_criterion_must_be_deterministic_and_cannot_harm_the_weights():
     after = {n.replace(".base_layer", ""): p for n, p in model.named_parameters()}
     assert all(torch.equal(p, after[n]) for n, p in before.items())
     failing("gave scores of type NoneType", criterion=lambda e: None)
-
-
-def test_an_auto_share_with_few_candidates_or_a_small_budget():
-    def net(**options):
-        torch.manual_seed(0)
-        return get_peft_model(
-            nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8), nn.Linear(8, 2)),
-            SFAConfig(
-                **{"budget": 200, "target_modules": ["3"], "external_modules": ["0", "2"]} | options,
-                external_share="auto",
-                external_placement="auto",
-            ),
-        )
-
-    data = [(torch.randn(5, 8), torch.randn(5, 2))]
-    loss = {"loss_fn": lambda m, b: nn.functional.mse_loss(m(b[0]), b[1])}
-    few = net()  # 18 candidates: no share leaves them the whole budget
-    search(few, data, **loss)
-    assert sum(p.numel() for n, p in few.named_parameters() if ".sfa_" in n) <= 200
-    small = net(budget=40, target_modules=["0", "2"])  # a quarter pays for no unit of 17
-    search(small, data, **loss)
-    assert sum(p.numel() for n, p in small.named_parameters() if ".sfa_" in n) <= 40
 
 
 def test_caps_hold_with_rounds_and_with_rows():

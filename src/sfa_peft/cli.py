@@ -21,10 +21,10 @@ from torch import nn
 
 from .checkpoint import CheckpointError
 from .checkpoint.fingerprint import BaseMismatchWarning, Fingerprint
+from .checkpoint.names import INTERNAL, POSITIONS, PREFIX, is_adapter_key, is_positions_key
 from .checkpoint.packing import CODES
-from .checkpoint.reader import difference_of, positions_of, tensors_of, weights_of
+from .checkpoint.reader import contents_of, difference_of, tensors_of, weights_of
 from .checkpoint.seal import AdapterFile, digest_of, read
-from .checkpoint.validation import INTERNAL, POSITIONS, PREFIX, is_adapter_key, is_positions_key
 from .config import SFAConfig
 from .layers.adapted import sfa_layers
 from .planning.base import in_module
@@ -96,7 +96,7 @@ class Saved:
                 f"{self.name!r} was not saved by sfa_peft itself, so the shapes of its base are not known."
             )
         positions: dict[str, dict[str, torch.Tensor]] = {}
-        for key, own in positions_of(self.config, self.file).items():
+        for key, own in contents_of(self.config, self.file)[1].items():
             module, _, parameter = key.removeprefix(PREFIX).removesuffix(POSITIONS).partition(INTERNAL)
             positions.setdefault(module, {})[parameter] = own
         return Ticket(positions, self.file.shapes, self.config.granularity, self.config.external_widths or {})

@@ -15,7 +15,7 @@ from peft.utils import PeftType
 
 from .checkpoint import CheckpointError
 from .checkpoint.fingerprint import Fingerprint
-from .checkpoint.reader import BEFORE_READING, PICKLE, checked, weights_of
+from .checkpoint.reader import LOAD, PICKLE, open_adapter, weights_of
 from .checkpoint.seal import CONFIG, WEIGHTS
 from .layers.bottleneck import ACTIVATIONS
 from .layers.granularity import GRANULARITIES, NO_BLOCKS, Granularity
@@ -48,17 +48,17 @@ class SFAConfig(PeftConfig):
         budget (`int` or `float`, *optional*):
             Adapter parameters that may be trained: a number, or a fraction in (0, 1) of the backbone (the base model
             without `modules_to_save`). With `element` granularity and internal adapters it is met exactly.
-        external_share (`float` or `"auto"`, defaults to 0.25):
+        external_share (`float`, defaults to 0.25):
             The part of the budget, in [0, 1], that external adapters may take; the ticket gets the exact rest. 1 is
             external adapters only, 0 internal only. Where one kind is switched off (`external_places=()` or
-            `external_modules=[]`, `target_modules=[]`), the other may take everything. `"auto"`: `search_ticket` finds
-            it together with the placement (`external_placement="auto"`); until then, the default.
+            `external_modules=[]`, `target_modules=[]`), the other may take everything.
         external_places (`tuple[str]`, defaults to `("mlp_parallel",)`):
             Where external adapters sit in architectures that are known: `attention` (on the attention output), `mlp`
             (on the MLP output), `mlp_parallel` (from the MLP input, added to its output).
         external_placement (`str`, defaults to `"uniform"`):
-            `uniform`: the same fraction of the channel width at every place. `auto`: `search_ticket` finds which
-            places deserve an adapter, and how wide; until then, uniform. Needs a budget.
+            `uniform`: the same fraction of the channel width at every place. `auto` (experimental: no gain was
+            measured): `search_ticket` finds which places deserve an adapter, and how wide; until then, uniform. Needs
+            a budget.
         external_modules (`list[str]` or `str`, *optional*):
             Modules whose output gets an external adapter, instead of the architecture's places: a list of name
             endings or a regular expression, as in `target_modules`. `[]` for none. They must be leaves.
@@ -105,9 +105,8 @@ class SFAConfig(PeftConfig):
     budget: int | float | None = field(
         default=None, metadata={"help": "Trainable adapter parameters: a number or a fraction of the backbone."}
     )
-    external_share: float | str = field(
-        default=DEFAULT_SHARE,
-        metadata={"help": "Part of the budget that external adapters may take, in [0, 1], or `auto`."},
+    external_share: float = field(
+        default=DEFAULT_SHARE, metadata={"help": "Part of the budget that external adapters may take, in [0, 1]."}
     )
     external_places: tuple[str, ...] | list[str] = field(
         default=("mlp_parallel",), metadata={"help": f"Places of external adapters, of {PLACES}."}
@@ -187,6 +186,8 @@ class SFAConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, list | tuple):
                 setattr(self, name, set(value))
+        if self.external_share == "auto" and self.ticket_sizes is not None:  # 0.1 had it; the sizes found are recorded
+            self.external_share = DEFAULT_SHARE
         self._validate()
         if self.budget is not None:  # a NumPy scalar is as good, but cannot be saved
             self.budget = int(self.budget) if _is_int(self.budget) else float(self.budget)
@@ -237,7 +238,9 @@ class SFAConfig(PeftConfig):
             CheckpointError: If the config or the weights are damaged, or do not belong together.
             ValueError: If there is no config.
         """
-        BEFORE_READING.get()()
+        load = LOAD.get()
+        if load is not None:
+            load.begin()
         name = str(pretrained_model_name_or_path)
         try:
             config = super().from_pretrained(name, subfolder=subfolder, **kwargs)
@@ -249,7 +252,10 @@ class SFAConfig(PeftConfig):
             raise CheckpointError(f"{CONFIG} of {name!r} is not valid: {error}") from error
         weights = weights_of(name, subfolder, **kwargs)
         if weights is not None:
-            return checked(config, weights)
+            saved = open_adapter(config, weights, load.key_mapping if load else {})
+            if load is not None:
+                load.saved = saved
+            return saved.config
         folder = Path(name, subfolder or "")
         if not folder.is_dir() or (folder / PICKLE).exists():
             raise CheckpointError(f"{name!r} has no {WEIGHTS}. SFA reads nothing else: a pickle can run code.")
@@ -280,10 +286,7 @@ class SFAConfig(PeftConfig):
         self._check_width()
         self._check_places()
         share = self.external_share
-        is_share = share == "auto" or (_is_number(share) and 0 <= share <= 1)
-        self._check("external_share", is_share, 'use a float in [0, 1], or "auto"')
-        if share == "auto" and self.external_placement != "auto":
-            self._fail("external_share", 'it is found together with the placement; set external_placement="auto"')
+        self._check("external_share", _is_number(share) and 0 <= share <= 1, "use a float in [0, 1]")
         density = self.internal_density
         self._check(
             "internal_density", density is None or (_is_number(density) and 0 <= density <= 1), "use a float in [0, 1]"

@@ -1,5 +1,5 @@
-"""A saved adapter: how positions are coded, what its files may hold, and how they are written and checked."""
+"""A saved adapter: how positions are coded, what its files may hold, and how they are written, read and checked."""
 
-from .validation import CheckpointError
+from .error import CheckpointError
 
 __all__ = ["CheckpointError"]

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .validation import CheckpointError
+from .error import CheckpointError
 
 _STAGE = ".sfa-save-"
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from .validation import INTERNAL, POSITIONS, PREFIX, CheckpointError, is_positions_key
+from .error import CheckpointError
+from .names import INTERNAL, POSITIONS, PREFIX, is_positions_key
 
 VALUES = f"{PREFIX}{INTERNAL[1:]}values"
 CODES = f"{PREFIX}{INTERNAL[1:]}positions"
@@ -65,7 +65,6 @@ def unpack(
     tensors: Mapping[str, Tensor],
     sizes: Mapping[str, int],
     values_shape: Callable[[str, int], tuple[int, ...]],
-    packed_as: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Tensor]:
     """Undo `pack`. Tensors that are not packed stay as they are.
 
@@ -73,7 +72,6 @@ def unpack(
         tensors: The tensors of a file.
         sizes: For each parameter in the ticket, the number of its units.
         values_shape: For a parameter and its number of units, the shape of their values.
-        packed_as: What parameters were called when they were packed, where that was another name.
 
     Raises:
         CheckpointError: If the packed tensors are not of these sizes.
@@ -82,7 +80,7 @@ def unpack(
         return dict(tensors)
     if VALUES not in tensors or CODES not in tensors:
         raise CheckpointError(f"of {VALUES!r} and {CODES!r} there is only one; the checkpoint is damaged.")
-    values, names = tensors[VALUES], sorted(sizes, key=lambda name: packed_as.get(name, name))
+    values, names = tensors[VALUES], sorted(sizes)
     codes = split_codes(CODES, tensors[CODES], len(names))
     shapes = [values_shape(name, sizes[name]) for name in names]
     counts = [prod(shape) for shape in shapes]

@@ -1,27 +1,26 @@
-"""A saved adapter, read and checked without a model: where its files are, and whether they belong together."""
+"""The one reader of saved adapters: reads a file once, and checks what can be checked without a model."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor
 
-from . import CheckpointError
+from ..layers.granularity import Granularity
+from .error import CheckpointError
 from .packing import unpack
-from .renaming import rename_config
+from .renaming import KeyMapping, NamesModules, rename, rename_config, rename_key
 from .seal import CONFIG, DIGEST, WEIGHTS, AdapterFile, read
 from .validation import check_sizes
-
-if TYPE_CHECKING:
-    from .config import SFAConfig
 
 PICKLE = "adapter_model.bin"
 # What a config must have in common with the weights' seal, since it decides what the adapter computes.
@@ -36,8 +35,55 @@ SEALED = (
 )
 
 
-# What is done before a config is read, where a load waits to know whether the adapter is one of SFA.
-BEFORE_READING: ContextVar[Callable[[], None]] = ContextVar("before_reading", default=lambda: None)
+class Announces(NamesModules, Protocol):
+    """What a config says of the weights that were saved with it."""
+
+    weights_digest: str | None
+
+    def __init__(self, **fields: Any) -> None: ...
+
+    @property
+    def granularity(self) -> Granularity: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+C = TypeVar("C", bound=Announces)
+
+
+@dataclass(frozen=True)
+class SavedAdapter(Generic[C]):
+    """A saved adapter that has been read and checked.
+
+    Attributes:
+        config: The config that belongs to the weights.
+        tensors: The tensors by their names, those of the ticket unpacked, with positions as sorted indices.
+        shapes: For each parameter that the ticket could choose from, its shape where the adapter was trained, as far
+            as the file says.
+    """
+
+    config: C
+    tensors: dict[str, Tensor]
+    shapes: dict[str, tuple[int, ...]]
+
+
+@dataclass
+class Load:
+    """A load that is going on, for all that takes part in it.
+
+    Attributes:
+        key_mapping: How modules are to be renamed.
+        saved: The adapter, once it is read; None as long as it may be one of another method.
+    """
+
+    key_mapping: KeyMapping = field(default_factory=dict)
+    saved: SavedAdapter[Any] | None = None
+
+    def begin(self) -> None:
+        """Called once it is known that an adapter of SFA is going to be read."""
+
+
+LOAD: ContextVar[Load | None] = ContextVar("load", default=None)
 
 
 def weights_of(name: str, subfolder: str | None = None, **kwargs: Any) -> Path | None:
@@ -63,8 +109,13 @@ def weights_of(name: str, subfolder: str | None = None, **kwargs: Any) -> Path |
         return None
 
 
-def checked(config: SFAConfig, weights: Path) -> SFAConfig:
-    """The config that belongs to a weights file: `config`, or the seal's where another save was interrupted.
+def open_adapter(config: C, weights: Path, mapping: KeyMapping) -> SavedAdapter[C]:
+    """Read a weights file.
+
+    Args:
+        config: The config beside it. Where another save was interrupted, the one sealed in the file takes its place.
+        weights: The file.
+        mapping: How modules are to be renamed.
 
     Raises:
         CheckpointError: If the file is damaged, or is not what its config announces.
@@ -88,14 +139,19 @@ def checked(config: SFAConfig, weights: Path) -> SFAConfig:
             config = type(config)(**file.config)
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"the config sealed in {str(weights)!r} is not valid: {error}") from error
-    positions_of(config, file)
+    tensors, positions = contents_of(config, file)
+    saved = SavedAdapter(config, tensors | positions, file.shapes)
     config.weights_digest = None
-    config.sealed_shapes = file.shapes  # type: ignore[attr-defined]  # for the model to be compared with
-    rename_config(config, file.tensors)
-    return config
+    return _renamed(saved, mapping) if mapping else saved
 
 
-def tensors_of(config: SFAConfig, file: AdapterFile) -> dict[str, Tensor]:
+def _renamed(saved: SavedAdapter[C], mapping: KeyMapping) -> SavedAdapter[C]:
+    rename_config(saved.config, saved.tensors, mapping)
+    tensors = {rename_key(key, mapping): tensor for key, tensor in saved.tensors.items()}
+    return replace(saved, tensors=tensors, shapes={rename(n, mapping): shape for n, shape in saved.shapes.items()})
+
+
+def tensors_of(config: Announces, file: AdapterFile) -> dict[str, Tensor]:
     """The tensors of a weights file by their names in the model; positions are coded.
 
     Raises:
@@ -113,8 +169,8 @@ def tensors_of(config: SFAConfig, file: AdapterFile) -> dict[str, Tensor]:
     return unpack(file.tensors, config.ticket_sizes or {}, values_shape)
 
 
-def positions_of(config: SFAConfig, file: AdapterFile) -> dict[str, Tensor]:
-    """The decoded positions in a weights file by their tensors' names, after all checks that need no model.
+def contents_of(config: Announces, file: AdapterFile) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What `tensors_of` gives, and the decoded positions by their tensors' names, after all checks without a model.
 
     Raises:
         CheckpointError: If something in the file is not as the config announces, or damaged.
@@ -124,10 +180,10 @@ def positions_of(config: SFAConfig, file: AdapterFile) -> dict[str, Tensor]:
         tensors = tensors_of(config, file)
     except (IndexError, TypeError, ZeroDivisionError, OverflowError) as error:
         raise CheckpointError(f"the shapes in the file's seal are not valid: {error}") from error
-    return check_sizes(tensors, config.ticket_sizes or {}, config.external_widths or {}, units)
+    return tensors, check_sizes(tensors, config.ticket_sizes or {}, config.external_widths or {}, units)
 
 
-def _check_sealed(config: SFAConfig, sealed: Mapping[str, Any]) -> None:
+def _check_sealed(config: Announces, sealed: Mapping[str, Any]) -> None:
     difference = difference_of(config.to_dict(), sealed)
     if difference:
         raise CheckpointError(

@@ -1,37 +1,28 @@
 """PEFT's `key_mapping`: loading an adapter into a model in which the adapted modules have other names.
 
-PEFT renames the tensors of the file. An SFA config names modules as well, so it is renamed in the same way.
+PEFT renames the tensors of a file. An SFA config names modules as well, so both are renamed here, in the same way.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
-from types import MappingProxyType
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterable, Mapping
+from typing import Protocol
 
-from . import CheckpointError
-from .packing import CODES, VALUES
-from .validation import PREFIX, is_adapter_key
-
-if TYPE_CHECKING:
-    from .config import SFAConfig
+from .error import CheckpointError
+from .names import ADAPTER, PREFIX, is_adapter_key
 
 KeyMapping = Mapping[str, str]
 
-_ACTIVE: ContextVar[KeyMapping] = ContextVar("key_mapping", default=MappingProxyType({}))
 
+class NamesModules(Protocol):
+    """The fields of a saved adapter's config that name modules."""
 
-@contextmanager
-def key_mapping(mapping: KeyMapping | None) -> Iterator[None]:
-    """Rename the configs that are read meanwhile."""
-    token = _ACTIVE.set(mapping or {})
-    try:
-        yield
-    finally:
-        _ACTIVE.reset(token)
+    ticket_sizes: dict[str, int] | None
+    external_widths: dict[str, dict[str, int]] | None
+    modules_to_save: list[str] | None
+    target_heads: list[str] | None
+    base_fingerprint: dict[str, object] | None
 
 
 def rename(name: str, mapping: KeyMapping) -> str:
@@ -43,15 +34,20 @@ def rename(name: str, mapping: KeyMapping) -> str:
     return name
 
 
-def rename_config(config: SFAConfig, keys: Iterable[str]) -> None:
-    """Rename the modules in a config that was read from a file with tensors `keys`; remember what they were called.
+def rename_key(key: str, mapping: KeyMapping) -> str:
+    """The name of a tensor: of an adapter's own, the module is renamed."""
+    module, mark, rest = key.removeprefix(PREFIX).partition(ADAPTER)
+    # With something behind it, as the module's name has in the config.
+    new = rename(f"{module}.", mapping).removesuffix(".") if mark else rename(module, mapping)
+    return f"{PREFIX}{new}{mark}{rest}"
+
+
+def rename_config(config: NamesModules, keys: Iterable[str], mapping: KeyMapping) -> None:
+    """Rename the modules in a config that was read with tensors `keys`.
 
     Raises:
         CheckpointError: If two modules would get one name.
     """
-    mapping = _ACTIVE.get()
-    if not mapping:
-        return
 
     def renamed(names: Iterable[str]) -> dict[str, str]:
         new = {name: rename(name, mapping) for name in names}
@@ -72,12 +68,10 @@ def rename_config(config: SFAConfig, keys: Iterable[str]) -> None:
     if config.target_heads:
         config.target_heads = [rename(head, mapping) for head in config.target_heads]
     if config.base_fingerprint is not None:
-        roots = [rename(f"{root}.", mapping).removesuffix(".") for root in config.base_fingerprint["roots"]]
-        config.base_fingerprint = config.base_fingerprint | {"roots": roots}
-    shapes = getattr(config, "sealed_shapes", {})
-    config.sealed_shapes = {rename(name, mapping): shape for name, shape in shapes.items()}  # type: ignore[attr-defined]
-    config.renamed_from = {new: old for old, new in parameters.items()}  # type: ignore[attr-defined]
-    config.packed_names = {f"{PREFIX}{rename(k.removeprefix(PREFIX), mapping)}": k for k in (VALUES, CODES)}  # type: ignore[attr-defined]
+        roots = config.base_fingerprint["roots"]
+        assert isinstance(roots, list)
+        new = [rename(f"{root}.", mapping).removesuffix(".") for root in roots]
+        config.base_fingerprint = config.base_fingerprint | {"roots": new}
 
 
 def _heads_in(keys: Iterable[str], endings: Collection[str]) -> list[str]:

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .error import CheckpointError
 from .files import load_tensors, save_tensors
 from .packing import pack
-from .validation import CheckpointError, is_sound
+from .validation import is_sound
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

@@ -8,26 +8,11 @@ import torch
 from torch import Tensor
 
 from .coding import Code, CodeError, decode_all
+from .error import CheckpointError
+from .names import INTERNAL, POSITIONS, PREFIX, is_adapter_key
 
-
-class CheckpointError(ValueError):
-    """A checkpoint does not fit the model, contradicts itself, or is damaged. Nothing of it was loaded."""
-
-
-PREFIX = "base_model.model."  # of names in a file that PEFT writes
-INTERNAL = ".sfa_internal."
-POSITIONS = "_positions"
 # Where the units of a parameter are not known, positions may be up to here: more than any memory holds.
 ANY_UNITS = 1 << 42
-
-
-def is_adapter_key(key: str) -> bool:
-    """Whether a tensor of a checkpoint is SFA's own, not a head's."""
-    return any(f".sfa_{kind}." in key for kind in ("internal", "external", "parallel"))
-
-
-def is_positions_key(key: str) -> bool:
-    return INTERNAL in key and key.endswith(POSITIONS)
 
 
 def check_sizes(
@@ -92,7 +77,7 @@ def check_sizes(
         )
     for key, tensor in tensors.items():
         check_finite(key, tensor)
-    return decoded(codes)
+    return checked_positions(codes)
 
 
 def decode_state_dict(
@@ -121,13 +106,21 @@ def decode_state_dict(
             f"first. Otherwise adapter_config.json and adapter_model.safetensors are not of one save, or it was saved "
             f"for another architecture."
         )
-    positions = {key: tensor for key, tensor in found.items() if key in units}
-    coded = {k: Code(t, len(expected[k]), units[k]) for k, t in positions.items() if not _is_decoded(t)}
-    own = positions | decoded(coded)
-    for key, indices in own.items():
-        check_positions(key, indices, len(expected[key]), units[key])
-    own = {key: t.to(dtype=expected[key].dtype, device=found[key].device) for key, t in own.items()}
-    return own | {key: _fitting(key, t, expected[key]) for key, t in found.items() if key not in units}
+    codes = {key: Code(tensor, len(expected[key]), units[key]) for key, tensor in found.items() if key in units}
+    positions = {
+        key: own.to(dtype=expected[key].dtype, device=found[key].device)
+        for key, own in checked_positions(codes).items()
+    }
+    return {key: positions[key] if key in units else _fitting(key, t, expected[key]) for key, t in found.items()}
+
+
+def checked_positions(codes: Mapping[str, Code]) -> dict[str, Tensor]:
+    """Positions by the names of their tensors, decoded where they are coded, and checked."""
+    positions = {key: code.code for key, code in codes.items()}
+    positions |= decoded({key: code for key, code in codes.items() if not _is_decoded(code.code)})
+    for key, (_, count, units) in codes.items():
+        check_positions(key, positions[key], count, units)
+    return positions
 
 
 def _is_decoded(tensor: Tensor) -> bool:
@@ -139,8 +132,9 @@ def check_positions(key: str, positions: Tensor, count: int, units: int) -> None
     is_right = positions.dim() == 1 and len(positions) == count and bool((positions.diff() > 0).all())
     if not is_right or (count and not 0 <= int(positions[0]) <= int(positions[-1]) < units):
         raise CheckpointError(
-            f"{key!r} does not hold {count:,} positions that are sorted and among {units:,} units; load the "
-            f"checkpoint into the model that it was saved from."
+            f"{key!r} does not hold {count:,} positions that are sorted and among {units:,} units: it has shape "
+            f"{tuple(positions.shape)} and positions up to {int(positions.max()) if positions.numel() else 'none'}. "
+            f"Load the checkpoint into the model that it was saved from."
         )
 
 

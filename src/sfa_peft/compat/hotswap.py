@@ -15,11 +15,11 @@ from peft import PeftModel, set_peft_model_state_dict
 from peft.utils import PeftType, hotswap
 from torch import Tensor, nn
 
-from ..checkpoint.reader import difference_of
+from ..checkpoint.reader import LOAD, Load, difference_of
 from ..config import SFAConfig
 from ..layers.adapted import sfa_layers
 from ..planning.base import check_base
-from ..planning.plan import LOADING, Planner
+from ..planning.plan import Planner
 from ..tuner.model import SFAModel
 from ..tuner.optimizers import tell_left_behind
 from .registration import NAME, PeftTooDifferentError, arguments_of
@@ -81,11 +81,11 @@ def resized(model: PeftModel, adapter_name: str, config: SFAConfig) -> Iterator[
         CheckpointError: If the other adapter does not fit the model.
     """
     tuner: SFAModel = model.base_model
-    token = LOADING.set(True)  # positions come with the weights
+    token = LOAD.set(LOAD.get() or Load())  # positions come with the weights
     try:
         plan = Planner(tuner.model, config).plan()
     finally:
-        LOADING.reset(token)
+        LOAD.reset(token)
     before = tuner.parameters_of(adapter_name)
     with tuner.restoring(adapter_name, only_on_error=True):
         tuner.install(adapter_name, plan.positions, plan.all_externals)

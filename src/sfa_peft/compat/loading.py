@@ -21,25 +21,25 @@ import torch
 import torch.distributed as dist
 from huggingface_hub import CommitInfo
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from peft import PeftModel
+from peft import PeftModel, peft_model
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations import PeftAdapterMixin
 
 from ..checkpoint import CheckpointError
 from ..checkpoint.files import staged
-from ..checkpoint.reader import BEFORE_READING, difference_of, tensors_of, weights_of
-from ..checkpoint.renaming import key_mapping
+from ..checkpoint.names import is_adapter_key
+from ..checkpoint.reader import LOAD, Load, difference_of, weights_of
+from ..checkpoint.renaming import KeyMapping
 from ..checkpoint.seal import CONFIG, WEIGHTS, read, seal
-from ..checkpoint.validation import check_sizes, is_adapter_key
+from ..checkpoint.validation import check_sizes
 from ..config import DTYPES, SFAConfig
 from ..hub import card, upload
 from ..layers.adapted import sfa_layers
 from ..layers.granularity import position_dtype
 from ..layers.offloading import brought, is_hooked
 from ..planning.base import base_parameters
-from ..planning.plan import LOADING
 from ..search.install import ticket_of
 from ..tuner.model import HANDED_OVER, HandedOverError, discard_adapter
 from .hotswap import resized
@@ -139,8 +139,7 @@ def from_pretrained(original: Method, cls: type[PeftModel], *args: Any, **kwargs
     given = arguments_of(original, args, kwargs)
     model, model_id, options = given.get("model"), given.get("model_id"), given.get("kwargs", {})
     mapping = given.get("key_mapping") or getattr(model, "_checkpoint_conversion_mapping", None)
-    load = _Load(model, given.get("adapter_name"))
-    with load, _readable_errors(load, model_id, options), key_mapping(mapping):
+    with _Load(model, given.get("adapter_name"), mapping) as load, _readable_errors(load, model_id, options):
         config = given.get("config")  # PEFT reads no config then
         if isinstance(config, SFAConfig):
             load.begin()
@@ -156,11 +155,12 @@ def load_adapter(original: Method, model: PeftModel, *args: Any, **kwargs: Any) 
     """
     given = arguments_of(original, args, kwargs)
     model_id, adapter_name, options = given.get("model_id"), given.get("adapter_name"), given.get("kwargs", {})
+    if LOAD.get() is not None:  # `from_pretrained` has read and checked it
+        return original(*args, **kwargs)
     with ExitStack() as stack:
-        load = stack.enter_context(_Load(model, adapter_name))
+        load = stack.enter_context(_Load(model, adapter_name, given.get("key_mapping")))
         load.begin()
         stack.enter_context(_readable_errors(load, model_id, options))
-        stack.enter_context(key_mapping(given.get("key_mapping")))
         if adapter_name in model.peft_config:  # PEFT reads no config then
             if any(adapter_name in layer.merged_adapters for _, layer in sfa_layers(model)):
                 raise ValueError(f"adapter {adapter_name!r} is merged: unmerge_adapter() before others are loaded.")
@@ -170,6 +170,12 @@ def load_adapter(original: Method, model: PeftModel, *args: Any, **kwargs: Any) 
             else:
                 _check_same(saved, own)
         return original(*args, **kwargs)
+
+
+def load_peft_weights(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    """The weights of the adapter that is being loaded; of SFA's, those that have been read already."""
+    load = LOAD.get()
+    return _load_peft_weights(*args, **kwargs) if load is None or load.saved is None else dict(load.saved.tensors)
 
 
 def _only_sizes_differ(saved: SFAConfig, own: SFAConfig) -> bool:
@@ -228,17 +234,15 @@ def _load_in_transformers(original: Method, model: PreTrainedModel, given: dict[
         **{key: given[key] for key in HUB_OPTIONS if key in given},
     }
     config, tensors = given.get("peft_config"), given.get("adapter_state_dict")
-    if config is None:
-        config = SFAConfig.from_pretrained(source, **options)
     if tensors is None and source is None:
         raise ValueError("an SFA adapter needs `peft_model_id`, or `adapter_state_dict` beside `peft_config`.")
     with _Load(model, given.get("adapter_name") or "default") as load:
         load.begin()
         if tensors is None:
-            weights = weights_of(source, **options)
-            if weights is None:
+            saved = SFAConfig.from_pretrained(source, **options)
+            if load.saved is None:
                 raise CheckpointError(f"{source!r} has no {WEIGHTS}.")
-            tensors = tensors_of(config, read(weights))
+            config, tensors = config or saved, load.saved.tensors
         sizes, widths = config.ticket_sizes or {}, config.external_widths or {}
         parameters = base_parameters(model, [""], config)
         units = {name: config.granularity.count(p.shape) for name, p in parameters if name in sizes}
@@ -307,13 +311,14 @@ def push_to_hub(
         return push.upload(Path(folder), message, commit_description)
 
 
-class _Load:
+class _Load(Load):
     """One load of an adapter. If it fails, the adapter is taken out again, unless it was there before.
 
     It begins when a config of SFA is read for it, and before that does nothing: it may be another method's.
     """
 
-    def __init__(self, model: Any, adapter_name: Any) -> None:
+    def __init__(self, model: Any, adapter_name: Any, mapping: KeyMapping | None = None) -> None:
+        super().__init__(mapping or {})
         self.model, self.adapter_name = model, adapter_name
         self.begun = False
 
@@ -328,13 +333,11 @@ class _Load:
         self.had_adapter = self.adapter_name in getattr(self.base, "peft_config", {})
 
     def __enter__(self) -> _Load:
-        self.tokens = LOADING.set(True), BEFORE_READING.set(self.begin)
+        self.token = LOAD.set(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        loading, before_reading = self.tokens
-        LOADING.reset(loading)
-        BEFORE_READING.reset(before_reading)
+        LOAD.reset(self.token)
         if kind is not None and self.begun and not self.had_adapter:
             self._undo()
 
@@ -399,4 +402,6 @@ extend(
     },
     applies=lambda model: getattr(model, "peft_type", None) == NAME,
 )
+_load_peft_weights = peft_model.load_peft_weights
+peft_model.load_peft_weights = functools.wraps(_load_peft_weights)(load_peft_weights)
 extend(PeftAdapterMixin, {"load_adapter": load_adapter_in_transformers}, applies=lambda model: True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable
-from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
@@ -15,7 +14,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 
 from ..checkpoint import CheckpointError
-from ..config import DEFAULT_SHARE, SFAConfig
+from ..checkpoint.reader import LOAD
+from ..config import SFAConfig
 from ..layers.adapted import SFALayer
 from ..layers.kinds import internal_parameters
 from ..layers.leaves import base_layer_of, channels_of
@@ -25,7 +25,7 @@ from ..ticket.criteria import CRITERIA, Evidence
 from ..ticket.selection import Positions, choose, count_elements
 from .architectures import KNOWN, has_known_blocks, known_places, known_targets
 from .base import backbone_parameters, head_modules, in_heads, in_module, modules_outside_adapters, shared_parameters
-from .budget import External, absolute_budget, external_cost, widths_within
+from .budget import External, absolute_budget, widths_within
 
 # The heads that PEFT adds to `modules_to_save` for a task, whether a model has them or not.
 TASK_HEADS = {
@@ -35,9 +35,6 @@ TASK_HEADS = {
 }
 
 COMPILED = "_orig_mod"  # what torch.compile puts into the names of the modules in what it wraps
-
-# Whether the weights of what is being injected follow at once, so that no ticket needs to be chosen for it.
-LOADING: ContextVar[bool] = ContextVar("loading", default=False)
 
 
 @dataclass
@@ -318,7 +315,7 @@ class Planner:
             return 0.0
         if config.target_modules == set():
             return 1.0
-        return DEFAULT_SHARE if config.external_share == "auto" else float(config.external_share)
+        return float(config.external_share)
 
     @property
     def _lacks_places(self) -> bool:
@@ -382,14 +379,10 @@ class Planner:
         externals: list[External] = []
         if places:
             allowance = self.external_allowance() if candidates else budget
-            if config.external_share == "auto" and allowance < min(external_cost(p.channels, 1) for p in places):
-                places = []  # the search may find a share that pays for some
             widths = widths_within([p.channels for p in places], allowance)
             externals = [replace(p, width=w) for p, w in zip(places, widths, strict=True) if w]
         size = budget - sum(e.cost for e in externals) if candidates else 0
         total = count_elements(candidates)
-        if config.external_share == "auto":
-            size = min(size, total)  # the search may find a share that spends the rest
         if size > total:
             raise ValueError(
                 f"SFAConfig.budget={config.budget!r} leaves {size:,} parameters for the ticket, but the targets have "
@@ -461,6 +454,8 @@ class Planner:
         """The plan of a config that an earlier injection filled in: its sizes, with the data-free ticket in them."""
         config = self.config
         assert config.ticket_sizes is not None
+        load = LOAD.get()
+        shapes = load.saved.shapes if load and load.saved else {}
         plan = Plan(externals=self.recorded_externals())
         for full_name, size in config.ticket_sizes.items():
             module, _, name = full_name.rpartition(".")
@@ -470,7 +465,7 @@ class Planner:
             if name not in parameters:
                 raise CheckpointError(_OTHER_ARCHITECTURE.format(name=full_name, model=type(self.model).__name__))
             parameter = parameters[name]
-            sealed = getattr(config, "sealed_shapes", {}).get(full_name)
+            sealed = shapes.get(full_name)
             if sealed is not None and sealed != tuple(parameter.shape):
                 raise CheckpointError(
                     f"{full_name!r} has shape {tuple(parameter.shape)} in this model, and had {sealed} where the "
@@ -499,7 +494,7 @@ class Planner:
 
     def _recorded_positions(self, module: str, name: str, parameter: Tensor, size: int) -> Tensor:
         is_elsewhere = parameter.is_meta and not is_quantized(base_layer_of(self.leaves[module]))
-        if is_elsewhere or LOADING.get():
+        if is_elsewhere or LOAD.get():
             return torch.arange(size, dtype=torch.int32)  # a placeholder; the loaded positions replace it
         granularity = self.config.granularity
         amount = size * granularity.size(parameter.shape)

@@ -1,12 +1,9 @@
-"""External selection: which places deserve an external adapter, and how wide.
+"""External selection: which places deserve an external adapter, and how wide. Experimental: no gain was measured.
 
 Wide adapters, the probes, are trained at every place beside the search. Each of their hidden units is scored by the
 part of the loss's decrease that is credited to its parameters, and the units with the most for what they cost are
 kept, as many as the external share of the budget pays for. A place may end up with none. The units that are kept begin
 with the weights that their probe began with, as a winning ticket does.
-
-The share of the budget is found alike: of a few shares, the one whose units and ticket are credited with most. Credit
-grows with the learning rate, so it is taken for a rate of 1 on both sides.
 """
 
 from __future__ import annotations
@@ -26,7 +23,6 @@ from ..ticket.selection import top_units
 from .training import DenseTraining
 
 PROBE_BUDGET = 3  # how many times the parameters of the adapters to be chosen the probes have
-SHARES = (0.0, 0.1, 0.25, 0.5, 0.75)  # what an external share of "auto" is chosen from
 STATISTIC = "credit"
 
 
@@ -48,11 +44,7 @@ class Placement:
         """Put probes at every place for a while: together `PROBE_BUDGET` times as wide as the budget pays for."""
         places = tuner.places(adapter_name)
         channels = [place.channels for place in places]
-        shares = SHARES if tuner.peft_config[adapter_name].external_share == "auto" else ()
-        allowance = max(
-            [tuner.external_allowance(adapter_name), *(int(s * tuner.budget(adapter_name)) for s in shares)]
-        )
-        widths = widths_within(channels, PROBE_BUDGET * allowance)
+        widths = widths_within(channels, PROBE_BUDGET * tuner.external_allowance(adapter_name))
         tried = [replace(p, width=min(max(w, 2), p.channels)) for p, w in zip(places, widths, strict=True)]
         with tuner.other_externals(adapter_name, tried):
             yield cls(tuner, adapter_name, tried)
@@ -78,7 +70,7 @@ class Placement:
         self.values: list[tuple[Tensor, Tensor, Tensor]] = []
         for i, (_, probe) in enumerate(self.probes):
             own = [slots[p] for p in (probe.down.weight, probe.down.bias, probe.up.weight)]
-            down, bias, up = (slot.sums[STATISTIC].float() / slot.rate for slot in own)
+            down, bias, up = (slot.sums[STATISTIC].float() for slot in own)
             credit = (down.sum(1) + bias + up.sum(0)).to(probe.down.weight.device)
             self.credit[str(i)] = (agree(credit) if agree else credit).cpu()
             down, bias, up = (slot.begin for slot in own)
@@ -96,7 +88,6 @@ class Placement:
             at = kept.to(down.device)
             chosen.externals.append(replace(place, width=len(kept)))
             chosen.values.append((down[at], bias[at], up[:, at]))
-            chosen.credit += float(self.credit[str(i)][kept].double().sum())
         return chosen
 
 
@@ -106,13 +97,11 @@ class Chosen:
     Attributes:
         externals: One for each place, maybe of width 0.
         values: The weights and biases that they begin with: down, bias and up.
-        credit: The decrease of the loss that is credited to them, for a learning rate of 1.
     """
 
     def __init__(self) -> None:
         self.externals: list[External] = []
         self.values: list[tuple[Tensor, Tensor, Tensor]] = []
-        self.credit = 0.0
 
     @property
     def cost(self) -> int:

@@ -52,11 +52,11 @@ class Rounds:
             quotas.check(self.sizes, size)
         self.slots: dict[str, Slot] = {}
 
-    def make_slots(self, rate: float, also: tuple[str, ...] = ()) -> list[Slot]:
-        """A slot for each candidate, trained at `rate` if the criterion trains; `also` are further statistics."""
-        statistics = tuple(dict.fromkeys((*self.criterion.statistics, *also)))
+    def make_slots(self, rate: float) -> list[Slot]:
+        """A slot for each candidate, trained at `rate` if the criterion trains."""
+        rate = rate if self.criterion.trains else 0.0
         self.slots = {
-            f"{module}.{name}": Slot(f"{module}.{name}", p, rate if self.criterion.trains else 0.0, statistics, True)
+            f"{module}.{name}": Slot(f"{module}.{name}", p, rate, self.criterion.statistics, True)
             for module, own in self.candidates.items()
             for name, p in own.items()
         }
@@ -136,16 +136,6 @@ class Rounds:
                 self.granularity.write(kept, at, values.to(kept.device))
                 slot.kept = kept
         training.rewind()
-
-    def credit(self, positions: Positions) -> float:
-        """The decrease of the loss that is credited to a ticket, for a learning rate of 1."""
-        total = 0.0
-        for module, own in positions.items():
-            for name, at in own.items():
-                slot = self.slots[f"{module}.{name}"]
-                credit = slot.sums["credit"].float() / slot.rate
-                total += float(self.granularity.read(credit, at.to(credit.device).long()).double().sum())
-        return total
 
     def early_values(self, positions: Positions) -> dict[str, Tensor]:
         """How far each chosen position had come at the step that the search rewinds to."""

@@ -27,7 +27,7 @@ from ..ticket.selection import Positions, count_elements
 from ..ticket.ticket import Ticket, shapes_of
 from ..tuner.optimizers import tell_left_behind
 from .install import searchable
-from .placement import SHARES, Chosen, Placement
+from .placement import Chosen, Placement
 from .progress import SearchCheckpoint
 from .rounds import Rounds
 from .steps import Calls, Run, TicketSearchError, choosing, default_loss, endless, prepared, seeded
@@ -62,9 +62,9 @@ def search_ticket(
     was, bit for bit. Then the ticket's values, all zero, take the place of the old ones: **create the optimizer after
     the search**, and wrap the model for distributed training after it.
 
-    With `external_placement="auto"` wide external adapters are trained at every place meanwhile, their hidden units
-    are scored, and the best that the budget pays for are kept, with the weights they began with; see
-    `sfa_peft.search.placement`.
+    With `external_placement="auto"` (experimental: no gain was measured) wide external adapters are trained at every
+    place meanwhile, their hidden units are scored, and the best that the budget pays for are kept, with the weights
+    they began with; see `sfa_peft.search.placement`.
 
     With several processes, gradients are averaged over them, and all of them hold the ticket of the main process. The
     same model, data, seed and settings give the same ticket.
@@ -151,11 +151,6 @@ def search_ticket(
                 )
     if rounds > 1 and not candidates:
         raise ValueError(f"rounds={rounds}, but adapter {adapter_name!r} has no internal targets to choose from.")
-    finds_share = config.external_share == "auto" and bool(candidates)
-    if finds_share and not rule.trains:
-        raise ValueError(
-            f"external_share='auto' compares what training does; the criterion {rule.name!r} does not train."
-        )
     needs_data = rule.needs_data or places_externals
     if needs_data and dataloader is None:
         raise ValueError(f"dataloader=None, but the criterion {rule.name!r} or the placement needs data.")
@@ -197,11 +192,7 @@ def search_ticket(
                 p.data.copy_(broadcast(p.data))
         probed = placement.statistics() if placement else {}
         others = [Slot(f"beside.{i}", p, adapter_learning_rate, probed.get(p, ())) for i, p in enumerate(beside)]
-        training = DenseTraining(
-            [*selector.make_slots(learning_rate, ("credit",) if finds_share else ()), *others],
-            optimizer_state,
-            seed,
-        )
+        training = DenseTraining([*selector.make_slots(learning_rate), *others], optimizer_state, seed)
         stack.callback(training.rewind, to_early=False)
         places = [name for name, layer in sfa_layers(tuner.model) if layer.externals_of(adapter_name)]
         names = dict.fromkeys((*candidates, *places))
@@ -237,8 +228,9 @@ def search_ticket(
             _tell_idle([name for name in places if name in never])
             if placement:
                 placement.score(training, broadcast if several else None, never)
-                shares = SHARES if finds_share else ()
-                chosen, positions = _best_split(tuner, adapter_name, placement, selector, training, shares)
+                chosen = placement.select(tuner.external_allowance(adapter_name))
+                left = tuner.budget(adapter_name) - chosen.cost
+                positions = selector.choose(training, min(left, selector.total))
             else:
                 positions = selector.choose(training, selector.size)
         early = selector.early_values(positions)
@@ -263,29 +255,6 @@ def _tell_idle(places: Sequence[str]) -> None:
             f"adapters there do nothing. Leave these modules out (`exclude_modules`, `external_modules`).",
             stacklevel=3,
         )
-
-
-def _best_split(
-    tuner: Any,
-    adapter_name: str,
-    placement: Placement,
-    selector: Rounds,
-    training: DenseTraining,
-    shares: Sequence[float],
-) -> tuple[Chosen, Positions]:
-    """External adapters and a ticket in one budget: of several shares, the split that is credited with most.
-
-    Without `shares`, the one of the config. Without candidates the ticket is empty.
-    """
-    budget = tuner.budget(adapter_name)
-    splits = []
-    for allowance in [int(share * budget) for share in shares] or [tuner.external_allowance(adapter_name)]:
-        chosen = placement.select(allowance)
-        positions = selector.choose(training, min(budget - chosen.cost, selector.total))
-        splits.append((chosen.credit + selector.credit(positions) if shares else 0.0, chosen, positions))
-    # The first of equals: fewer external parameters.
-    _, chosen, positions = max(splits, key=lambda split: split[0])
-    return chosen, positions
 
 
 def _begin(

@@ -17,17 +17,10 @@ from torch import Tensor, nn
 
 from ..checkpoint import CheckpointError
 from ..checkpoint.coding import encode_all
+from ..checkpoint.names import INTERNAL, POSITIONS, PREFIX, is_adapter_key, is_positions_key
 from ..checkpoint.packing import unpack
-from ..checkpoint.validation import (
-    INTERNAL,
-    POSITIONS,
-    PREFIX,
-    check_finite,
-    check_positions,
-    decode_state_dict,
-    is_adapter_key,
-    is_positions_key,
-)
+from ..checkpoint.reader import LOAD
+from ..checkpoint.validation import check_finite, check_positions, decode_state_dict
 from ..config import SFAConfig
 from ..layers.adapted import SFALayer, sfa_layers
 from ..layers.bottleneck import ExternalAdapter
@@ -39,7 +32,7 @@ from ..layers.statistics import keep_statistics, release_statistics
 from ..planning.architectures import known_prefixes
 from ..planning.base import check_base, head_modules, shared_parameters
 from ..planning.budget import External
-from ..planning.plan import LOADING, TASK_HEADS, Plan, Planner, peft_verdict, ticket_sizes
+from ..planning.plan import TASK_HEADS, Plan, Planner, peft_verdict, ticket_sizes
 from ..ticket.selection import Positions
 from .combining import check_combinable, combined, fill
 from .layout import layout_in
@@ -99,10 +92,7 @@ class SFAModel(BaseTuner):
         if config.task_type in TASK_HEADS:  # some of PEFT's classes for tasks name their heads too late
             own = config.modules_to_save or ()
             config.modules_to_save = list(dict.fromkeys((*own, *TASK_HEADS[config.task_type])))
-        config = config if LOADING.get() else copy.deepcopy(config)
-        recorded = config.ticket_sizes is not None
-        if not sfa_layers(model):
-            self._original_flags = [(p, p.requires_grad) for p in model.parameters()]
+        config = config if LOAD.get() else copy.deepcopy(config)
         planner = Planner(model, config)
         plan = planner.plan() if plan is None else plan
         check_base(model, adapter_name, config, plan.modules)
@@ -126,8 +116,6 @@ class SFAModel(BaseTuner):
             raise
         finally:
             del self._plan
-        # Whether its weights are still to come from a file. Not a field: it is nothing to save.
-        config.awaits_weights = recorded
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
         # SFA adapts no embeddings, and some detectors (Deformable DETR, Grounding DINO) raise when PEFT asks for them.
@@ -277,7 +265,6 @@ class SFAModel(BaseTuner):
             raise
         for p in self.parameters_of(adapter_name):
             p.requires_grad_(False)
-        self.peft_config[adapter_name].awaits_weights = False
 
     def _check_merge_allowed(self) -> None:
         """Refuse what would change another module as well, or cannot be changed.
@@ -612,26 +599,13 @@ class SFAModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SFAConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        try:
-            unpacked = cls._unpacked(model, config, adapter_name, state_dict)
-            remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, unpacked)
-            decoded = cls._decoded(model, adapter_name, remapped)
-        except CheckpointError:
-            if not LOADING.get():  # who loads undoes it
-                forsake_adapter(model, adapter_name)
-            raise
-        config.awaits_weights = False
-        for name in ("renamed_from", "packed_names"):
-            vars(config).pop(name, None)
-        return {key: _own(tensor) for key, tensor in decoded.items()}
+        unpacked = cls._unpacked(model, adapter_name, state_dict)
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, unpacked)
+        return {key: _own(tensor) for key, tensor in cls._decoded(model, adapter_name, remapped).items()}
 
     @classmethod
-    def _unpacked(
-        cls, model: nn.Module, config: SFAConfig, adapter_name: str, tensors: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def _unpacked(cls, model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a checkpoint by their own names; a file has the internal ones packed together."""
-        packed = getattr(config, "packed_names", {})
-        tensors = {packed.get(key, key): tensor for key, tensor in tensors.items()}
         sizes, shapes = {}, {}
         for name, layer in sfa_layers(model):
             if adapter_name in layer.sfa_internal:
@@ -639,7 +613,7 @@ class SFAModel(BaseTuner):
                 for p in delta.changed:
                     full = f"{name.removeprefix(PREFIX)}.{p}"
                     sizes[full], shapes[full] = len(delta.positions(p)), tuple(getattr(delta, p).shape)
-        return unpack(tensors, sizes, lambda name, count: shapes[name], getattr(config, "renamed_from", {}))
+        return unpack(tensors, sizes, lambda name, count: shapes[name])
 
     @classmethod
     def _decoded(cls, model: nn.Module, adapter_name: str, remapped: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -681,22 +655,6 @@ def _own(tensor: Tensor) -> Tensor:
     """
     is_own = tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.data_ptr() % ALIGNMENT == 0
     return tensor if is_own else tensor.clone()
-
-
-def forsake_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter out again whose weights failed to come: PEFT injects an adapter before it reads its file.
-
-    One that has been given weights, or was made without waiting for any, stays.
-    """
-    config = model.peft_config.get(adapter_name)
-    awaits = getattr(config, "awaits_weights", False)
-    if not awaits or any(layer.is_changed_by(adapter_name) for _, layer in sfa_layers(model)):
-        return
-    discard_adapter(model, adapter_name)
-    model.peft_config.pop(adapter_name)
-    if not sfa_layers(model):
-        for p, requires_grad in getattr(getattr(model, "base_model", None), "_original_flags", ()):
-            p.requires_grad_(requires_grad)
 
 
 def discard_adapter(model: nn.Module, adapter_name: str) -> None:
