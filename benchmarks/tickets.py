@@ -127,7 +127,6 @@ def suites() -> dict[str, list[Run]]:
                 | {"external_placement": "auto", "external_places": ("attention", "mlp", "mlp_parallel")},
             ),
             Run("both, auto", config={"external_placement": "auto"}),
-            Run("both, auto share", config={"external_placement": "auto", "external_share": "auto"}),
             *(Run(f"both, share {share:g}", config={"external_share": share}) for share in (0.1, 0.5, 0.75)),
         ],
     }
