@@ -16,7 +16,7 @@ from .tuner.model import SFAModel  # noqa: E402
 
 register(SFAConfig, SFAModel)
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "SFAConfig",

@@ -35,7 +35,8 @@ from ..checkpoint.renaming import KeyMapping
 from ..checkpoint.seal import CONFIG, WEIGHTS, read, seal
 from ..checkpoint.validation import check_sizes
 from ..config import DTYPES, SFAConfig
-from ..hub import card, upload
+from ..hub import card
+from ..hub.upload import upload
 from ..layers.adapted import sfa_layers
 from ..layers.granularity import position_dtype
 from ..layers.offloading import brought, is_hooked
@@ -298,17 +299,22 @@ def push_to_hub(
         huggingface_hub.errors.HfHubHTTPError: If the Hub refuses.
     """
     save_options.pop("max_shard_size", None)
-    message = commit_message or "Upload SFA adapter"
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, **save_options)  # first: what cannot be saved needs no repository
         if not _writes(save_options.get("is_main_process", True)):
             return None
-        push = upload.Push(repo_id, private=private, token=token, revision=revision, create_pr=create_pr)
-        if push.fetch_card(Path(folder)):
-            card.check_card(Path(folder))
-            model.create_or_update_model_card(folder)
-        card.update_card(model, Path(folder), push.repo_id, is_repo=True, tags=tags or ())
-        return push.upload(Path(folder), message, commit_description)
+        return upload(
+            model,
+            Path(folder),
+            repo_id,
+            message=commit_message or "Upload SFA adapter",
+            description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            tags=tags or (),
+        )
 
 
 class _Load(Load):
