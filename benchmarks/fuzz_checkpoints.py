@@ -38,7 +38,8 @@ from sfa_peft import CheckpointError, SFAConfig
 from sfa_peft.checkpoint.coding import encode_positions
 from sfa_peft.checkpoint.packing import CODES
 from sfa_peft.checkpoint.reader import tensors_of
-from sfa_peft.checkpoint.seal import CONFIG, WEIGHTS, read, seal
+from sfa_peft.checkpoint.seal import CONFIG, WEIGHTS, read
+from sfa_peft.checkpoint.writer import write_adapter
 
 ABSURD = (
     -1,
@@ -167,7 +168,7 @@ def forge(folder: Path, rng: random.Random) -> None:
     if rng.random() < 0.7:
         shapes = {name: rng.choice([(16, 8), (2**40, 2**20), (), (0,)]) for name in config["ticket_sizes"]}
         with suppress(KeyError, ValueError):  # what cannot be packed or sealed stays as it is
-            seal(folder, shapes if rng.random() < 0.3 else file.shapes, lambda key: None)
+            write_adapter(folder, tensors, config, shapes if rng.random() < 0.3 else file.shapes)
 
 
 CHANGES: dict[str, Callable[[Path, random.Random], None]] = {

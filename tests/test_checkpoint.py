@@ -12,7 +12,8 @@ from sfa_peft import CheckpointError, SFAConfig, SFALayer, search_ticket
 from sfa_peft.checkpoint.coding import encode_positions
 from sfa_peft.checkpoint.packing import CODES, VALUES
 from sfa_peft.checkpoint.reader import tensors_of
-from sfa_peft.checkpoint.seal import read, seal
+from sfa_peft.checkpoint.seal import read
+from sfa_peft.checkpoint.writer import write_adapter
 
 CONFIGS = {
     "both": {"budget": 0.1},
@@ -266,7 +267,8 @@ def test_broken_packed_tensors_are_refused(tmp_path, change, match):
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
-    seal(tmp_path, shapes, lambda key: None)
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    write_adapter(tmp_path, tensors, fields, shapes)
     with pytest.raises(CheckpointError, match=match):
         PeftModel.from_pretrained(tiny.swin(), tmp_path)
 

@@ -45,7 +45,15 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
 
     safetensors writes metadata in a random order, so its header is written anew, with as many bytes.
     """
-    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path, metadata)
+    own: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        flat = tensor.detach().contiguous()
+        # Tensors that share memory, as tied ones do, each have their own place in a file.
+        address = flat.untyped_storage().data_ptr()
+        own[name] = flat.clone() if address in storages else flat
+        storages.add(address)
+    save_file(own, path, metadata)
     with open(path, "r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))

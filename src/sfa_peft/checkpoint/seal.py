@@ -13,7 +13,7 @@ import binascii
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,7 @@ import torch
 from torch import Tensor
 
 from .error import CheckpointError
-from .files import load_tensors, save_tensors
-from .packing import pack
-from .validation import is_sound
+from .files import load_tensors
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -59,41 +57,6 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def seal(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype_of: Callable[[str], torch.dtype | None]) -> None:
-    """Pack and seal an adapter that was just saved to `folder`, after casting its floating-point tensors.
-
-    Args:
-        folder: With `adapter_config.json` and `adapter_model.safetensors`, which are written anew.
-        shapes: For each parameter that the ticket could choose from, its shape.
-        dtype_of: For the name of a tensor, the dtype that it is to have in the file; None to keep its own.
-
-    Raises:
-        ValueError: If a value is not finite, in its own dtype or in the file's.
-    """
-    file = read(folder / WEIGHTS)
-    tensors = pack({name: _cast(name, tensor, dtype_of(name)) for name, tensor in file.tensors.items()})
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    config[DIGEST] = digest_of(tensors)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    sealed = {"config": config, "shapes": {name: list(shape) for name, shape in shapes.items()}}
-    packed = zlib.compress(json.dumps(sealed, sort_keys=True, separators=(",", ":")).encode(), 9)
-    save_tensors(folder / WEIGHTS, tensors, {"format": "pt", KEY: base64.b85encode(packed).decode()})
-
-
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    if not is_sound(name, tensor):
-        raise ValueError(f"{name!r} holds values that are not finite: the training has diverged. Nothing was saved.")
-    if not tensor.is_floating_point():
-        return tensor
-    cast = tensor if dtype is None else tensor.to(dtype)
-    if cast.isinf().any() and not tensor.isinf().any():
-        raise ValueError(
-            f"{name!r} holds values up to {tensor.abs().max():.3g}, which {dtype} cannot hold; save it in bfloat16 or "
-            f"float32 (`values_dtype`, `heads_dtype`). Nothing was saved."
-        )
-    return cast
 
 
 def read(path: Path) -> AdapterFile:

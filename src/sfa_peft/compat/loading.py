@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from huggingface_hub import CommitInfo
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from peft import PeftModel, peft_model
+from peft import PeftModel, get_peft_model_state_dict, peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -32,8 +32,9 @@ from ..checkpoint.files import staged
 from ..checkpoint.names import is_adapter_key
 from ..checkpoint.reader import LOAD, Load, difference_of, weights_of
 from ..checkpoint.renaming import KeyMapping
-from ..checkpoint.seal import CONFIG, WEIGHTS, read, seal
+from ..checkpoint.seal import CONFIG, WEIGHTS, read
 from ..checkpoint.validation import check_sizes
+from ..checkpoint.writer import write_adapter
 from ..config import DTYPES, SFAConfig
 from ..hub import card
 from ..hub.upload import upload
@@ -92,43 +93,50 @@ def save_pretrained(
         if name not in model.peft_config:
             raise ValueError(f"selected_adapters: there is no {name!r}; the model has {sorted(model.peft_config)}.")
         model.base_model.check_config(name)
+    if kwargs.get("path_initial_model_for_weight_conversion") is not None:
+        original(save_directory, selected_adapters=names, **kwargs)  # PEFT has an error for that
     # "auto" asks the Hub for the base's vocabulary; an adapted layer is saved as its change, so there is none to save.
-    options = {"selected_adapters": names, "save_embedding_layers": save_embedding_layers is True, **kwargs}
-    folder = Path(save_directory)
+    tensors = {
+        name: get_peft_model_state_dict(  # of every process, which collecting them may need
+            model,
+            state_dict=kwargs.get("state_dict"),
+            adapter_name=name,
+            save_embedding_layers=save_embedding_layers is True,
+        )
+        for name in names
+    }
     if not _writes(is_main_process):
-        # Collecting the tensors may need every process. PEFT makes the folder in any case.
-        with tempfile.TemporaryDirectory() as nowhere:
-            original(nowhere, is_main_process=False, **options)
         return
+    folder = Path(save_directory)
     if folder.is_file():
         raise ValueError(f"save_directory={str(folder)!r} is a file; name a folder.")
     card.check_card(folder)
     with staged(folder, last=(WEIGHTS, CONFIG, card.PICTURE, card.CARD)) as stage:
         if (folder / card.CARD).is_file():
             shutil.copyfile(folder / card.CARD, stage / card.CARD)
-        modes = {name: model.peft_config[name].inference_mode for name in names}
-        try:
-            original(str(stage), is_main_process=True, **options)
-        finally:  # PEFT saves it as True, and may fail in between
-            for name, mode in modes.items():
-                model.peft_config[name].inference_mode = mode
         for name in names:
-            _seal(model, name, card.folder_of(stage, name))
-        card.update_card(model, stage, os.fspath(save_directory))
+            _write(model, name, tensors[name], card.folder_of(stage, name))
+        _write_card(model, stage, os.fspath(save_directory))
 
 
-def _writes(is_main_process: bool) -> bool:
-    """Whether this process is the one that writes."""
-    return is_main_process and not (dist.is_initialized() and dist.get_rank() != 0)
-
-
-def _seal(model: PeftModel, adapter_name: str, folder: Path) -> None:
+def _write(model: PeftModel, adapter_name: str, tensors: dict[str, Tensor], folder: Path) -> None:
     config = model.peft_config[adapter_name]
 
     def dtype_of(key: str) -> torch.dtype | None:
         return DTYPES.get(config.values_dtype if is_adapter_key(key) else config.heads_dtype)
 
-    seal(folder, ticket_of(model.base_model, adapter_name).shapes, dtype_of)
+    base = model.get_base_model()
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = vars(base).get("name_or_path") or None
+    fields = config.to_dict() | {"inference_mode": True}
+    if config.task_type is None:  # how PEFT's Auto classes find the base's class
+        fields["auto_mapping"] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+    write_adapter(folder, tensors, fields, ticket_of(model.base_model, adapter_name).shapes, dtype_of)
+
+
+def _writes(is_main_process: bool) -> bool:
+    """Whether this process is the one that writes."""
+    return is_main_process and not (dist.is_initialized() and dist.get_rank() != 0)
 
 
 def from_pretrained(original: Method, cls: type[PeftModel], *args: Any, **kwargs: Any) -> PeftModel:
@@ -258,9 +266,13 @@ def _load_in_transformers(original: Method, model: PreTrainedModel, given: dict[
 
 def create_or_update_model_card(original: Method, model: PeftModel, output_dir: str) -> None:
     """Write the model card as `PeftModel.create_or_update_model_card` does, with a section on the saved adapters."""
-    tags = card.begin_card(model, Path(output_dir))  # PEFT drops tags that it does not know
-    original(output_dir)
-    card.update_card(model, Path(output_dir), os.fspath(output_dir), tags=tags)
+    _write_card(model, Path(output_dir), os.fspath(output_dir), original)
+
+
+def _write_card(model: PeftModel, folder: Path, source: str, original: Method | None = None) -> None:
+    tags = card.begin_card(model, folder)  # PEFT drops tags that it does not know
+    (original or functools.partial(_PEFT_CARD, model))(str(folder))
+    card.update_card(model, folder, source, tags=tags)
 
 
 def push_to_hub(
@@ -397,6 +409,7 @@ def _is_saved_by_sfa(model_id: str | os.PathLike[str], options: dict[str, Any]) 
         return False
 
 
+_PEFT_CARD = PeftModel.create_or_update_model_card
 extend(
     PeftModel,
     {
