@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .samples import IGNORE_INDEX, Array, Sample, boxes_of
+from .samples import Array, Sample, boxes_of
 
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
@@ -129,8 +129,3 @@ def finished(tensors: Tensors) -> Tensors:
         result |= {"masks": masks[kept], "classes": tensors["classes"][kept]}
         result["boxes"] = torch.from_numpy(boxes_of(result["masks"].numpy()))
     return result
-
-
-def is_labelled(label: Tensor) -> Tensor:
-    """Where a map of classes counts."""
-    return label != IGNORE_INDEX
