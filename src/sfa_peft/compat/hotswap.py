@@ -102,13 +102,11 @@ def _asking_first(original: Callable[..., None]) -> Callable[..., None]:
         with torch.no_grad():
             return swap(given["model"], given["state_dict"], given["adapter_name"], given["config"])
 
-    hotswap_adapter_from_state_dict.sfa_original = original  # type: ignore[attr-defined]
     return hotswap_adapter_from_state_dict
 
 
 if not hasattr(hotswap, "hotswap_adapter_from_state_dict") or not hasattr(hotswap, "CONFIG_KEYS_TO_CHECK"):
     raise PeftTooDifferentError("peft.utils.hotswap is not as sfa_peft knows it; install a version that it declares.")
-_current = hotswap.hotswap_adapter_from_state_dict
-hotswap.hotswap_adapter_from_state_dict = _asking_first(getattr(_current, "sfa_original", _current))
+hotswap.hotswap_adapter_from_state_dict = _asking_first(hotswap.hotswap_adapter_from_state_dict)
 # Not more: PEFT compares with the active adapter, which need not be the one that is swapped.
 hotswap.CONFIG_KEYS_TO_CHECK[PeftType[NAME]] = ["peft_type"]

@@ -13,7 +13,7 @@ from typing import Any
 
 import peft
 from aenum import extend_enum
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
 
 NAME = "SFA"
@@ -31,32 +31,28 @@ def _error(reason: object) -> PeftTooDifferentError:
 
 
 def add_peft_type() -> None:
-    """Add `SFA` to `PeftType`, once.
+    """Add `SFA` to `PeftType`.
 
     Raises:
-        PeftTooDifferentError: If the enum cannot be extended, or PEFT has a method of that name of its own.
+        PeftTooDifferentError: If the enum cannot be extended, or PEFT has a method of that name already.
     """
-    if NAME not in PeftType.__members__:
-        try:
-            extend_enum(PeftType, NAME, NAME)
-        except Exception as error:
-            raise _error(f"PeftType cannot be extended ({error})") from error
-    owner = PEFT_TYPE_TO_TUNER_MAPPING.get(PeftType[NAME])
-    if owner is not None and owner.__module__.partition(".")[0] != __package__.partition(".")[0]:
+    owner = PEFT_TYPE_TO_TUNER_MAPPING.get(NAME)
+    if owner is not None:
         raise _error(f"it has a method {NAME} already ({owner.__module__})")
+    if NAME in PeftType.__members__:  # from an import that was interrupted
+        return
+    try:
+        extend_enum(PeftType, NAME, NAME)
+    except Exception as error:
+        raise _error(f"PeftType cannot be extended ({error})") from error
 
 
 def register(config_cls: type, model_cls: type) -> None:
-    """Register the method with PEFT, once; after a reload of this package, with its new classes.
+    """Register the method with PEFT.
 
     Raises:
         PeftTooDifferentError: If PEFT refuses.
     """
-    peft_type = PeftType[NAME]
-    if peft_type in PEFT_TYPE_TO_TUNER_MAPPING:
-        PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
-        PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls
-        return
     try:
         register_peft_method(name=NAME.lower(), config_cls=config_cls, model_cls=model_cls)
     except Exception as error:
@@ -88,10 +84,8 @@ def extend(cls: type, methods: Mapping[str, Callable[..., Any]], applies: Callab
     for name, own in methods.items():
         if not hasattr(cls, name):
             raise _error(f"{cls.__name__} has no {name}")
-        found = vars(cls).get(name, getattr(cls, name))
-        original = getattr(found, "sfa_original", found)  # set by an earlier import of this package
+        original = vars(cls).get(name, getattr(cls, name))
         method = _class_method(own, original) if isinstance(original, classmethod) else _method(own, original, applies)
-        method.sfa_original = original  # type: ignore[attr-defined]
         setattr(cls, name, method)
 
 
