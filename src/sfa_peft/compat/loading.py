@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from json import JSONDecodeError
 from pathlib import Path
@@ -43,6 +43,7 @@ from ..layers.granularity import position_dtype
 from ..layers.offloading import brought, is_hooked
 from ..planning.base import base_parameters
 from ..search.install import ticket_of
+from ..ticket import Ticket
 from ..tuner.model import HANDED_OVER, HandedOverError, discard_adapter
 from .hotswap import resized
 from .registration import NAME, arguments_of, extend
@@ -114,12 +115,19 @@ def save_pretrained(
     with staged(folder, last=(WEIGHTS, CONFIG, card.PICTURE, card.CARD)) as stage:
         if (folder / card.CARD).is_file():
             shutil.copyfile(folder / card.CARD, stage / card.CARD)
+        tickets = {name: ticket_of(model.base_model, name) for name in names}
         for name in names:
-            _write(model, name, tensors[name], card.folder_of(stage, name))
-        _write_card(model, stage, os.fspath(save_directory))
+            _write(model, name, tensors[name], tickets[name].shapes, card.folder_of(stage, name))
+        _write_card(model, stage, os.fspath(save_directory), tickets)
 
 
-def _write(model: PeftModel, adapter_name: str, tensors: dict[str, Tensor], folder: Path) -> None:
+def _write(
+    model: PeftModel,
+    adapter_name: str,
+    tensors: dict[str, Tensor],
+    shapes: dict[str, tuple[int, ...]],
+    folder: Path,
+) -> None:
     config = model.peft_config[adapter_name]
 
     def dtype_of(key: str) -> torch.dtype | None:
@@ -131,7 +139,7 @@ def _write(model: PeftModel, adapter_name: str, tensors: dict[str, Tensor], fold
     fields = config.to_dict() | {"inference_mode": True}
     if config.task_type is None:  # how PEFT's Auto classes find the base's class
         fields["auto_mapping"] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
-    write_adapter(folder, tensors, fields, ticket_of(model.base_model, adapter_name).shapes, dtype_of)
+    write_adapter(folder, tensors, fields, shapes, dtype_of)
 
 
 def _writes(is_main_process: bool) -> bool:
@@ -266,13 +274,13 @@ def _load_in_transformers(original: Method, model: PreTrainedModel, given: dict[
 
 def create_or_update_model_card(original: Method, model: PeftModel, output_dir: str) -> None:
     """Write the model card as `PeftModel.create_or_update_model_card` does, with a section on the saved adapters."""
-    _write_card(model, Path(output_dir), os.fspath(output_dir), original)
+    _write_card(model, Path(output_dir), os.fspath(output_dir), {})
 
 
-def _write_card(model: PeftModel, folder: Path, source: str, original: Method | None = None) -> None:
+def _write_card(model: PeftModel, folder: Path, source: str, tickets: Mapping[str, Ticket]) -> None:
     tags = card.begin_card(model, folder)  # PEFT drops tags that it does not know
-    (original or functools.partial(_PEFT_CARD, model))(str(folder))
-    card.update_card(model, folder, source, tags=tags)
+    _PEFT_CARD(model, str(folder))
+    card.update_card(model, folder, source, tags=tags, tickets=tickets)
 
 
 def push_to_hub(

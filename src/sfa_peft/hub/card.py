@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
@@ -130,7 +131,14 @@ def begin_card(model: PeftModel, folder: Path) -> list[str]:
     return []
 
 
-def update_card(model: PeftModel, folder: Path, source: str, is_repo: bool = False, tags: Sequence[str] = ()) -> None:
+def update_card(
+    model: PeftModel,
+    folder: Path,
+    source: str,
+    is_repo: bool = False,
+    tags: Sequence[str] = (),
+    tickets: Mapping[str, Ticket] = MappingProxyType({}),
+) -> None:
     """Write what is to be said of the adapters saved in `folder` into its model card; all other text stays.
 
     Args:
@@ -139,6 +147,7 @@ def update_card(model: PeftModel, folder: Path, source: str, is_repo: bool = Fal
         source: What the adapters are going to be loaded from: a folder, or a repository.
         is_repo: Whether it is a repository.
         tags: More tags.
+        tickets: Those of adapters that are at hand.
     """
     folders = {name: folder_of(folder, name) for name in model.peft_config}
     saved = {name: own for name, own in folders.items() if (own / CONFIG).is_file()}
@@ -158,7 +167,7 @@ def update_card(model: PeftModel, folder: Path, source: str, is_repo: bool = Fal
     _name_base(card, base_id, tags)
     _add_results(card, evaluations[first], source.rpartition("/")[2] if is_repo else None)
     for name, own in saved.items():
-        ticket = ticket_of(model, name)
+        ticket = tickets.get(name) or ticket_of(model, name)
         picture = (own / PICTURE).relative_to(folder).as_posix()
         drawn = _draw(ticket, model.peft_config[name], own / PICTURE)
         size = (own / WEIGHTS).stat().st_size
