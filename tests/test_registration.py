@@ -67,3 +67,21 @@ def test_other_methods_load_as_if_sfa_was_not_there(tmp_path):
     assert "error" in without["from_pretrained of_other_shapes"]
     for way, result in without.items():
         assert beside[way] == result, way
+
+
+def test_a_peft_whose_functions_have_changed_is_named_and_left_as_it_is():
+    done = run(
+        "import peft, peft.utils.hotswap as h\n"
+        "def load_adapter(self, where): pass\n"
+        "peft.PeftModel.load_adapter = load_adapter\n"
+        "del h.hotswap_adapter_from_state_dict\n"
+        "before = peft.PeftModel.from_pretrained.__func__\n"
+        "try:\n"
+        "    import sfa_peft\n"
+        "except ImportError as error:\n"
+        "    print(error)\n"
+        "assert peft.PeftModel.from_pretrained.__func__ is before"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "PeftModel.load_adapter has no model_id, adapter_name, key_mapping" in done.stdout
+    assert "there is no peft.utils.hotswap.hotswap_adapter_from_state_dict" in done.stdout

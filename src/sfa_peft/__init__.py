@@ -6,7 +6,8 @@ add_peft_type()
 
 from .checkpoint import CheckpointError  # noqa: E402
 from .checkpoint.fingerprint import BaseMismatchWarning  # noqa: E402
-from .compat import hotswap, loading  # noqa: E402, F401
+from .compat import hotswap, peft_model, transformers  # noqa: E402, F401
+from .compat.patching import apply_patches  # noqa: E402
 from .config import SFAConfig  # noqa: E402
 from .hub.card import describe_adapter  # noqa: E402
 from .layers.adapted import SFALayer  # noqa: E402
@@ -15,6 +16,7 @@ from .ticket import Evidence, Quotas, Ticket, TicketReport, criterion  # noqa: E
 from .tuner.model import SFAModel  # noqa: E402
 
 register(SFAConfig, SFAModel)
+apply_patches()
 
 __version__ = "0.2.0.dev0"
 

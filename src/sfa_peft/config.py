@@ -188,8 +188,6 @@ class SFAConfig(PeftConfig):
                 setattr(self, name, set(value))
         if self.external_share == "auto" and self.ticket_sizes is not None:  # 0.1 had it; the sizes found are recorded
             self.external_share = DEFAULT_SHARE
-        if self.external_share == "auto" and self.ticket_sizes is not None:  # 0.1 had it; the sizes found are recorded
-            self.external_share = DEFAULT_SHARE
         self._validate()
         if self.budget is not None:  # a NumPy scalar is as good, but cannot be saved
             self.budget = int(self.budget) if _is_int(self.budget) else float(self.budget)

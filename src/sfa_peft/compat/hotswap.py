@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +21,8 @@ from ..planning.base import check_base
 from ..planning.plan import Planner
 from ..tuner.model import SFAModel
 from ..tuner.optimizers import tell_left_behind
-from .registration import NAME, PeftTooDifferentError, arguments_of
+from .patching import Method, arguments_of, patch
+from .registration import NAME, incompatible
 
 
 def swap(model: nn.Module, tensors: dict[str, Tensor], adapter_name: str, config: SFAConfig) -> None:
@@ -93,20 +93,17 @@ def resized(model: PeftModel, adapter_name: str, config: SFAConfig) -> Iterator[
     tell_left_behind(before, tuner.parameters_of(adapter_name), adapter_name)
 
 
-def _asking_first(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def hotswap_adapter_from_state_dict(*args: Any, **kwargs: Any) -> Any:
-        given = arguments_of(original, args, kwargs)
-        if not isinstance(given.get("config"), SFAConfig):
-            return original(*args, **kwargs)
-        with torch.no_grad():
-            return swap(given["model"], given["state_dict"], given["adapter_name"], given["config"])
-
-    return hotswap_adapter_from_state_dict
+@patch(hotswap, "hotswap_adapter_from_state_dict", "model", "state_dict", "adapter_name", "config")
+def hotswap_adapter_from_state_dict(original: Method, *args: Any, **kwargs: Any) -> Any:
+    """Swap an adapter as PEFT does; for one of SFA, see `swap`."""
+    given = arguments_of(original, args, kwargs)
+    if not isinstance(given.get("config"), SFAConfig):
+        return original(*args, **kwargs)
+    with torch.no_grad():
+        return swap(given["model"], given["state_dict"], given["adapter_name"], given["config"])
 
 
-if not hasattr(hotswap, "hotswap_adapter_from_state_dict") or not hasattr(hotswap, "CONFIG_KEYS_TO_CHECK"):
-    raise PeftTooDifferentError("peft.utils.hotswap is not as sfa_peft knows it; install a version that it declares.")
-hotswap.hotswap_adapter_from_state_dict = _asking_first(hotswap.hotswap_adapter_from_state_dict)
+if not hasattr(hotswap, "CONFIG_KEYS_TO_CHECK"):
+    raise incompatible("there is no peft.utils.hotswap.CONFIG_KEYS_TO_CHECK")
 # Not more: PEFT compares with the active adapter, which need not be the one that is swapped.
 hotswap.CONFIG_KEYS_TO_CHECK[PeftType[NAME]] = ["peft_type"]

@@ -44,7 +44,7 @@ class BottleneckFunction(torch.autograd.Function):
     """``scale * up(act(down(x)))``, saving `x` alone: the narrow hidden states are computed again in backward."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         down: Tensor,
@@ -61,7 +61,7 @@ class BottleneckFunction(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, down, bias, up = ctx.saved_tensors
         activation, dtype = ACTIVATIONS[ctx.activation], ctx.dtype
         flat_x = x.reshape(-1, x.shape[-1]).to(dtype)
@@ -136,6 +136,7 @@ class ExternalAdapter(nn.Module):
         if self.channel_dim != -1:
             x = x.movedim(self.channel_dim, -1)
         dtype = compute_dtype(x, self.down.weight.dtype)
+        delta: Tensor
         if (self.dropout and self.training) or torch.jit.is_tracing():
             # Autograd keeps the dropped hidden states here; only `width` of them per token. TorchScript can hold no
             # autograd function.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -18,7 +19,7 @@ def is_hooked(module: nn.Module) -> bool:
 @contextmanager
 def brought(*modules: nn.Module) -> Iterator[None]:
     """Have the weights of modules where they are computed with, and send them back at the end."""
-    hooks = [(module, module._hf_hook) for module in modules if is_hooked(module)]
+    hooks: list[tuple[nn.Module, Any]] = [(module, module._hf_hook) for module in modules if is_hooked(module)]
     for module, hook in hooks:
         hook.pre_forward(module)
     try:

@@ -79,9 +79,10 @@ class Conv2dOp:
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups), ()
 
     def _backward(self, grad: Tensor, x: Tensor, weight: Tensor, groups: int, mask: list[bool]) -> list[Tensor]:
-        return torch.ops.aten.convolution_backward(
+        grads: list[Tensor] = torch.ops.aten.convolution_backward(
             grad, x, weight, None, self.stride, self.padding, self.dilation, False, [0, 0], groups, mask
         )
+        return grads
 
     def grad_input(
         self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, saved: tuple[Tensor, ...]
@@ -126,7 +127,10 @@ class LayerNormOp:
     def _backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, saved: tuple[Tensor, ...], mask: list[bool]
     ) -> list[Tensor]:
-        return torch.ops.aten.native_layer_norm_backward(grad, x, self.shape, *saved, weight, bias, mask)
+        grads: list[Tensor] = torch.ops.aten.native_layer_norm_backward(
+            grad, x, self.shape, *saved, weight, bias, mask
+        )
+        return grads
 
     def grad_input(
         self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, saved: tuple[Tensor, ...]

@@ -54,12 +54,17 @@ class SparseDelta(nn.Module):
             own = positions[name].to(dtype=dtype, device=parameter.device, copy=True)
             self.register_buffer(f"{name}_positions", own)
 
+    def values(self, name: str) -> Tensor:
+        values: Tensor = getattr(self, name)
+        return values
+
     def positions(self, name: str) -> Tensor:
-        return getattr(self, f"{name}_positions")
+        positions: Tensor = getattr(self, f"{name}_positions")
+        return positions
 
     @property
     def num_values(self) -> int:
-        return sum(getattr(self, name).numel() for name in self.changed)
+        return sum(self.values(name).numel() for name in self.changed)
 
     def extra_repr(self) -> str:
         return f"{self.num_values} values, granularity={self.granularity.name}"
@@ -75,7 +80,7 @@ class Change(NamedTuple):
 
 
 def changes_of(deltas: Sequence[SparseDelta]) -> list[Change]:
-    return [Change(p, d.granularity, d.positions(p), getattr(d, p)) for d in deltas for p in d.changed]
+    return [Change(p, d.granularity, d.positions(p), d.values(p)) for d in deltas for p in d.changed]
 
 
 def changed_parameter(parameter: Tensor, changes: Sequence[Change], dtype: torch.dtype) -> Tensor:
@@ -106,7 +111,7 @@ class SparseDeltaFunction(torch.autograd.Function):
     """A module's op on its changed parameters. Differentiates with respect to the input and the values only."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
@@ -124,7 +129,7 @@ class SparseDeltaFunction(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, *rest = ctx.saved_tensors
         saved, tensors = tuple(rest[: ctx.num_saved]), rest[ctx.num_saved :]
         changes = _unflatten(ctx.layout, tensors)
@@ -182,4 +187,5 @@ def sparse_forward(op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, delta
         return op.forward(x, *_changed(weight, bias, changes, dtype))[0]
     layout = tuple((change.name, change.granularity) for change in changes)
     tensors = [t for change in changes for t in (change.positions, change.values)]
-    return SparseDeltaFunction.apply(x, weight, bias, op, dtype, layout, *tensors)
+    y: Tensor = SparseDeltaFunction.apply(x, weight, bias, op, dtype, layout, *tensors)
+    return y

@@ -1,7 +1,7 @@
-"""What PEFT and transformers do in another way where adapters are SFA's: save, load, write a card, and push.
+"""What PEFT does in another way where an adapter is SFA's: load, save, write a card, and push.
 
-PEFT asks the tuner for the tensors of a checkpoint, but has no hook for how files are written and what a card says.
-transformers reads an adapter's file by itself, and has no hook for what is coded in it.
+PEFT asks the tuner for the tensors of a checkpoint, but has no hook for how files are read and written, and for what a
+card says.
 """
 
 from __future__ import annotations
@@ -10,47 +10,41 @@ import functools
 import os
 import shutil
 import tempfile
-import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from json import JSONDecodeError
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from huggingface_hub import CommitInfo
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import PeftModel, get_peft_model_state_dict, peft_model
-from safetensors import SafetensorError
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.integrations import PeftAdapterMixin
+from torch import Tensor
 
 from ..checkpoint import CheckpointError
 from ..checkpoint.files import staged
 from ..checkpoint.names import is_adapter_key
-from ..checkpoint.reader import LOAD, Load, difference_of, weights_of
-from ..checkpoint.renaming import KeyMapping
-from ..checkpoint.seal import CONFIG, WEIGHTS, read
-from ..checkpoint.validation import check_sizes
+from ..checkpoint.reader import LOAD, difference_of
+from ..checkpoint.seal import CONFIG, WEIGHTS
 from ..checkpoint.writer import write_adapter
 from ..config import DTYPES, SFAConfig
 from ..hub import card
 from ..hub.upload import upload
 from ..layers.adapted import sfa_layers
-from ..layers.granularity import position_dtype
 from ..layers.offloading import brought, is_hooked
-from ..planning.base import base_parameters
-from ..search.install import ticket_of
+from ..search import ticket_of
 from ..ticket import Ticket
-from ..tuner.model import HANDED_OVER, HandedOverError, discard_adapter
 from .hotswap import resized
-from .registration import NAME, arguments_of, extend
+from .loads import AdapterLoad, readable_errors
+from .patching import Method, arguments_of, patch
+from .registration import NAME
 
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+# Before it is patched: a save writes one card.
+_PEFT_CARD = PeftModel.create_or_update_model_card
 
-Method = Callable[..., Any]
+
+def is_sfa(model: PeftModel) -> bool:
+    return getattr(model, "peft_type", None) == NAME
 
 
 def _brings_weights(method: Method) -> Method:
@@ -65,6 +59,7 @@ def _brings_weights(method: Method) -> Method:
     return bringing
 
 
+@patch(PeftModel, "save_pretrained", "save_directory", "selected_adapters", "is_main_process", applies=is_sfa)
 @_brings_weights
 def save_pretrained(
     original: Method,
@@ -147,6 +142,7 @@ def _writes(is_main_process: bool) -> bool:
     return is_main_process and not (dist.is_initialized() and dist.get_rank() != 0)
 
 
+@patch(PeftModel, "from_pretrained", "model", "model_id", "adapter_name", "config", "key_mapping", "kwargs")
 def from_pretrained(original: Method, cls: type[PeftModel], *args: Any, **kwargs: Any) -> PeftModel:
     """Load an adapter as `PeftModel.from_pretrained` does; one that fails to load leaves the model as it was.
 
@@ -156,7 +152,7 @@ def from_pretrained(original: Method, cls: type[PeftModel], *args: Any, **kwargs
     given = arguments_of(original, args, kwargs)
     model, model_id, options = given.get("model"), given.get("model_id"), given.get("kwargs", {})
     mapping = given.get("key_mapping") or getattr(model, "_checkpoint_conversion_mapping", None)
-    with _Load(model, given.get("adapter_name"), mapping) as load, _readable_errors(load, model_id, options):
+    with AdapterLoad(model, given.get("adapter_name"), mapping) as load, readable_errors(load, model_id, options):
         config = given.get("config")  # PEFT reads no config then
         if isinstance(config, SFAConfig):
             load.begin()
@@ -164,6 +160,7 @@ def from_pretrained(original: Method, cls: type[PeftModel], *args: Any, **kwargs
         return original(*args, **kwargs)
 
 
+@patch(PeftModel, "load_adapter", "model_id", "adapter_name", "key_mapping", "kwargs", applies=is_sfa)
 def load_adapter(original: Method, model: PeftModel, *args: Any, **kwargs: Any) -> Any:
     """Load one more adapter as `PeftModel.load_adapter` does; one that fails to load leaves the model as it was.
 
@@ -175,9 +172,9 @@ def load_adapter(original: Method, model: PeftModel, *args: Any, **kwargs: Any) 
     if LOAD.get() is not None:  # `from_pretrained` has read and checked it
         return original(*args, **kwargs)
     with ExitStack() as stack:
-        load = stack.enter_context(_Load(model, adapter_name, given.get("key_mapping")))
+        load = stack.enter_context(AdapterLoad(model, adapter_name, given.get("key_mapping")))
         load.begin()
-        stack.enter_context(_readable_errors(load, model_id, options))
+        stack.enter_context(readable_errors(load, model_id, options))
         if adapter_name in model.peft_config:  # PEFT reads no config then
             if any(adapter_name in layer.merged_adapters for _, layer in sfa_layers(model)):
                 raise ValueError(f"adapter {adapter_name!r} is merged: unmerge_adapter() before others are loaded.")
@@ -189,10 +186,11 @@ def load_adapter(original: Method, model: PeftModel, *args: Any, **kwargs: Any) 
         return original(*args, **kwargs)
 
 
-def load_peft_weights(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+@patch(peft_model, "load_peft_weights")
+def load_peft_weights(original: Method, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
     """The weights of the adapter that is being loaded; of SFA's, those that have been read already."""
     load = LOAD.get()
-    return _load_peft_weights(*args, **kwargs) if load is None or load.saved is None else dict(load.saved.tensors)
+    return original(*args, **kwargs) if load is None or load.saved is None else dict(load.saved.tensors)
 
 
 def _only_sizes_differ(saved: SFAConfig, own: SFAConfig) -> bool:
@@ -220,58 +218,7 @@ def _check_same(saved: SFAConfig, own: SFAConfig) -> None:
         )
 
 
-def load_adapter_in_transformers(original: Method, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    """Load an adapter as transformers' `load_adapter` does, with SFA's checks, and its positions decoded.
-
-    Raises:
-        CheckpointError: If the adapter is damaged, or does not fit the model.
-    """
-    given = arguments_of(original, args, kwargs)
-    config = given.get("peft_config")
-    if isinstance(config, SFAConfig):
-        return _load_in_transformers(original, model, given)
-    # transformers reads the config; only when it comes to SFAModel with it, SFA is concerned.
-    token = HANDED_OVER.set(True)
-    try:
-        return original(*args, **kwargs)
-    except HandedOverError:
-        pass
-    finally:
-        HANDED_OVER.reset(token)
-    return _load_in_transformers(original, model, given)
-
-
-def _load_in_transformers(original: Method, model: PreTrainedModel, given: dict[str, Any]) -> Any:
-    given = given | given.pop("kwargs", {})
-    load_config = given.get("load_config")
-    source = given.get("peft_model_id") or getattr(load_config, "pretrained_model_name_or_path", None)
-    options = {
-        **(getattr(load_config, "download_kwargs", None) or {}),
-        **(given.get("adapter_kwargs") or {}),
-        **{key: given[key] for key in HUB_OPTIONS if key in given},
-    }
-    config, tensors = given.get("peft_config"), given.get("adapter_state_dict")
-    if tensors is None and source is None:
-        raise ValueError("an SFA adapter needs `peft_model_id`, or `adapter_state_dict` beside `peft_config`.")
-    with _Load(model, given.get("adapter_name") or "default") as load:
-        load.begin()
-        if tensors is None:
-            saved = SFAConfig.from_pretrained(source, **options)
-            if load.saved is None:
-                raise CheckpointError(f"{source!r} has no {WEIGHTS}.")
-            config, tensors = config or saved, load.saved.tensors
-        sizes, widths = config.ticket_sizes or {}, config.external_widths or {}
-        parameters = base_parameters(model, [""], config)
-        units = {name: config.granularity.count(p.shape) for name, p in parameters if name in sizes}
-        dtype = position_dtype(max(units.values(), default=0))
-        positions = {k: p.to(dtype) for k, p in check_sizes(tensors, sizes, widths, units).items()}
-        own = {"peft_model_id": None, "peft_config": config, "adapter_state_dict": tensors | positions}
-        try:
-            return original(**given | own)
-        except RuntimeError as error:  # tensors of other shapes
-            raise CheckpointError(f"the adapter does not fit this {type(model).__name__}: {error}") from error
-
-
+@patch(PeftModel, "create_or_update_model_card", "output_dir", applies=is_sfa)
 def create_or_update_model_card(original: Method, model: PeftModel, output_dir: str) -> None:
     """Write the model card as `PeftModel.create_or_update_model_card` does, with a section on the saved adapters."""
     _write_card(model, Path(output_dir), os.fspath(output_dir), {})
@@ -283,6 +230,7 @@ def _write_card(model: PeftModel, folder: Path, source: str, tickets: Mapping[st
     card.update_card(model, folder, source, tags=tags, tickets=tickets)
 
 
+@patch(PeftModel, "push_to_hub", "repo_id", applies=is_sfa)
 def push_to_hub(
     original: Method,
     model: PeftModel,
@@ -335,100 +283,3 @@ def push_to_hub(
             create_pr=create_pr,
             tags=tags or (),
         )
-
-
-class _Load(Load):
-    """One load of an adapter. If it fails, the adapter is taken out again, unless it was there before.
-
-    It begins when a config of SFA is read for it, and before that does nothing: it may be another method's.
-    """
-
-    def __init__(self, model: Any, adapter_name: Any, mapping: KeyMapping | None = None) -> None:
-        super().__init__(mapping or {})
-        self.model, self.adapter_name = model, adapter_name
-        self.begun = False
-
-    def begin(self) -> None:
-        if self.begun or not isinstance(self.model, nn.Module):  # PEFT has an error for that
-            return
-        self.begun = True
-        self.base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        self.flags = [(p, p.requires_grad) for p in self.base.parameters()]
-        self.had_config = hasattr(self.base, "peft_config")
-        self.was_loaded = getattr(self.base, "_hf_peft_config_loaded", None)  # transformers' note that it has adapters
-        self.had_adapter = self.adapter_name in getattr(self.base, "peft_config", {})
-
-    def __enter__(self) -> _Load:
-        self.token = LOAD.set(self)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        LOAD.reset(self.token)
-        if kind is not None and self.begun and not self.had_adapter:
-            self._undo()
-
-    def _undo(self) -> None:
-        base, name = self.base, self.adapter_name
-        is_new = any(name in layer.adapter_names for _, layer in sfa_layers(base))
-        if is_new:
-            discard_adapter(base, name)
-        for p, requires_grad in self.flags:
-            p.requires_grad_(requires_grad)
-        if self.was_loaded is not None:
-            base._hf_peft_config_loaded = self.was_loaded
-        if is_new or not sfa_layers(base):
-            configs = getattr(base, "peft_config", {})
-            if isinstance(configs.get(name), SFAConfig):
-                configs.pop(name)
-            if not self.had_config and not configs and hasattr(base, "peft_config"):
-                del base.peft_config
-
-
-@contextmanager
-def _readable_errors(load: _Load, model_id: Any, options: dict[str, Any]) -> Iterator[None]:
-    """Make what PEFT trips over in a damaged SFA adapter a `CheckpointError`."""
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError, RecursionError, SafetensorError, JSONDecodeError, UnicodeError) as e:
-        is_known = load.begun or _is_of_the_type(e)
-        if is_known and isinstance(model_id, str | os.PathLike) and _is_saved_by_sfa(model_id, options):
-            SFAConfig.from_pretrained(model_id, **options)  # says what is wrong with it
-            if isinstance(e, KeyError):  # of a head, which that does not know
-                raise CheckpointError(
-                    f"the SFA adapter {str(model_id)!r} is incomplete: it lacks {e.args[0]!r}"
-                ) from e
-        raise
-
-
-def _is_of_the_type(error: BaseException) -> bool:
-    """Whether PEFT could not read from a config whose adapter it is, so that it may be one of SFA."""
-    frames = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
-    return "_get_peft_type" in frames or frames[-1] in ("from_pretrained", "load_adapter")
-
-
-def _is_saved_by_sfa(model_id: str | os.PathLike[str], options: dict[str, Any]) -> bool:
-    try:
-        weights = weights_of(str(model_id), **options)
-        config = Path(model_id, options.get("subfolder") or "", CONFIG)
-        if config.is_file() and f'"{NAME}"' in config.read_text(encoding="utf-8", errors="replace"):
-            return True
-        return weights is not None and any(is_adapter_key(key) for key in read(weights).tensors)
-    except (CheckpointError, HfHubHTTPError, HFValidationError, OSError):
-        return False
-
-
-_PEFT_CARD = PeftModel.create_or_update_model_card
-extend(
-    PeftModel,
-    {
-        "save_pretrained": save_pretrained,
-        "from_pretrained": from_pretrained,
-        "load_adapter": load_adapter,
-        "create_or_update_model_card": create_or_update_model_card,
-        "push_to_hub": push_to_hub,
-    },
-    applies=lambda model: getattr(model, "peft_type", None) == NAME,
-)
-_load_peft_weights = peft_model.load_peft_weights
-peft_model.load_peft_weights = functools.wraps(_load_peft_weights)(load_peft_weights)
-extend(PeftAdapterMixin, {"load_adapter": load_adapter_in_transformers}, applies=lambda model: True)

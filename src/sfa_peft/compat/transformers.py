@@ -1,0 +1,85 @@
+"""What transformers does in another way where an adapter is SFA's: it reads an adapter's file by itself, and has no
+hook for what is coded in it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.integrations import PeftAdapterMixin
+
+from ..checkpoint import CheckpointError
+from ..checkpoint.seal import WEIGHTS
+from ..checkpoint.validation import check_sizes
+from ..config import SFAConfig
+from ..layers.granularity import position_dtype
+from ..planning.base import base_parameters
+from ..tuner.model import HANDED_OVER, HandedOverError
+from .loads import AdapterLoad
+from .patching import Method, arguments_of, patch
+
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+
+
+@patch(
+    PeftAdapterMixin,
+    "load_adapter",
+    "peft_model_id",
+    "adapter_name",
+    "peft_config",
+    "adapter_state_dict",
+    "adapter_kwargs",
+    "load_config",
+    "kwargs",
+)
+def load_adapter_in_transformers(original: Method, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """Load an adapter as transformers' `load_adapter` does, with SFA's checks, and its positions decoded.
+
+    Raises:
+        CheckpointError: If the adapter is damaged, or does not fit the model.
+    """
+    given = arguments_of(original, args, kwargs)
+    config = given.get("peft_config")
+    if isinstance(config, SFAConfig):
+        return _load_in_transformers(original, model, given)
+    # transformers reads the config; only when it comes to SFAModel with it, SFA is concerned.
+    token = HANDED_OVER.set(True)
+    try:
+        return original(*args, **kwargs)
+    except HandedOverError:
+        pass
+    finally:
+        HANDED_OVER.reset(token)
+    return _load_in_transformers(original, model, given)
+
+
+def _load_in_transformers(original: Method, model: PreTrainedModel, given: dict[str, Any]) -> Any:
+    given = given | given.pop("kwargs", {})
+    load_config = given.get("load_config")
+    source = given.get("peft_model_id") or getattr(load_config, "pretrained_model_name_or_path", None)
+    options = {
+        **(getattr(load_config, "download_kwargs", None) or {}),
+        **(given.get("adapter_kwargs") or {}),
+        **{key: given[key] for key in HUB_OPTIONS if key in given},
+    }
+    config, tensors = given.get("peft_config"), given.get("adapter_state_dict")
+    if tensors is None and source is None:
+        raise ValueError("an SFA adapter needs `peft_model_id`, or `adapter_state_dict` beside `peft_config`.")
+    with AdapterLoad(model, given.get("adapter_name") or "default") as load:
+        load.begin()
+        if tensors is None:
+            saved = SFAConfig.from_pretrained(source, **options)
+            if load.saved is None:
+                raise CheckpointError(f"{source!r} has no {WEIGHTS}.")
+            config, tensors = config or saved, load.saved.tensors
+        sizes, widths = config.ticket_sizes or {}, config.external_widths or {}
+        parameters = base_parameters(model, [""], config)
+        units = {name: config.granularity.count(p.shape) for name, p in parameters if name in sizes}
+        dtype = position_dtype(max(units.values(), default=0))
+        positions = {k: p.to(dtype) for k, p in check_sizes(tensors, sizes, widths, units).items()}
+        own = {"peft_model_id": None, "peft_config": config, "adapter_state_dict": tensors | positions}
+        try:
+            return original(**given | own)
+        except RuntimeError as error:  # tensors of other shapes
+            raise CheckpointError(f"the adapter does not fit this {type(model).__name__}: {error}") from error
