@@ -7,8 +7,8 @@ next to an adapter that uses other places.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -22,7 +22,25 @@ from .mixed import Mixture, joined
 from .offloading import brought, is_hooked
 from .ops import Op
 from .parallel import ParallelInput
-from .sparse import SparseDelta, changed_parameter, changes_of, sparse_forward
+from .sparse import Changeable, SparseDelta, changed_parameter, changes_of, sparse_forward
+
+A = TypeVar("A", bound=nn.Module)
+
+
+class Adapters(Protocol[A]):
+    """An `nn.ModuleDict`, whose own type does not say what is in it: modules of one kind, by the adapters' names."""
+
+    def __getitem__(self, name: str) -> A: ...
+
+    def __setitem__(self, name: str, adapter: A) -> None: ...
+
+    def __delitem__(self, name: str) -> None: ...
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def __len__(self) -> int: ...
+
+    def values(self) -> Iterable[A]: ...
 
 
 class SFALayer(nn.Module, BaseTunerLayer):
@@ -45,9 +63,9 @@ class SFALayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self._block = (block,)  # no submodule of this one
-        self.sfa_internal = nn.ModuleDict()
-        self.sfa_external = nn.ModuleDict()
-        self.sfa_parallel = nn.ModuleDict()
+        self.sfa_internal = cast("Adapters[SparseDelta]", nn.ModuleDict())
+        self.sfa_external = cast("Adapters[ExternalAdapter]", nn.ModuleDict())
+        self.sfa_parallel = cast("Adapters[ExternalAdapter]", nn.ModuleDict())
         self.parallel_inputs: dict[str, ParallelInput] = {}
         self.merged_adapters: list[str] = []
         self._originals: list[dict[str, tuple[Granularity, Tensor, Tensor]]] = []
@@ -72,9 +90,9 @@ class SFALayer(nn.Module, BaseTunerLayer):
         raise AttributeError(f"{type(self.get_base_layer()).__name__} takes external adapters only")
 
     @property
-    def changeable(self) -> Any:
+    def changeable(self) -> Changeable:
         """What has the ``weight`` and ``bias`` that internal adapters are added to."""
-        return self.get_base_layer()
+        return cast(Changeable, self.get_base_layer())
 
     def add_internal(
         self, adapter_name: str, positions: Mapping[str, Tensor], granularity: Granularity, init_weights: bool
@@ -166,10 +184,11 @@ class SFALayer(nn.Module, BaseTunerLayer):
         return any(bool(p.any()) for parameters in outputs for p in parameters if not p.is_meta)
 
     def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.base_layer(x, *args, **kwargs)
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        return y
 
     def _changed_forward(self, x: Tensor, deltas: Sequence[SparseDelta]) -> Tensor:
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         if base._forward_hooks or base._forward_pre_hooks:
             warnings.warn(
                 f"hooks on the {type(base).__name__} inside an SFA layer are not run while its internal adapter is "

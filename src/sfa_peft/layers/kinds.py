@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from .adapted import SFALayer
 from .leaves import base_layer_of
 from .ops import Conv2dOp, LayerNormOp, LinearOp
 from .quantized import is_quantized, parameters_of, zeros_like_parameters
-from .sparse import PARAMETERS, SparseDelta, sparse_forward
+from .sparse import PARAMETERS, Changeable, SparseDelta, sparse_forward
 
 
 class Linear(SFALayer):
@@ -32,13 +32,13 @@ class Conv2d(SFALayer):
 
     @property
     def op(self) -> Conv2dOp:
-        base = self.get_base_layer()
-        padded = base.padding_mode != "zeros" or base.padding == "same"
-        padding = (0, 0) if padded or base.padding == "valid" else base.padding
+        base = cast(nn.Conv2d, self.get_base_layer())
+        padded = base.padding_mode != "zeros"
+        padding = (0, 0) if padded or isinstance(base.padding, str) else base.padding
         return Conv2dOp(base.stride, padding, base.dilation, base.groups)
 
     def _changed_forward(self, x: Tensor, deltas: Sequence[SparseDelta]) -> Tensor:
-        base = self.get_base_layer()
+        base = cast(nn.Conv2d, self.get_base_layer())
         unbatched = x.dim() == 3
         if unbatched:
             x = x.unsqueeze(0)
@@ -56,7 +56,7 @@ class LayerNorm(SFALayer):
 
     @property
     def op(self) -> LayerNormOp:
-        base = self.get_base_layer()
+        base = cast(nn.LayerNorm, self.get_base_layer())
         return LayerNormOp(base.normalized_shape, base.eps)
 
 
@@ -70,12 +70,12 @@ class QuantizedLinear(SFALayer):
         return LinearOp()
 
     @property
-    def changeable(self) -> Any:
-        return zeros_like_parameters(self.get_base_layer())
+    def changeable(self) -> Changeable:
+        return zeros_like_parameters(cast(nn.Linear, self.get_base_layer()))
 
     def _changed_forward(self, x: Tensor, deltas: Sequence[SparseDelta]) -> Tensor:
         y = self._base_forward(x)
-        zeros = zeros_like_parameters(self.get_base_layer(), x.dtype)
+        zeros = zeros_like_parameters(cast(nn.Linear, self.get_base_layer()), x.dtype)
         return y + sparse_forward(self.op, x, zeros.weight, zeros.bias, deltas).to(y.dtype)
 
 

@@ -7,7 +7,7 @@ output is ``x @ delta.T``, whatever the weight is.
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
+from typing import NamedTuple, TypeGuard
 
 import torch
 from peft.utils.integrations import dequantize_module_weight
@@ -20,7 +20,7 @@ def is_wrapped(tensor: Tensor) -> bool:
     return is_traceable_wrapper_subclass(tensor) and not hasattr(tensor, "device_mesh")
 
 
-def is_quantized(module: nn.Module) -> bool:
+def is_quantized(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a module is a linear layer with a quantized weight."""
     weight = getattr(module, "weight", None)
     if not isinstance(module, nn.Linear) or not isinstance(weight, Tensor):
@@ -34,7 +34,12 @@ def numel(parameter: Tensor) -> int:
     return parameter.numel() if state is None else state.shape.numel()
 
 
-def zeros_like_parameters(module: nn.Linear, dtype: torch.dtype | None = None) -> SimpleNamespace:
+class Zeros(NamedTuple):
+    weight: Tensor
+    bias: Tensor | None
+
+
+def zeros_like_parameters(module: nn.Linear, dtype: torch.dtype | None = None) -> Zeros:
     """Zeros of the shapes of a quantized layer's ``weight`` and ``bias``, without memory of their own.
 
     Their dtype is `dtype`, or that of the weight, or float32 for one of integers.
@@ -43,7 +48,7 @@ def zeros_like_parameters(module: nn.Linear, dtype: torch.dtype | None = None) -
         dtype = module.weight.dtype if module.weight.is_floating_point() else torch.float32
     zero = torch.zeros((), dtype=dtype, device=module.weight.device)
     out, into = module.out_features, module.in_features
-    return SimpleNamespace(weight=zero.expand(out, into), bias=None if module.bias is None else zero.expand(out))
+    return Zeros(zero.expand(out, into), None if module.bias is None else zero.expand(out))
 
 
 def parameters_of(module: nn.Linear) -> dict[str, nn.Parameter]:

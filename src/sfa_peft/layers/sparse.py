@@ -8,7 +8,7 @@ tensor of the weight's size is kept between forward and backward, none reaches t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,16 @@ from .granularity import Granularity, position_dtype
 from .ops import Op
 
 PARAMETERS = ("weight", "bias")
+
+
+class Changeable(Protocol):
+    """What internal adapters are added to: a leaf, or what has the shapes of one."""
+
+    @property
+    def weight(self) -> Tensor: ...
+
+    @property
+    def bias(self) -> Tensor | None: ...
 
 
 class SparseDelta(nn.Module):
@@ -36,7 +46,7 @@ class SparseDelta(nn.Module):
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Changeable,
         positions: Mapping[str, Tensor],
         granularity: Granularity,
         init_weights: bool = True,
