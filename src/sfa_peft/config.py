@@ -114,7 +114,7 @@ class SFAConfig(PeftConfig):
     external_placement: str = field(
         default="uniform", metadata={"help": f"How the external share is spread over the places, of {PLACEMENTS}."}
     )
-    external_modules: list[str] | str | None = field(
+    external_modules: list[str] | str | set[str] | None = field(
         default=None, metadata={"help": "Leaves whose output gets an external adapter, instead of the known places."}
     )
     external_width: int | float | dict[str, int | float] | None = field(
@@ -125,11 +125,11 @@ class SFAConfig(PeftConfig):
     )
     external_dropout: float = field(default=0.0, metadata={"help": "Dropout on hidden units, in [0, 1)."})
     external_scale: float = field(default=1.0, metadata={"help": "Factor on what an external adapter adds."})
-    target_modules: list[str] | str | None = field(
+    target_modules: list[str] | str | set[str] | None = field(
         default=None,
         metadata={"help": "Modules whose parameters the ticket may choose from; None: the architecture's."},
     )
-    exclude_modules: list[str] | str | None = field(
+    exclude_modules: list[str] | str | set[str] | None = field(
         default=None, metadata={"help": "Modules that get neither kind of adapter: name endings or a regex."}
     )
     modules_to_save: list[str] | None = field(
@@ -179,14 +179,15 @@ class SFAConfig(PeftConfig):
 
     def __post_init__(self, internal_block_size: Any) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.SFA  # type: ignore[attr-defined]
+        self.peft_type = PeftType("SFA")
         if isinstance(self.external_places, list):
             self.external_places = tuple(self.external_places)
         for name in ("target_modules", "exclude_modules", "external_modules"):
             value = getattr(self, name)
             if isinstance(value, list | tuple):
                 setattr(self, name, set(value))
-        if self.external_share == "auto" and self.ticket_sizes is not None:  # 0.1 had it; the sizes found are recorded
+        share: Any = self.external_share
+        if share == "auto" and self.ticket_sizes is not None:  # 0.1 had it; the sizes found are recorded
             self.external_share = DEFAULT_SHARE
         self._validate()
         if self.budget is not None:  # a NumPy scalar is as good, but cannot be saved
@@ -219,7 +220,7 @@ class SFAConfig(PeftConfig):
             fields = super().from_json_file(path_json_file, **kwargs)
         except (ValueError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{str(path_json_file)!r} is no JSON file, or damaged: {error}") from error
-        if not isinstance(fields, dict) or fields.get("peft_type") != PeftType.SFA:  # type: ignore[attr-defined]
+        if not isinstance(fields, dict) or fields.get("peft_type") != PeftType("SFA"):
             raise CheckpointError(f"{str(path_json_file)!r} is not the config of an SFA adapter, or damaged.")
         return fields
 
@@ -243,7 +244,7 @@ class SFAConfig(PeftConfig):
             load.begin()
         name = str(pretrained_model_name_or_path)
         try:
-            config = super().from_pretrained(name, subfolder=subfolder, **kwargs)
+            config: SFAConfig = super().from_pretrained(name, subfolder=subfolder, **kwargs)
         except CheckpointError:
             raise
         except (ValueError, TypeError, AttributeError, OverflowError) as error:
@@ -255,7 +256,8 @@ class SFAConfig(PeftConfig):
             saved = open_adapter(config, weights, load.key_mapping if load else {})
             if load is not None:
                 load.saved = saved
-            return saved.config
+            config = saved.config
+            return config
         folder = Path(name, subfolder or "")
         if not folder.is_dir() or (folder / PICKLE).exists():
             raise CheckpointError(f"{name!r} has no {WEIGHTS}. SFA reads nothing else: a pickle can run code.")

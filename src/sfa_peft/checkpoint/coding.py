@@ -15,6 +15,7 @@ or repeated.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from math import comb
 from typing import NamedTuple
 
@@ -49,7 +50,8 @@ class CodeError(ValueError):
     index = 0
 
 
-class Code(NamedTuple):
+@dataclass(frozen=True)
+class Code:
     """Coded positions, a ``uint8`` tensor, and what they are said to be: `count` positions in [0, units)."""
 
     code: Tensor
@@ -115,7 +117,7 @@ def decode_all(codes: Sequence[Code]) -> list[Tensor]:
             _check_count(code)
             gaps.append(np.empty(code.count, dtype=np.int64))
             for chunk in _chunks_of(code, gaps[i]):
-                waiting.append(chunk._replace(index=i))
+                waiting.append(chunk._replace(source=i))
                 if sum(len(w.gaps) for w in waiting) >= CHUNK:
                     _decode_gaps(waiting)
                     waiting = []
@@ -129,9 +131,9 @@ def decode_all(codes: Sequence[Code]) -> list[Tensor]:
         own += 1
         last = own.sum(dtype=np.float64) - 1  # in floating point: damaged gaps could be too many for integers
         if last >= code.units:
-            error = CodeError(f"there are positions up to {last:.0f} among {code.units} units")
-            error.index = i
-            raise error
+            too_high = CodeError(f"there are positions up to {last:.0f} among {code.units} units")
+            too_high.index = i
+            raise too_high
         np.cumsum(own, out=own)
         own -= 1
         positions.append(torch.from_numpy(own))
@@ -146,7 +148,7 @@ class _Chunk(NamedTuple):
     low: Ints
     ones: Ints
     ranks: Ints
-    index: int = 0
+    source: int = 0  # which of the codes it is a part of
 
 
 def _check_count(code: Code) -> None:
@@ -285,7 +287,7 @@ def _decode_gaps(chunks: Sequence[_Chunk]) -> None:
     if not possible.all():
         wrong = int(np.flatnonzero(~possible)[0])
         error = CodeError(_RANK)
-        error.index = chunks[int(np.searchsorted(np.cumsum(counts), wrong, side="right"))].index
+        error.index = chunks[int(np.searchsorted(np.cumsum(counts), wrong, side="right"))].source
         raise error
     unary = np.flatnonzero(blocks.T)
     first, taken = 0, 0

@@ -118,8 +118,8 @@ def checked_positions(codes: Mapping[str, Code]) -> dict[str, Tensor]:
     """Positions by the names of their tensors, decoded where they are coded, and checked."""
     positions = {key: code.code for key, code in codes.items()}
     positions |= decoded({key: code for key, code in codes.items() if not _is_decoded(code.code)})
-    for key, (_, count, units) in codes.items():
-        check_positions(key, positions[key], count, units)
+    for key, code in codes.items():
+        check_positions(key, positions[key], code.count, code.units)
     return positions
 
 
@@ -153,18 +153,18 @@ def _fitting(key: str, tensor: Tensor, own: Tensor) -> Tensor:
 
 def decoded(codes: Mapping[str, Code]) -> dict[str, Tensor]:
     """The positions in codes, by the names of their tensors, or a `CheckpointError` that names the first damaged."""
-    for key, (code, _, _) in codes.items():
-        if code.dtype != torch.uint8 or code.dim() != 1:
+    for key, code in codes.items():
+        if code.code.dtype != torch.uint8 or code.code.dim() != 1:
             raise CheckpointError(
-                f"{key!r} must be coded positions, a 1-D tensor of dtype torch.uint8; it is {code.dtype} of shape "
-                f"{tuple(code.shape)}."
+                f"{key!r} must be coded positions, a 1-D tensor of dtype torch.uint8; it is {code.code.dtype} of shape "
+                f"{tuple(code.code.shape)}."
             )
     try:
         return dict(zip(codes, decode_all(list(codes.values())), strict=True))
     except CodeError as error:
-        key, (_, count, _) = list(codes.items())[error.index]
+        key, code = list(codes.items())[error.index]
         raise CheckpointError(
-            f"{key!r} is not the code of {count:,} positions ({error}). The checkpoint is damaged, or has another "
+            f"{key!r} is not the code of {code.count:,} positions ({error}). The checkpoint is damaged, or has another "
             f"ticket than adapter_config.json; for another ticket use PeftModel.from_pretrained(base, path, "
             f"is_trainable=True), or run the same search first."
         ) from error

@@ -101,7 +101,7 @@ def check_base(model: nn.Module, adapter_name: str, config: SFAConfig, adapted: 
     if config.base_fingerprint is None:
         roots = _roots(adapted, config)
         own = Fingerprint.of(roots, base_parameters(model, roots, config))
-        config.base_fingerprint = own and own.to_dict()
+        config.base_fingerprint = None if own is None else own.to_dict()
         return
     recorded = Fingerprint.from_dict(config.base_fingerprint)
     parameters = base_parameters(model, recorded.roots, config)
@@ -122,7 +122,7 @@ def check_base(model: nn.Module, adapter_name: str, config: SFAConfig, adapted: 
     )
     if not config.inference_mode:  # it is going to be trained on this base
         own = Fingerprint.of(recorded.roots, parameters)
-        config.base_fingerprint = own and own.to_dict()
+        config.base_fingerprint = None if own is None else own.to_dict()
 
 
 def _roots(adapted: Iterable[str], config: SFAConfig) -> list[str]:

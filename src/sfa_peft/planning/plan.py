@@ -28,7 +28,7 @@ from .base import backbone_parameters, head_modules, in_heads, in_module, module
 from .budget import External, absolute_budget, widths_within
 
 # The heads that PEFT adds to `modules_to_save` for a task, whether a model has them or not.
-TASK_HEADS = {
+TASK_HEADS: dict[str, tuple[str, ...]] = {
     TaskType.SEQ_CLS: ("classifier", "score"),
     TaskType.TOKEN_CLS: ("classifier", "score"),
     TaskType.QUESTION_ANS: ("qa_outputs",),

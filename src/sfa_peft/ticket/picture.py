@@ -89,7 +89,7 @@ def _heatmap(axis: Axes, rows: list[str], columns: list[str], cells: Cells, form
     shown = axis.imshow(values, aspect="auto", cmap=colours, vmin=0)
     axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize=8)
     axis.set_yticks(range(len(rows)), rows, fontsize=8)
-    bright = shown.norm.vmax or 1
+    bright = shown.get_clim()[1] or 1
     for i, row in enumerate(values):
         for j, value in enumerate(row):
             if value == value:

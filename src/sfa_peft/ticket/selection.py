@@ -156,8 +156,8 @@ def top_k(
         # With some to spare the group's own threshold is the shared one; otherwise it is where its n-th score lies.
         j = shared if ties else int(torch.searchsorted(lower[i], n).clamp(max=BINS - 1))
         higher = int(lower[i, j - 1]) if j else int(bins_above[i])
-        bits = (((BINS - 1 - int(bins[i])) - (BINS >> 1)) << 16) | (BINS - 1 - j)
-        thresholds[group] = Threshold(bits, n - higher, ties)
+        least = (((BINS - 1 - int(bins[i])) - (BINS >> 1)) << 16) | (BINS - 1 - j)
+        thresholds[group] = Threshold(least, n - higher, ties)
     return _take(scores, sizes, group_of, thresholds, k, k - int(wanted.sum()))
 
 

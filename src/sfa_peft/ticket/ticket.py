@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -171,7 +171,7 @@ class Ticket:
             raise CheckpointError(f"{str(path)!r}: the ticket's description is damaged ({error})") from error
 
     @classmethod
-    def _from_file(cls, described: Mapping, tensors: dict[str, Tensor]) -> Ticket:
+    def _from_file(cls, described: Mapping[str, Any], tensors: dict[str, Tensor]) -> Ticket:
         name = described["granularity"]
         if name not in GRANULARITIES:
             raise CheckpointError(NO_BLOCKS if name == "block" else f"the granularity {name!r} is not known")
