@@ -22,7 +22,7 @@ from ..checkpoint.renaming import KeyMapping
 from ..checkpoint.seal import CONFIG, read
 from ..config import SFAConfig
 from ..layers.adapted import sfa_layers
-from ..tuner.model import discard_adapter
+from ..tuner.structure import discard_adapter
 from .registration import NAME
 
 

@@ -31,3 +31,7 @@ def layout_in(state: Mapping[str, Tensor], prefix: str, adapter_name: str) -> tu
         elif found := external.fullmatch(key):
             widths[found[1], found[2]] = len(tensor)
     return positions, widths
+
+
+def lengths(positions: Positions) -> dict[tuple[str, str], int]:
+    return {(module, name): len(own) for module, parameters in positions.items() for name, own in parameters.items()}

@@ -1,9 +1,8 @@
-"""SFAModel: injects a plan, merges and unloads, and lets an adapter enter and leave a state dict."""
+"""SFAModel: injects a plan, installs tickets and external adapters, merges and unloads."""
 
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,30 +15,26 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..checkpoint import CheckpointError
-from ..checkpoint.coding import encode_all
-from ..checkpoint.names import INTERNAL, POSITIONS, PREFIX, is_adapter_key, is_positions_key
-from ..checkpoint.packing import unpack
 from ..checkpoint.reader import LOAD
-from ..checkpoint.validation import check_finite, check_positions, decode_state_dict
+from ..checkpoint.validation import check_positions
 from ..config import SFAConfig
 from ..layers.adapted import SFALayer, sfa_layers
 from ..layers.bottleneck import ExternalAdapter
-from ..layers.heads import Head, wrap_heads
-from ..layers.kinds import QuantizedLinear, layer_class
-from ..layers.leaves import base_parameters_of
-from ..layers.mixed import BASE, Mixture
+from ..layers.heads import wrap_heads
+from ..layers.kinds import QuantizedLinear
+from ..layers.mixed import BASE
 from ..layers.statistics import keep_statistics, release_statistics
-from ..planning.architectures import known_prefixes
-from ..planning.base import check_base, head_modules, shared_parameters
+from ..planning.base import check_base, shared_parameters
 from ..planning.budget import External
 from ..planning.plan import TASK_HEADS, Plan, Planner, peft_verdict, ticket_sizes
 from ..ticket.selection import Positions
+from .checks import check_config
 from .combining import check_combinable, combined, fill
-from .layout import layout_in
+from .layout import layout_in, lengths
+from .mixing import mixing
 from .optimizers import holds_any
-
-ALIGNMENT = 64  # bytes, as torch allocates
-
+from .state import decoded, encoded, unpacked, without_adapter_name
+from .structure import discard_adapter, unwrap_empty_layers, wrap_leaf
 
 # Whether transformers is loading an adapter by itself: it cannot read the file of SFA, whose positions are coded.
 HANDED_OVER: ContextVar[bool] = ContextVar("handed_over", default=False)
@@ -147,7 +142,11 @@ class SFAModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = target if isinstance(target, SFALayer) else self._wrap(current_key, adapter_name)
+        layer = (
+            target
+            if isinstance(target, SFALayer)
+            else wrap_leaf(self.model, current_key, adapter_name, self.active_adapters)
+        )
         positions = self._plan.positions.get(current_key)
         if positions is not None:
             layer.add_internal(adapter_name, positions, peft_config.granularity, init_weights=peft_config.init_weights)
@@ -199,38 +198,8 @@ class SFAModel(BaseTuner):
         unknown = set(adapter_names) - self.peft_config.keys() - {BASE}
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
-        batch = next((len(v) for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()), None)
-        if batch not in (None, len(adapter_names)):
-            raise ValueError(
-                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
-                f"and {batch} respectively."
-            )
-        if any(layer.merged for _, layer in sfa_layers(self.model)):
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
-
-        blocks = known_prefixes(self.model)
-        mixing = [(n, m) for n, m in self.model.named_modules() if isinstance(m, SFALayer | Head)]
-        handles = []
-        mixtures = {has_windows: Mixture(tuple(adapter_names), has_windows) for has_windows in (False, True)}
-        for name, module in mixing:
-            own = mixtures[bool(blocks) and name.startswith(blocks)]
-
-            def mix(module: nn.Module, args: Any, kwargs: dict[str, Any], mixture: Mixture = own) -> Any:
-                return args, kwargs | {"mixture": mixture}
-
-            handles.append(module.register_forward_pre_hook(mix, with_kwargs=True))
-        heads = [module for _, module in mixing if isinstance(module, Head)]
-        try:
-            for head in heads:
-                head.is_mixed = True
+        with mixing(self.model, adapter_names, (*args, *kwargs.values())):
             yield
-        finally:
-            for head in heads:
-                head.is_mixed = False
-            for handle in handles:
-                handle.remove()
 
     def add_weighted_adapter(
         self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "linear"
@@ -428,6 +397,14 @@ class SFAModel(BaseTuner):
             self._take_layout(adapter_name, state_dict, f"{prefix}model.")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
+    def check_config(self, adapter_name: str) -> None:
+        """Check that an adapter's config is valid, and says what the adapter is: fields can be set at any time.
+
+        Raises:
+            ValueError: If it does not. Names the field.
+        """
+        check_config(self.model, adapter_name, self.peft_config[adapter_name], self.positions(adapter_name))
+
     def _take_layout(self, adapter_name: str, state: dict[str, Tensor], prefix: str) -> None:
         """Take over the ticket and the widths that a state has for an adapter, if this one has learned nothing yet.
 
@@ -436,7 +413,7 @@ class SFAModel(BaseTuner):
         """
         positions, widths = layout_in(state, prefix, adapter_name)
         own, own_widths = layout_in(self.model.state_dict(), "", adapter_name)
-        if not (positions or widths) or (_lengths(positions), widths) == (_lengths(own), own_widths):
+        if not (positions or widths) or (lengths(positions), widths) == (lengths(own), own_widths):
             return
         is_fresh = not any(layer.is_changed_by(adapter_name) for _, layer in sfa_layers(self.model))
         if not is_fresh or holds_any(self.parameters_of(adapter_name)):
@@ -462,58 +439,6 @@ class SFAModel(BaseTuner):
                 f"place; make the adapter with the config that the state was saved with."
             )
         self.install(adapter_name, positions, [replace(places[key], width=width) for key, width in widths.items()])
-
-    def check_config(self, adapter_name: str) -> None:
-        """Check that an adapter's config is valid, and says what the adapter is: fields can be set at any time.
-
-        Raises:
-            ValueError: If it does not. Names the field.
-        """
-        config = self.peft_config[adapter_name]
-        type(config)(**config.to_dict())
-        widths = {}
-        expected = (config.external_activation, config.external_scale)
-        for name, layer in sfa_layers(self.model):
-            if any(p.is_meta for p in layer.parameters_of(adapter_name)):
-                raise ValueError(
-                    f"adapter {adapter_name!r} has no weights yet: it was made on the meta device, or with "
-                    f"low_cpu_mem_usage=True. Load its weights first."
-                )
-            for external, container in layer.externals_of(adapter_name):
-                widths[name, container is not None] = external.width
-                if (external.activation, external.scale) != expected:
-                    raise ValueError(
-                        f"the external adapters of {adapter_name!r} have external_activation={external.activation!r} "
-                        f"and external_scale={external.scale}, and its config says {expected[0]!r} and {expected[1]}: "
-                        f"set the config back; these are fixed when an adapter is made."
-                    )
-            if adapter_name in layer.sfa_internal:
-                granularity = layer.sfa_internal[adapter_name].granularity
-                if granularity != config.granularity:
-                    raise ValueError(
-                        f"the ticket of {adapter_name!r} is of {granularity}, and its config says "
-                        f"{config.granularity}: set `internal_granularity` back."
-                    )
-        announced = {
-            (module, place == "mlp_parallel"): width
-            for place, modules in (config.external_widths or {}).items()
-            for module, width in modules.items()
-        }
-        heads = {
-            name
-            for name, module in self.model.named_modules()
-            if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
-        }
-        for field_name, is_right in (
-            ("ticket_sizes", config.ticket_sizes == ticket_sizes(self.positions(adapter_name))),
-            ("external_widths", announced == widths),
-            ("modules_to_save", heads == set(head_modules(self.model, config))),
-        ):
-            if not is_right:
-                raise ValueError(
-                    f"SFAConfig.{field_name} of adapter {adapter_name!r} was changed after the adapter was made, and "
-                    f"does not say what it is any more: set it back."
-                )
 
     @contextmanager
     def other_externals(self, adapter_name: str, externals: Sequence[External]) -> Iterator[None]:
@@ -564,23 +489,11 @@ class SFAModel(BaseTuner):
                 layer.merge(adapter_names=names)
 
     def _wrap(self, name: str, adapter_name: str) -> SFALayer:
-        leaf = self.model.get_submodule(name)
-        block = self._block_of(name) if next(leaf.parameters(), None) is None else None
-        layer = layer_class(leaf)(leaf, adapter_name, block)
-        layer.train(leaf.training)
-        layer.set_adapter(self.active_adapters)
-        self.model.set_submodule(name, layer)
-        return layer
-
-    def _block_of(self, name: str) -> nn.Module | None:
-        """The nearest module around a leaf that has parameters of the base."""
-        path = name.split(".")
-        around = (self.model.get_submodule(".".join(path[:depth])) for depth in reversed(range(len(path))))
-        return next((module for module in around if next(base_parameters_of(module), None) is not None), None)
+        return wrap_leaf(self.model, name, adapter_name, self.active_adapters)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        return re.sub(rf"(\.sfa_(?:internal|external|parallel))\.{re.escape(adapter_name)}\.", r"\1.", key)
+        return without_adapter_name(key, adapter_name)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -592,89 +505,12 @@ class SFAModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        positions = {key: tensor for key, tensor in own.items() if is_positions_key(key)}
-        return own | dict(zip(positions, encode_all(list(positions.values())), strict=True))
+        return encoded(own)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SFAConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        unpacked = cls._unpacked(model, adapter_name, state_dict)
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, unpacked)
-        return {key: _own(tensor) for key, tensor in cls._decoded(model, adapter_name, remapped).items()}
-
-    @classmethod
-    def _unpacked(cls, model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a checkpoint by their own names; a file has the internal ones packed together."""
-        sizes, shapes = {}, {}
-        for name, layer in sfa_layers(model):
-            if adapter_name in layer.sfa_internal:
-                delta = layer.sfa_internal[adapter_name]
-                for p in delta.changed:
-                    full = f"{name.removeprefix(PREFIX)}.{p}"
-                    sizes[full], shapes[full] = len(delta.positions(p)), tuple(getattr(delta, p).shape)
-        return unpack(tensors, sizes, lambda name, count: shapes[name])
-
-    @classmethod
-    def _decoded(cls, model: nn.Module, adapter_name: str, remapped: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a checkpoint as the model takes them, after all checks."""
-        expected, units = {}, {}
-        for name, layer in sfa_layers(model):
-            for key, tensor in layer.state_dict(prefix=f"{name}.").items():
-                if cls._remove_adapter_name_from_key(key, adapter_name) != key:
-                    expected[key] = tensor
-            if adapter_name in layer.sfa_internal:
-                delta = layer.sfa_internal[adapter_name]
-                for p in delta.changed:
-                    count = delta.granularity.count(getattr(layer.changeable, p).shape)
-                    units[f"{name}{INTERNAL}{adapter_name}.{p}{POSITIONS}"] = count
-        adapter = decode_state_dict({k: t for k, t in remapped.items() if is_adapter_key(k)}, expected, units)
-        own = model.state_dict()
-        heads = {}
-        for key, tensor in remapped.items():
-            if key in adapter:
-                continue
-            if key in own and own[key].shape != tensor.shape:
-                raise CheckpointError(
-                    f"{key!r} has shape {tuple(tensor.shape)} in the checkpoint and {tuple(own[key].shape)} in the "
-                    f"model; build the base model with the head that the adapter was trained with (num_labels)."
-                )
-            check_finite(key, tensor)
-            heads[key] = tensor.to(own[key].dtype) if key in own else tensor
-        return adapter | heads
-
-
-def _lengths(positions: Positions) -> dict[tuple[str, str], int]:
-    return {(module, name): len(own) for module, parameters in positions.items() for name, own in parameters.items()}
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """A tensor with a storage of its own, at an address that kernels like: one in a file's memory may be at any.
-
-    With `low_cpu_mem_usage` a model takes tensors as they are, and a sum over odd addresses rounds in another way.
-    """
-    is_own = tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.data_ptr() % ALIGNMENT == 0
-    return tensor if is_own else tensor.clone()
-
-
-def discard_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter out of the model, and the wrappers that have none left as well, back to the base's modules."""
-    for _, layer in sfa_layers(model):
-        layer.delete_adapter(adapter_name)
-    unwrap_empty_layers(model)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-            others = [other for other in module.modules_to_save if other != adapter_name]
-            if others:
-                active = [other for other in module.active_adapters if other != adapter_name]
-                module.delete_adapter(adapter_name, new_active_adapters=active or others[:1])
-            else:
-                model.set_submodule(name, module.original_module)
-
-
-def unwrap_empty_layers(model: nn.Module) -> None:
-    for name, layer in sfa_layers(model):
-        if not layer.adapter_names:
-            model.set_submodule(name, layer.base_layer)
-    if not sfa_layers(model):
-        release_statistics(model)
+        tensors = unpacked(model, adapter_name, state_dict)
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
+        return decoded(model, adapter_name, remapped)

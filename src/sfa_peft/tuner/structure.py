@@ -1,0 +1,59 @@
+"""Wrapping leaves of a base model, and taking wrappers off again."""
+
+from __future__ import annotations
+
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+
+from ..layers.adapted import SFALayer, sfa_layers
+from ..layers.kinds import layer_class
+from ..layers.leaves import base_parameters_of
+from ..layers.statistics import release_statistics
+
+
+def wrap_leaf(model: nn.Module, name: str, adapter_name: str, active: list[str]) -> SFALayer:
+    """Put an `SFALayer` in the place of a leaf.
+
+    Args:
+        model: The base model.
+        name: The leaf's name.
+        adapter_name: The first adapter that will be on it.
+        active: The adapters that are active.
+    """
+    leaf = model.get_submodule(name)
+    block = _block_of(model, name) if next(leaf.parameters(), None) is None else None
+    layer = layer_class(leaf)(leaf, adapter_name, block)
+    layer.train(leaf.training)
+    layer.set_adapter(active)
+    model.set_submodule(name, layer)
+    return layer
+
+
+def _block_of(model: nn.Module, name: str) -> nn.Module | None:
+    """The nearest module around a leaf that has parameters of the base."""
+    path = name.split(".")
+    around = (model.get_submodule(".".join(path[:depth])) for depth in reversed(range(len(path))))
+    return next((module for module in around if next(base_parameters_of(module), None) is not None), None)
+
+
+def discard_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter out of the model, and the wrappers that have none left as well, back to the base's modules."""
+    for _, layer in sfa_layers(model):
+        layer.delete_adapter(adapter_name)
+    unwrap_empty_layers(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            others = [other for other in module.modules_to_save if other != adapter_name]
+            if others:
+                active = [other for other in module.active_adapters if other != adapter_name]
+                module.delete_adapter(adapter_name, new_active_adapters=active or others[:1])
+            else:
+                model.set_submodule(name, module.original_module)
+
+
+def unwrap_empty_layers(model: nn.Module) -> None:
+    for name, layer in sfa_layers(model):
+        if not layer.adapter_names:
+            model.set_submodule(name, layer.base_layer)
+    if not sfa_layers(model):
+        release_statistics(model)
