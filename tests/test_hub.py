@@ -216,7 +216,7 @@ def test_what_users_wrote_in_a_card_is_kept(hub, model):
     assert again.data.license == "mit"
     assert {"street", "mine", "sfa", "peft"} <= set(again.data.tags)
     # A push that says nothing of metrics keeps those of before.
-    del model.peft_config["default"].evaluation
+    model.base_model.card_notes.clear()
     model.push_to_hub(REPO)
     third = ModelCard(hub.repos[REPO].branches["main"][-1]["files"]["README.md"].decode())
     assert third.data.eval_results[0].metric_value == 0.5

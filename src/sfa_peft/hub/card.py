@@ -20,12 +20,12 @@ from torch import nn
 from yaml import YAMLError
 
 from ..checkpoint.seal import CONFIG, WEIGHTS, digest_of
-from ..config import SFAConfig
 from ..layers.adapted import sfa_layers
 from ..search import ticket_of
 from ..search.install import adapter_of
 from ..ticket import Ticket
 from ..ticket.picture import draw_ticket
+from ..tuner.model import SFAModel
 
 CARD = "README.md"
 PICTURE = "ticket.png"
@@ -95,7 +95,24 @@ def describe_adapter(
         raise TypeError(f"metrics={metrics!r} must map names to numbers: {error}") from error
     if not all(map(math.isfinite, values.values())):
         raise TypeError(f"metrics={metrics!r} must be finite numbers.")
-    tuner.peft_config[name].evaluation = Evaluation(task, dataset, split, values, repo_id)
+    notes_of(tuner, name).evaluation = Evaluation(task, dataset, split, values, repo_id)
+
+
+@dataclass
+class Notes:
+    """What is kept of an adapter for its model card.
+
+    Attributes:
+        evaluation: What the user has said of it.
+        picture: The picture of its ticket, and the digest of that ticket: drawing takes longer than saving.
+    """
+
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    picture: tuple[str, bytes] = ("", b"")
+
+
+def notes_of(tuner: SFAModel, adapter_name: str) -> Notes:
+    return tuner.card_notes.setdefault(adapter_name, Notes())
 
 
 def folder_of(folder: Path, adapter_name: str) -> Path:
@@ -158,7 +175,7 @@ def update_card(
         return
     base = model.get_base_model()
     first = next(iter(saved))  # the one that the metadata tell of
-    evaluations = {name: getattr(model.peft_config[name], "evaluation", Evaluation()) for name in saved}
+    evaluations = {name: notes_of(model.base_model, name).evaluation for name in saved}
     evaluations[first] = _with_earlier(evaluations[first], card)
     if not is_repo and evaluations[first].repo_id:
         source, is_repo = evaluations[first].repo_id, True
@@ -169,7 +186,7 @@ def update_card(
     for name, own in saved.items():
         ticket = tickets.get(name) or ticket_of(model, name)
         picture = (own / PICTURE).relative_to(folder).as_posix()
-        drawn = _draw(ticket, model.peft_config[name], own / PICTURE)
+        drawn = _draw(ticket, notes_of(model.base_model, name), own / PICTURE)
         size = (own / WEIGHTS).stat().st_size
         section = [
             _summary(model, name, ticket, evaluations[name], base_id, size),
@@ -308,13 +325,10 @@ def parameter_counts(model: PeftModel, name: str) -> dict[str, int]:
     return {"internal": internal, "external": every - internal, "heads": sum(p.numel() for p in heads)}
 
 
-def _draw(ticket: Ticket, config: SFAConfig, path: Path) -> bool:
-    """Draw the ticket's picture; False where matplotlib is not installed.
-
-    The picture of the same ticket is kept on the config, since drawing takes longer than saving.
-    """
+def _draw(ticket: Ticket, notes: Notes, path: Path) -> bool:
+    """Draw the ticket's picture, if it has not been drawn; False where matplotlib is not installed."""
     key = digest_of(ticket.by_name()) + json.dumps(ticket.widths, sort_keys=True)
-    drawn_of, drawn = getattr(config, "drawn", (None, b""))
+    drawn_of, drawn = notes.picture
     if drawn_of == key:
         path.write_bytes(drawn)
         return True
@@ -327,7 +341,7 @@ def _draw(ticket: Ticket, config: SFAConfig, path: Path) -> bool:
     # A palette keeps the picture smaller than most adapters.
     with Image.open(path) as picture:
         picture.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
-    config.drawn = (key, path.read_bytes())  # type: ignore[attr-defined]
+    notes.picture = (key, path.read_bytes())
     return True
 
 

@@ -64,6 +64,7 @@ class SFAModel(BaseTuner):
         ```
     """
 
+    peft_config: dict[str, SFAConfig]  # type: ignore[assignment]  # PEFT says what is common to all methods
     prefix = "sfa_"
     tuner_layer_cls = SFALayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
@@ -72,6 +73,7 @@ class SFAModel(BaseTuner):
         if HANDED_OVER.get():
             raise HandedOverError
         super().__init__(*args, **kwargs)
+        self.card_notes: dict[str, Any] = {}  # by adapter, what is kept for its model card
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, plan: Plan | None = None, **kwargs: Any
@@ -176,6 +178,7 @@ class SFAModel(BaseTuner):
         """
         active = [name for name in self.active_adapters if name != adapter_name]
         super().delete_adapter(adapter_name)
+        self.card_notes.pop(adapter_name, None)
         unwrap_empty_layers(self.model)
         names = active or list(self.peft_config)[:1]
         # Setting the adapters that are active already would unmerge them.
