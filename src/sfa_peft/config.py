@@ -256,8 +256,7 @@ class SFAConfig(PeftConfig):
             saved = open_adapter(config, weights, load.key_mapping if load else {})
             if load is not None:
                 load.saved = saved
-            config = saved.config
-            return config
+            return saved.config
         folder = Path(name, subfolder or "")
         if not folder.is_dir() or (folder / PICKLE).exists():
             raise CheckpointError(f"{name!r} has no {WEIGHTS}. SFA reads nothing else: a pickle can run code.")

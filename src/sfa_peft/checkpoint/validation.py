@@ -154,18 +154,19 @@ def _fitting(key: str, tensor: Tensor, own: Tensor) -> Tensor:
 def decoded(codes: Mapping[str, Code]) -> dict[str, Tensor]:
     """The positions in codes, by the names of their tensors, or a `CheckpointError` that names the first damaged."""
     for key, code in codes.items():
-        if code.code.dtype != torch.uint8 or code.code.dim() != 1:
+        tensor = code.code
+        if tensor.dtype != torch.uint8 or tensor.dim() != 1:
             raise CheckpointError(
-                f"{key!r} must be coded positions, a 1-D tensor of dtype torch.uint8; it is {code.code.dtype} of shape "
-                f"{tuple(code.code.shape)}."
+                f"{key!r} must be coded positions, a 1-D tensor of dtype torch.uint8; it is {tensor.dtype} of shape "
+                f"{tuple(tensor.shape)}."
             )
     try:
         return dict(zip(codes, decode_all(list(codes.values())), strict=True))
     except CodeError as error:
         key, code = list(codes.items())[error.index]
         raise CheckpointError(
-            f"{key!r} is not the code of {code.count:,} positions ({error}). The checkpoint is damaged, or has another "
-            f"ticket than adapter_config.json; for another ticket use PeftModel.from_pretrained(base, path, "
+            f"{key!r} is not the code of {code.count:,} positions ({error}). The checkpoint is damaged, or has "
+            f"another ticket than adapter_config.json; for another ticket use PeftModel.from_pretrained(base, path, "
             f"is_trainable=True), or run the same search first."
         ) from error
 

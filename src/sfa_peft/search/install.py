@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import Any
 
 from peft import PeftModel
 from torch import nn
 
 from ..layers.adapted import sfa_layers
 from ..ticket.ticket import Ticket, shapes_of
+from ..tuner.model import SFAModel
 from ..tuner.optimizers import tell_left_behind
 
 
@@ -89,7 +89,7 @@ def ticket_of(model: nn.Module, adapter_name: str | None = None) -> Ticket:
     return Ticket(positions, shapes, config.granularity, widths)
 
 
-def searchable(model: nn.Module, adapter_name: str | None, replaces_externals: bool = False) -> tuple[Any, str]:
+def searchable(model: nn.Module, adapter_name: str | None, replaces_externals: bool = False) -> tuple[SFAModel, str]:
     """The tuner and the name of an adapter that can be given a ticket, and other external adapters.
 
     Raises:
@@ -126,7 +126,7 @@ def searchable(model: nn.Module, adapter_name: str | None, replaces_externals: b
     return tuner, adapter_name
 
 
-def adapter_of(model: nn.Module, adapter_name: str | None) -> tuple[Any, str]:
+def adapter_of(model: nn.Module, adapter_name: str | None) -> tuple[SFAModel, str]:
     """The tuner and the name of an adapter; the active one unless named.
 
     Raises:
@@ -146,15 +146,14 @@ def adapter_of(model: nn.Module, adapter_name: str | None) -> tuple[Any, str]:
     return tuner, adapter_name
 
 
-def _tuner_of(model: nn.Module) -> Any:
+def _tuner_of(model: nn.Module) -> SFAModel:
     if hasattr(model, "module") and not isinstance(model, PeftModel):
         raise TypeError(
             f"a {type(model).__name__} is no adapted model: search before the model is wrapped for distributed "
             f"training (before `accelerator.prepare(model)`); the search averages gradients over processes itself."
         )
-    # The class decides: a PeftModel hands attributes of its tuner through.
     tuner = model.base_model if isinstance(model, PeftModel) else model
-    if not hasattr(type(tuner), "other_externals"):
+    if not isinstance(tuner, SFAModel):
         raise TypeError(
             f"expected the model that get_peft_model(model, SFAConfig(...)) returns, got {type(model).__name__}."
         )

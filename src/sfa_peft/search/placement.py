@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,8 @@ from ..layers.adapted import SFALayer, sfa_layers
 from ..layers.bottleneck import ExternalAdapter
 from ..planning.budget import External, external_cost, widths_within
 from ..ticket.selection import top_units
-from .training import DenseTraining
+from ..tuner.model import SFAModel
+from .training import DenseTraining, Slot
 
 PROBE_BUDGET = 3  # how many times the parameters of the adapters to be chosen the probes have
 STATISTIC = "credit"
@@ -33,14 +33,14 @@ class Placement:
         probes: For each place, the adapter that is tried there.
     """
 
-    def __init__(self, tuner: Any, adapter_name: str, places: list[External]) -> None:
+    def __init__(self, tuner: SFAModel, adapter_name: str, places: list[External]) -> None:
         self.tuner, self.adapter_name = tuner, adapter_name
         layers = dict(sfa_layers(tuner.model))
         self.probes = [(place, _adapter_at(layers[place.module], place, adapter_name)) for place in places]
 
     @classmethod
     @contextmanager
-    def probing(cls, tuner: Any, adapter_name: str) -> Iterator[Placement]:
+    def probing(cls, tuner: SFAModel, adapter_name: str) -> Iterator[Placement]:
         """Put probes at every place for a while: together `PROBE_BUDGET` times as wide as the budget pays for."""
         places = tuner.places(adapter_name)
         channels = [place.channels for place in places]
@@ -64,7 +64,7 @@ class Placement:
         `agree` makes all processes score alike.
         """
         self.left_out = {str(i) for i, (place, _) in enumerate(self.probes) if place.module in left_out}
-        slots = {slot.parameter: slot for slot in training.slots}
+        slots: dict[Tensor, Slot] = {slot.parameter: slot for slot in training.slots}
         self.costs = {str(i): external_cost(place.channels, 1) for i, (place, _) in enumerate(self.probes)}
         self.credit: dict[str, Tensor] = {}
         self.values: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -108,7 +108,7 @@ class Chosen:
         return sum(external.cost for external in self.externals)
 
     @torch.no_grad()
-    def begin(self, tuner: Any, adapter_name: str) -> None:
+    def begin(self, tuner: SFAModel, adapter_name: str) -> None:
         """Give the installed adapters the values that their units began with."""
         layers = dict(sfa_layers(tuner.model))
         for external, values in zip(self.externals, self.values, strict=True):

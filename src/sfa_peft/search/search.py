@@ -17,6 +17,7 @@ from accelerate.utils import broadcast
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from ..config import SFAConfig
 from ..layers.adapted import SFALayer, sfa_layers
 from ..layers.leaves import base_layer_of
 from ..layers.quantized import is_quantized
@@ -25,6 +26,7 @@ from ..ticket.quotas import Quotas
 from ..ticket.report import TicketReport
 from ..ticket.selection import Positions, count_elements
 from ..ticket.ticket import Ticket, shapes_of
+from ..tuner.model import SFAModel
 from ..tuner.optimizers import tell_left_behind
 from .install import searchable
 from .placement import Chosen, Placement
@@ -157,6 +159,7 @@ def search_ticket(
     if rewind_step and not needs_data:
         raise ValueError(f"rewind_step={rewind_step}: nothing is trained for the criterion {rule.name!r}.")
 
+    data = dataloader if needs_data else None
     # Not a new Accelerator: its precision would be fixed for the whole process, before the user says which.
     state = accelerator.state if accelerator is not None else PartialState()
     autocast = nullcontext if accelerator is None or accelerator.mixed_precision == "fp16" else accelerator.autocast
@@ -199,7 +202,7 @@ def search_ticket(
         calls = Calls({name: tuner.model.get_submodule(name) for name in names})
         stack.callback(calls.remove)
         run = Run(model, training, state, device, autocast, loss_fn or default_loss, seed, calls)
-        if needs_data:
+        if data is not None:
             if checkpoint is not None:
                 settings = _settings(config) | {
                     "criterion": rule.name,
@@ -214,7 +217,7 @@ def search_ticket(
                     "model": training.fingerprint(),
                 }
                 run.resume(SearchCheckpoint(Path(checkpoint), settings))
-            batches = endless(prepared(dataloader, device), steps * rounds)
+            batches = endless(prepared(data, device), steps * rounds)
             run.through(batches, steps, rounds, selector, rewind_step, checkpoint_every, progress)
             if rule.needs_data and selector.slots and not training.has_evidence():
                 raise TicketSearchError(
@@ -258,7 +261,7 @@ def _tell_idle(places: Sequence[str]) -> None:
 
 
 def _begin(
-    tuner: Any,
+    tuner: SFAModel,
     adapter_name: str,
     chosen: Chosen | None,
     early: Mapping[str, Tensor],
@@ -305,7 +308,7 @@ OTHER_FIELDS = {
 }
 
 
-def _settings(config: Any) -> dict[str, Any]:
+def _settings(config: SFAConfig) -> dict[str, Any]:
     """The config's part of what decides a search, as JSON gives it back."""
     fields = {name: value for name, value in config.to_dict().items() if name not in OTHER_FIELDS}
     return {
@@ -326,7 +329,7 @@ def _trained_beside(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
 
 
 @contextmanager
-def _rewound(tuner: Any, adapter_name: str) -> Iterator[None]:
+def _rewound(tuner: SFAModel, adapter_name: str) -> Iterator[None]:
     """Freeze everything for a search, and put back at the end, whatever happens, all but the trained parameters.
 
     The adapter is the one active meanwhile, without its internal part. Put back are the active adapters, all buffers,

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from accelerate import PartialState
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard, prepare_data_loader
-from accelerate.state import AcceleratorState
 from accelerate.utils import reduce, send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -21,7 +19,13 @@ from .progress import Progress, SearchCheckpoint
 from .rounds import Rounds
 from .training import DenseTraining
 
-State = AcceleratorState | PartialState
+
+class State(Protocol):
+    """What a search reads of Accelerate's `PartialState` or `AcceleratorState`; the library has no types."""
+
+    num_processes: int
+    is_main_process: bool
+    device: torch.device
 
 
 # Steps between two looks at the losses on an accelerator: each look waits for all that is queued there.
@@ -162,7 +166,7 @@ class Run:
 
     def _step(self, step: int, batches: Iterator[Any]) -> None:
         several = self.state.num_processes > 1
-        loss = failure = None
+        outcome: Tensor | Exception
         data_stream = torch.get_rng_state()
         try:
             batch = send_to_device(next(batches), self.device)
@@ -174,17 +178,21 @@ class Run:
                 loss = self.loss_fn(self.model, batch)
             if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad):
                 raise TicketSearchError("loss_fn must return a tensor of one element with a gradient.")
+            outcome = loss
         except Exception as error:
             if not several:
                 raise
-            failure = error  # the other processes wait for this one's loss: they get a NaN
-        value = torch.tensor(float("nan"), device=self.device) if failure else loss.detach().float()
+            outcome = error  # the other processes wait for this one's loss: they get a NaN
+        if isinstance(outcome, Tensor):
+            value = outcome.detach().float()
+        else:
+            value = torch.tensor(float("nan"), device=self.device)
         self._unread.append(reduce(value, reduction="mean"))
-        if failure:
-            raise failure
+        if isinstance(outcome, Exception):
+            raise outcome
         if several:  # before gradients are exchanged, which the one that failed takes no part in
             self._read_losses()
-        loss.backward()
+        outcome.backward()
         if several:
             for slot in self.training.slots:
                 p = slot.parameter
@@ -225,7 +233,7 @@ def prepared(dataloader: Iterable[Any], device: torch.device) -> Iterable[Any]:
     ready = isinstance(dataloader, DataLoaderShard | DataLoaderDispatcher)
     if isinstance(dataloader, DataLoader) and not ready:
         # Not accelerator.prepare: the caller's accelerator should not remember a loader that it was not given.
-        return prepare_data_loader(dataloader, device, put_on_device=True)
+        dataloader = prepare_data_loader(dataloader, device, put_on_device=True)
     return dataloader
 
 
@@ -251,7 +259,7 @@ def default_loss(model: nn.Module, batch: Any) -> Tensor:
             f"dataloader gave a batch of type {type(batch).__name__}; model(**batch) needs a dict. Pass `loss_fn` for "
             f"other batches."
         )
-    loss = getattr(model(**batch), "loss", None)
+    loss: Tensor | None = getattr(model(**batch), "loss", None)
     if loss is None:
         raise TicketSearchError(
             f"the model gave no loss for a batch with {sorted(batch)}; add the labels to the batches, or pass "

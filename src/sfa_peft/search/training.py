@@ -158,7 +158,7 @@ class DenseTraining:
             new = total.to(gradient.device, torch.float32)
             STATISTICS[name](new, Step(slot.value, gradient, move))
             self._write(total, new)
-        if first is None or second is None:
+        if slot.moments is None or first is None or second is None:
             return
         slot.steps += 1
         first.lerp_(gradient, 1 - BETAS[0])
