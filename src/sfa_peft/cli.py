@@ -117,7 +117,7 @@ def inspect(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     has_shapes = bool(saved.file.shapes)
     report = TicketReport(saved.ticket) if has_shapes or not config.ticket_sizes else None
     base = Fingerprint.from_dict(config.base_fingerprint) if config.base_fingerprint else None
-    found = {
+    found: dict[str, Any] = {
         "adapter": saved.name,
         "base_model": config.base_model_name_or_path,
         "base_class": (config.auto_mapping or {}).get("base_model_class"),
@@ -311,9 +311,10 @@ def _base(args: argparse.Namespace, config: SFAConfig) -> nn.Module:
         cls = next((getattr(transformers, name) for name in names if name and hasattr(transformers, name)), None)
         if cls is None:
             raise RefusedError(f"--base {name!r} is of a class that transformers does not have; load it in Python.")
-        return cls.from_pretrained(name, **options)
+        base: nn.Module = cls.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise RefusedError(f"--base {name!r} cannot be loaded: {error}") from error
+    return base
 
 
 Command = Callable[[argparse.Namespace], tuple[int, dict[str, Any], str]]
@@ -354,7 +355,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     warnings.simplefilter("ignore", FutureWarning)  # of transformers, for its developers
     try:
-        code, found, text = args.run(args)
+        run: Command = args.run
+        code, found, text = run(args)
     except CheckpointError as error:
         code, found, text = BAD, {"ok": False, "error": str(error)}, f"sfa-peft: {error}"
     except (RefusedError, HfHubHTTPError, ValueError, OSError) as error:

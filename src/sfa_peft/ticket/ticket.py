@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -84,6 +84,12 @@ class Ticket:
     def density(self) -> float:
         """The part of the candidates that is in the ticket; 0 without candidates."""
         return self.size / max(sum(prod(shape) for shape in self.shapes.values()), 1)
+
+    @overload
+    def overlap(self, other: Ticket, per: None = None) -> float: ...
+
+    @overload
+    def overlap(self, other: Ticket, per: str) -> dict[str, float]: ...
 
     def overlap(self, other: Ticket, per: str | None = None) -> float | dict[str, float]:
         """The intersection over union (IoU) of two tickets' positions: 1 if they are the same, 0 if disjoint.
