@@ -82,6 +82,9 @@ class Load:
     def begin(self) -> None:
         """Called once it is known that an adapter of SFA is going to be read."""
 
+    def before_injection(self) -> None:
+        """Called before an `SFAModel` touches the model."""
+
 
 LOAD: ContextVar[Load | None] = ContextVar("load", default=None)
 

@@ -10,12 +10,12 @@ from transformers import PreTrainedModel
 from transformers.integrations import PeftAdapterMixin
 
 from ..checkpoint import CheckpointError
+from ..checkpoint.reader import LOAD, Load
 from ..checkpoint.seal import WEIGHTS
 from ..checkpoint.validation import check_sizes
 from ..config import SFAConfig
 from ..layers.granularity import position_dtype
 from ..planning.base import base_parameters
-from ..tuner.model import HANDED_OVER, HandedOverError
 from .loads import AdapterLoad
 from .patching import Method, arguments_of, patch
 
@@ -43,15 +43,24 @@ def load_adapter_in_transformers(original: Method, model: PreTrainedModel, *args
     config = given.get("peft_config")
     if isinstance(config, SFAConfig):
         return _load_in_transformers(original, model, given)
-    # transformers reads the config; only when it comes to SFAModel with it, SFA is concerned.
-    token = HANDED_OVER.set(True)
+    # transformers reads the config. SFA is concerned only if it then makes an SFAModel.
+    token = LOAD.set(_HandOver())
     try:
         return original(*args, **kwargs)
-    except HandedOverError:
+    except _HandedOverError:
         pass
     finally:
-        HANDED_OVER.reset(token)
+        LOAD.reset(token)
     return _load_in_transformers(original, model, given)
+
+
+class _HandedOverError(Exception):
+    """Leads out of transformers' `load_adapter`: it cannot read a file in which positions are coded."""
+
+
+class _HandOver(Load):
+    def before_injection(self) -> None:
+        raise _HandedOverError
 
 
 def _load_in_transformers(original: Method, model: PreTrainedModel, given: dict[str, Any]) -> Any:

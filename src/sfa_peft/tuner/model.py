@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -35,13 +35,6 @@ from .mixing import mixing
 from .optimizers import holds_any
 from .state import decoded, encoded, unpacked, without_adapter_name
 from .structure import discard_adapter, unwrap_empty_layers, wrap_leaf
-
-# Whether transformers is loading an adapter by itself: it cannot read the file of SFA, whose positions are coded.
-HANDED_OVER: ContextVar[bool] = ContextVar("handed_over", default=False)
-
-
-class HandedOverError(Exception):
-    """Leads out of transformers' `load_adapter`, before it has touched the model, once the adapter is one of SFA."""
 
 
 class SFAModel(BaseTuner):
@@ -70,8 +63,9 @@ class SFAModel(BaseTuner):
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if HANDED_OVER.get():
-            raise HandedOverError
+        load = LOAD.get()
+        if load is not None:
+            load.before_injection()
         super().__init__(*args, **kwargs)
         self.card_notes: dict[str, Any] = {}  # by adapter, what is kept for its model card
 
@@ -517,3 +511,8 @@ class SFAModel(BaseTuner):
         tensors = unpacked(model, adapter_name, state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
         return decoded(model, adapter_name, remapped)
+
+
+def tuner_of(model: PeftModel) -> SFAModel:
+    """The tuner of a model whose adapters are SFA's."""
+    return cast(SFAModel, model.base_model)
