@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
@@ -25,7 +25,7 @@ from ..search import ticket_of
 from ..search.install import adapter_of
 from ..ticket import Ticket
 from ..ticket.picture import draw_ticket
-from ..tuner.model import SFAModel
+from ..tuner.model import SFAModel, tuner_of
 
 CARD = "README.md"
 PICTURE = "ticket.png"
@@ -112,7 +112,8 @@ class Notes:
 
 
 def notes_of(tuner: SFAModel, adapter_name: str) -> Notes:
-    return tuner.card_notes.setdefault(adapter_name, Notes())
+    notes: Notes = tuner.card_notes.setdefault(adapter_name, Notes())
+    return notes
 
 
 def folder_of(folder: Path, adapter_name: str) -> Path:
@@ -175,10 +176,11 @@ def update_card(
         return
     base = model.get_base_model()
     first = next(iter(saved))  # the one that the metadata tell of
-    evaluations = {name: notes_of(model.base_model, name).evaluation for name in saved}
+    tuner = tuner_of(model)
+    evaluations = {name: notes_of(tuner, name).evaluation for name in saved}
     evaluations[first] = _with_earlier(evaluations[first], card)
-    if not is_repo and evaluations[first].repo_id:
-        source, is_repo = evaluations[first].repo_id, True
+    if not is_repo and (repo_id := evaluations[first].repo_id):
+        source, is_repo = repo_id, True
     base_id = hub_id(getattr(base, "name_or_path", "") or model.peft_config[first].base_model_name_or_path)
     card.data.pipeline_tag = evaluations[first].task or card.data.pipeline_tag or task_of(base)
     _name_base(card, base_id, tags)
@@ -186,7 +188,7 @@ def update_card(
     for name, own in saved.items():
         ticket = tickets.get(name) or ticket_of(model, name)
         picture = (own / PICTURE).relative_to(folder).as_posix()
-        drawn = _draw(ticket, notes_of(model.base_model, name), own / PICTURE)
+        drawn = _draw(ticket, notes_of(tuner, name), own / PICTURE)
         size = (own / WEIGHTS).stat().st_size
         section = [
             _summary(model, name, ticket, evaluations[name], base_id, size),
@@ -197,9 +199,13 @@ def update_card(
     card.save(folder / CARD)
 
 
+def _data(card: ModelCard) -> ModelCardData:
+    return cast(ModelCardData, card.data)  # its own type is what all kinds of card have
+
+
 def _with_earlier(said: Evaluation, card: ModelCard) -> Evaluation:
     """What was said of an adapter now, and what its card says already of the same dataset."""
-    earlier = [r for r in card.data.eval_results or () if said.dataset in (None, r.dataset_name)]
+    earlier = [r for r in _data(card).eval_results or () if said.dataset in (None, r.dataset_name)]
     if not earlier or said.metrics:
         return said
     first = earlier[0]
@@ -214,36 +220,40 @@ def _with_earlier(said: Evaluation, card: ModelCard) -> Evaluation:
 
 
 def _name_base(card: ModelCard, base_id: str | None, tags: Sequence[str]) -> None:
+    data = _data(card)
     if base_id:
-        card.data.base_model = base_id
-    elif not hub_id(card.data.base_model):  # PEFT puts a folder's name there
-        card.data.base_model = None
+        data.base_model = base_id
+    elif not hub_id(data.base_model):  # PEFT puts a folder's name there
+        data.base_model = None
     own = {"sfa", "peft", *tags, *([f"base_model:adapter:{base_id}"] if base_id else [])}
-    others = {t for t in card.data.tags or () if t in own or not t.startswith("base_model:adapter:")}
-    card.data.tags = sorted(others | own)
+    others = {t for t in data.tags or () if t in own or not t.startswith("base_model:adapter:")}
+    data.tags = sorted(others | own)
 
 
 def _add_results(card: ModelCard, evaluation: Evaluation, model_name: str | None) -> None:
     """Put dataset and metrics into the metadata, the latter as a `model-index`; results of other datasets stay."""
-    if evaluation.dataset and hub_id(evaluation.dataset):
-        card.data.datasets = sorted({*_as_list(card.data.datasets), evaluation.dataset})
+    data, dataset = _data(card), evaluation.dataset
+    if dataset is None:  # metrics come with one
+        return
+    if hub_id(dataset):
+        data.datasets = sorted({*_as_list(data.datasets), dataset})
     if not evaluation.metrics:
         return
-    card.data.metrics = sorted({*_as_list(card.data.metrics), *evaluation.metrics})
-    card.data.model_name = model_name or card.data.model_name or "sfa-adapter"
+    data.metrics = sorted({*_as_list(data.metrics), *evaluation.metrics})
+    data.model_name = model_name or data.model_name or "sfa-adapter"
     own = [
         EvalResult(
-            task_type=card.data.pipeline_tag or "other",
-            dataset_type=evaluation.dataset,
-            dataset_name=evaluation.dataset,
+            task_type=data.pipeline_tag or "other",
+            dataset_type=dataset,
+            dataset_name=dataset,
             dataset_split=evaluation.split,
             metric_type=name,
             metric_value=value,
         )
         for name, value in evaluation.metrics.items()
     ]
-    others = [r for r in card.data.eval_results or () if r.dataset_name != evaluation.dataset]
-    card.data.eval_results = own + others
+    others = [r for r in data.eval_results or () if r.dataset_name != dataset]
+    data.eval_results = own + others
 
 
 def task_of(base: nn.Module) -> str | None:
@@ -282,7 +292,7 @@ def _with_section(text: str, name: str, section: str) -> str:
 def _summary(
     model: PeftModel, name: str, ticket: Ticket, evaluation: Evaluation, base_id: str | None, size: int
 ) -> str:
-    config = model.peft_config[name]
+    config = tuner_of(model).peft_config[name]
     base = model.get_base_model()
     counts = parameter_counts(model, name)
     widths = [w for modules in (config.external_widths or {}).values() for w in modules.values()]
@@ -348,7 +358,7 @@ def _draw(ticket: Ticket, notes: Notes, path: Path) -> bool:
 def _snippet(model: PeftModel, name: str, source: str, is_repo: bool) -> str:
     """Code that loads the adapter, to be pasted."""
     base = model.get_base_model()
-    config = model.peft_config[name]
+    config = tuner_of(model).peft_config[name]
     options = ""
     num_labels = getattr(getattr(base, "config", None), "num_labels", None)
     if config.modules_to_save and isinstance(num_labels, int):

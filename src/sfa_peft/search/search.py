@@ -274,7 +274,7 @@ def _begin(
     with torch.no_grad():
         for name, values in early.items():
             module, _, parameter = name.rpartition(".")
-            getattr(layers[module].sfa_internal[adapter_name], parameter).copy_(values)
+            layers[module].sfa_internal[adapter_name].values(parameter).copy_(values)
         for p, value in early_beside:
             p.copy_(value)
 

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from ..config import SFAConfig
-from ..layers.adapted import SFALayer, sfa_layers
+from ..layers.adapted import Adapters, SFALayer, sfa_layers
+from ..layers.bottleneck import ExternalAdapter
 from ..layers.heads import Head
 from ..planning.budget import External
 from ..planning.plan import Plan, Planner, ticket_sizes
@@ -128,8 +129,8 @@ def fill(model: nn.Module, adapters: Sequence[str], weights: Sequence[float], ad
     """Give a combined adapter, injected without effect, its values and its heads."""
     for _, layer in sfa_layers(model):
         _fill_internal(layer, adapters, weights, adapter_name)
-        for kind in ("sfa_external", "sfa_parallel"):
-            _fill_external(getattr(layer, kind), adapters, weights, adapter_name)
+        for own in (layer.sfa_external, layer.sfa_parallel):
+            _fill_external(own, adapters, weights, adapter_name)
     for module in model.modules():
         if isinstance(module, Head) and adapter_name in module.modules_to_save:
             (source,) = [name for name in adapters if name in module.modules_to_save]
@@ -142,18 +143,20 @@ def _fill_internal(layer: SFALayer, adapters: Sequence[str], weights: Sequence[f
         return
     new = layer.sfa_internal[adapter_name]
     for parameter in new.changed:
-        values, positions = getattr(new, parameter), new.positions(parameter).long()
+        values, positions = new.values(parameter), new.positions(parameter).long()
         total = torch.zeros_like(values, dtype=torch.promote_types(values.dtype, torch.float32))
         for adapter, weight in zip(adapters, weights, strict=True):
             if adapter in layer.sfa_internal and parameter in layer.sfa_internal[adapter].changed:
                 delta = layer.sfa_internal[adapter]
                 at = torch.searchsorted(positions, delta.positions(parameter).long())
-                total[at] += weight * getattr(delta, parameter).to(total.dtype)
+                total[at] += weight * delta.values(parameter).to(total.dtype)
         values.copy_(total)
 
 
 @torch.no_grad()
-def _fill_external(own: nn.ModuleDict, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+def _fill_external(
+    own: Adapters[ExternalAdapter], adapters: Sequence[str], weights: Sequence[float], adapter_name: str
+) -> None:
     if adapter_name not in own:
         return
     new = own[adapter_name]

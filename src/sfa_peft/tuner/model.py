@@ -6,10 +6,10 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class SFAModel(BaseTuner):
     peft_config: dict[str, SFAConfig]  # type: ignore[assignment]  # PEFT says what is common to all methods
     prefix = "sfa_"
     tuner_layer_cls = SFALayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (as PEFT declares it)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         load = LOAD.get()
@@ -115,7 +115,7 @@ class SFAModel(BaseTuner):
         except NotImplementedError:
             return []
 
-    def _prepare_adapter_config(self, peft_config: SFAConfig, model_config: dict[str, Any]) -> SFAConfig:
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config
 
     def _check_target_module_exists(self, peft_config: SFAConfig, key: str) -> Any:  # type: ignore[override]
@@ -130,7 +130,7 @@ class SFAModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: SFAConfig,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -143,23 +143,24 @@ class SFAModel(BaseTuner):
             if isinstance(target, SFALayer)
             else wrap_leaf(self.model, current_key, adapter_name, self.active_adapters)
         )
+        config = self.peft_config[adapter_name]
         positions = self._plan.positions.get(current_key)
         if positions is not None:
-            layer.add_internal(adapter_name, positions, peft_config.granularity, init_weights=peft_config.init_weights)
+            layer.add_internal(adapter_name, positions, config.granularity, init_weights=config.init_weights)
         for external in self._plan.externals.get(current_key, ()):
             adapter = ExternalAdapter(
                 external.channels,
                 external.width,
-                activation=peft_config.external_activation,
-                dropout=peft_config.external_dropout,
-                scale=peft_config.external_scale,
+                activation=config.external_activation,
+                dropout=config.external_dropout,
+                scale=config.external_scale,
                 channel_dim=external.channel_dim,
-                init_weights=peft_config.init_weights,
+                init_weights=config.init_weights,
             )
             container = None if external.mlp_input is None else self.model.get_submodule(external.mlp_input)
             layer.add_external(adapter_name, adapter, container)
         layer.train(layer.training)
-        layer.finish_adapter(adapter_name, inference_mode=peft_config.inference_mode)
+        layer.finish_adapter(adapter_name, inference_mode=config.inference_mode)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own copies `weight` from the replaced module as well, which a head without one does not have.
@@ -270,7 +271,7 @@ class SFAModel(BaseTuner):
                     layer.unmerge(keep=count)
             raise
 
-    def _unload_and_optionally_merge(
+    def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT's says None, and returns the model
         self,
         merge: bool = True,
         progressbar: bool = False,
@@ -279,7 +280,7 @@ class SFAModel(BaseTuner):
     ) -> nn.Module:
         if merge and safe_merge:  # before the first layer is unloaded
             self.merge_adapter(adapter_names, safe_merge)
-        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        model = cast(nn.Module, super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names))
         release_statistics(model)
         return model
 
@@ -496,7 +497,7 @@ class SFAModel(BaseTuner):
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
-        config: SFAConfig,
+        config: PeftConfig,
         adapter_name: str,
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
@@ -506,7 +507,7 @@ class SFAModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: SFAConfig, adapter_name: str, state_dict: dict[str, Tensor]
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         tensors = unpacked(model, adapter_name, state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
