@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import InitVar, dataclass, field
 from numbers import Integral, Real
@@ -226,7 +227,7 @@ class SFAConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
     ) -> SFAConfig:
         """Load the config of a saved adapter, and check the weights that lie beside it, if any do.
 

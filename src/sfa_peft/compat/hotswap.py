@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
@@ -19,7 +19,7 @@ from ..config import SFAConfig
 from ..layers.adapted import sfa_layers
 from ..planning.base import check_base
 from ..planning.plan import Planner
-from ..tuner.model import SFAModel
+from ..tuner.model import SFAModel, tuner_of
 from ..tuner.optimizers import tell_left_behind
 from .patching import Method, arguments_of, patch
 from .registration import NAME, incompatible
@@ -42,8 +42,8 @@ def swap(model: nn.Module, tensors: dict[str, Tensor], adapter_name: str, config
         ValueError: If the adapter is merged, or the model is compiled and the ticket has other sizes.
     """
     compiled = getattr(model, "_orig_mod", None)
-    peft_model = model if compiled is None else compiled
-    tuner: SFAModel = peft_model.base_model
+    peft_model = cast(PeftModel, model if compiled is None else compiled)
+    tuner = tuner_of(peft_model)
     layers = sfa_layers(tuner.model)
     if any(adapter_name in layer.merged_adapters for _, layer in layers):
         raise ValueError(
@@ -80,7 +80,7 @@ def resized(model: PeftModel, adapter_name: str, config: SFAConfig) -> Iterator[
     Raises:
         CheckpointError: If the other adapter does not fit the model.
     """
-    tuner: SFAModel = model.base_model
+    tuner = tuner_of(model)
     token = LOAD.set(LOAD.get() or Load())  # positions come with the weights
     try:
         plan = Planner(tuner.model, config).plan()

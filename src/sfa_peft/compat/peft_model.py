@@ -34,6 +34,7 @@ from ..layers.adapted import sfa_layers
 from ..layers.offloading import brought, is_hooked
 from ..search import ticket_of
 from ..ticket import Ticket
+from ..tuner.model import tuner_of
 from .hotswap import resized
 from .loads import AdapterLoad, readable_errors
 from .patching import Method, arguments_of, patch
@@ -88,7 +89,7 @@ def save_pretrained(
     for name in names:
         if name not in model.peft_config:
             raise ValueError(f"selected_adapters: there is no {name!r}; the model has {sorted(model.peft_config)}.")
-        model.base_model.check_config(name)
+        tuner_of(model).check_config(name)
     if kwargs.get("path_initial_model_for_weight_conversion") is not None:
         original(save_directory, selected_adapters=names, **kwargs)  # PEFT has an error for that
     # "auto" asks the Hub for the base's vocabulary; an adapted layer is saved as its change, so there is none to save.
@@ -123,10 +124,11 @@ def _write(
     shapes: dict[str, tuple[int, ...]],
     folder: Path,
 ) -> None:
-    config = model.peft_config[adapter_name]
+    config = tuner_of(model).peft_config[adapter_name]
 
     def dtype_of(key: str) -> torch.dtype | None:
-        return DTYPES.get(config.values_dtype if is_adapter_key(key) else config.heads_dtype)
+        name = config.values_dtype if is_adapter_key(key) else config.heads_dtype
+        return None if name is None else DTYPES.get(name)
 
     base = model.get_base_model()
     if config.base_model_name_or_path is None:
@@ -150,14 +152,16 @@ def from_pretrained(original: Method, cls: type[PeftModel], *args: Any, **kwargs
         CheckpointError: If the adapter is damaged, or does not fit the model.
     """
     given = arguments_of(original, args, kwargs)
-    model, model_id, options = given.get("model"), given.get("model_id"), given.get("kwargs", {})
+    model, options = given.get("model"), given.get("kwargs", {})
+    model_id: Any = given.get("model_id")
     mapping = given.get("key_mapping") or getattr(model, "_checkpoint_conversion_mapping", None)
     with AdapterLoad(model, given.get("adapter_name"), mapping) as load, readable_errors(load, model_id, options):
         config = given.get("config")  # PEFT reads no config then
         if isinstance(config, SFAConfig):
             load.begin()
             _check_same(SFAConfig.from_pretrained(model_id, **options), config)
-        return original(*args, **kwargs)
+        loaded: PeftModel = original(*args, **kwargs)
+        return loaded
 
 
 @patch(PeftModel, "load_adapter", "model_id", "adapter_name", "key_mapping", "kwargs", applies=is_sfa)
@@ -168,17 +172,19 @@ def load_adapter(original: Method, model: PeftModel, *args: Any, **kwargs: Any) 
         CheckpointError: If the adapter is damaged, or does not fit the model.
     """
     given = arguments_of(original, args, kwargs)
-    model_id, adapter_name, options = given.get("model_id"), given.get("adapter_name"), given.get("kwargs", {})
+    adapter_name, options = given.get("adapter_name"), given.get("kwargs", {})
+    model_id: Any = given.get("model_id")
     if LOAD.get() is not None:  # `from_pretrained` has read and checked it
         return original(*args, **kwargs)
     with ExitStack() as stack:
         load = stack.enter_context(AdapterLoad(model, adapter_name, given.get("key_mapping")))
         load.begin()
         stack.enter_context(readable_errors(load, model_id, options))
-        if adapter_name in model.peft_config:  # PEFT reads no config then
+        configs = tuner_of(model).peft_config
+        if adapter_name in configs:  # PEFT reads no config then
             if any(adapter_name in layer.merged_adapters for _, layer in sfa_layers(model)):
                 raise ValueError(f"adapter {adapter_name!r} is merged: unmerge_adapter() before others are loaded.")
-            saved, own = SFAConfig.from_pretrained(model_id, **options), model.peft_config[adapter_name]
+            saved, own = SFAConfig.from_pretrained(model_id, **options), configs[adapter_name]
             if _only_sizes_differ(saved, own) and _is_fresh(model, adapter_name):
                 stack.enter_context(resized(model, adapter_name, saved))
             else:

@@ -6,6 +6,9 @@ public way to add one; `aenum.extend_enum` does.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import peft
 from aenum import extend_enum
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -31,7 +34,8 @@ def add_peft_type() -> None:
     Raises:
         PeftTooDifferentError: If the enum cannot be extended, or PEFT has a method of that name already.
     """
-    owner = PEFT_TYPE_TO_TUNER_MAPPING.get(NAME)
+    owners: Mapping[Any, type] = PEFT_TYPE_TO_TUNER_MAPPING  # NAME is none of PEFT's types yet
+    owner = owners.get(NAME)
     if owner is not None:
         raise incompatible(f"it has a method {NAME} already ({owner.__module__})")
     if NAME in PeftType.__members__:  # from an import that was interrupted

@@ -66,13 +66,14 @@ class _HandOver(Load):
 def _load_in_transformers(original: Method, model: PreTrainedModel, given: dict[str, Any]) -> Any:
     given = given | given.pop("kwargs", {})
     load_config = given.get("load_config")
-    source = given.get("peft_model_id") or getattr(load_config, "pretrained_model_name_or_path", None)
+    source: Any = given.get("peft_model_id") or getattr(load_config, "pretrained_model_name_or_path", None)
     options = {
         **(getattr(load_config, "download_kwargs", None) or {}),
         **(given.get("adapter_kwargs") or {}),
         **{key: given[key] for key in HUB_OPTIONS if key in given},
     }
-    config, tensors = given.get("peft_config"), given.get("adapter_state_dict")
+    config: Any = given.get("peft_config")
+    tensors = given.get("adapter_state_dict")
     if tensors is None and source is None:
         raise ValueError("an SFA adapter needs `peft_model_id`, or `adapter_state_dict` beside `peft_config`.")
     with AdapterLoad(model, given.get("adapter_name") or "default") as load:
