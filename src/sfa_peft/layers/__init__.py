@@ -1,1 +1,1 @@
-"""What is in an adapted model: sparse deltas, bottlenecks, the layers that hold them, heads and norms."""
+"""The modules of an adapted model: sparse deltas, bottlenecks, SFA layers, heads and norms."""

@@ -1,6 +1,6 @@
-"""One adapted module: a leaf of the base model, its internal change, and the external adapters on its output.
+"""The SFA layer: a leaf of the base model with its internal adapters and the external adapters on its output.
 
-Leaves only are wrapped. A wrapped container would rename the leaves inside it, and a checkpoint could not be loaded
+Only leaves are wrapped. A wrapped container would rename the leaves inside it, and a checkpoint could not be loaded
 next to an adapter that uses other places.
 """
 
@@ -28,7 +28,7 @@ A = TypeVar("A", bound=nn.Module)
 
 
 class Adapters(Protocol[A]):
-    """An `nn.ModuleDict`, whose own type does not say what is in it: modules of one kind, by the adapters' names."""
+    """The type of an `nn.ModuleDict` that maps adapter names to modules of one kind."""
 
     def __getitem__(self, name: str) -> A: ...
 
@@ -46,13 +46,14 @@ class Adapters(Protocol[A]):
 class SFALayer(nn.Module, BaseTunerLayer):
     """A wrapped leaf: ``y = base(x; W + delta)``, then ``y + external(y) + parallel_external(container's input)``.
 
-    Several active adapters add up. This class serves any leaf for external adapters; the subclasses know how to run
-    their kind of leaf with changed parameters.
+    The changes of several active adapters are added. This class supports external adapters on any leaf; its
+    subclasses also run their kind of leaf with changed parameters.
 
     Args:
-        base_layer: The leaf.
-        adapter_name: The first adapter on it.
-        block: The module around a leaf without parameters that has some. It tells the adapter's device and dtype.
+        base_layer (`nn.Module`): The leaf.
+        adapter_name (`str`): The first adapter on the leaf.
+        block (`nn.Module`, *optional*, defaults to `None`):
+            For a leaf without parameters: the module around it, whose device and dtype the adapter gets.
     """
 
     adapter_layer_names = ("sfa_internal", "sfa_external", "sfa_parallel")
@@ -62,7 +63,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, block: nn.Module | None = None) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self._block = (block,)  # no submodule of this one
+        self._block = (block,)  # in a tuple, so that it does not become a submodule
         self.sfa_internal = cast("Adapters[SparseDelta]", nn.ModuleDict())
         self.sfa_external = cast("Adapters[ExternalAdapter]", nn.ModuleDict())
         self.sfa_parallel = cast("Adapters[ExternalAdapter]", nn.ModuleDict())
@@ -75,32 +76,53 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     @property
     def in_features(self) -> int | None:
-        """Input channels of the leaf, None if they cannot be told; PEFT's layers have them."""
+        """Input channels of the leaf, or None if they are not known. PEFT expects this attribute."""
         base = self.get_base_layer()
         return getattr(base, "in_features", None) or getattr(base, "in_channels", None) or self.out_features
 
     @property
     def out_features(self) -> int | None:
-        """Output channels of the leaf, None if they cannot be told."""
+        """Output channels of the leaf, or None if they are not known."""
         channels = channels_of(self.get_base_layer())
         return channels and channels[0]
 
     @property
     def op(self) -> Op:
+        """What the leaf computes, with its gradients.
+
+        Raises:
+            AttributeError: If this kind of leaf takes external adapters only.
+        """
         raise AttributeError(f"{type(self.get_base_layer()).__name__} takes external adapters only")
 
     @property
     def changeable(self) -> Changeable:
-        """What has the ``weight`` and ``bias`` that internal adapters are added to."""
+        """The module whose ``weight`` and ``bias`` the internal adapters change."""
         return cast(Changeable, self.get_base_layer())
 
     def add_internal(
         self, adapter_name: str, positions: Mapping[str, Tensor], granularity: Granularity, init_weights: bool
     ) -> None:
+        """Add an internal adapter.
+
+        Args:
+            adapter_name (`str`): The adapter.
+            positions (`Mapping[str, Tensor]`):
+                For ``weight`` and ``bias``, the sorted positions, 1-D integer tensors.
+            granularity (`Granularity`): The unit that a position counts.
+            init_weights (`bool`): Whether the values start at zero. With False they are random (for tests).
+        """
         self.sfa_internal[adapter_name] = SparseDelta(self.changeable, positions, granularity, init_weights)
 
     def add_external(self, adapter_name: str, adapter: ExternalAdapter, container: nn.Module | None = None) -> None:
-        """Add `adapter` on the output, or, with `container`, from the container's input to the output."""
+        """Add an external adapter.
+
+        Args:
+            adapter_name (`str`): The adapter.
+            adapter (`ExternalAdapter`): Its bottleneck.
+            container (`nn.Module`, *optional*, defaults to `None`):
+                The module whose input a parallel adapter reads. With None the adapter reads the leaf's output.
+        """
         if container is None:
             self.sfa_external[adapter_name] = adapter
         else:
@@ -108,17 +130,17 @@ class SFALayer(nn.Module, BaseTunerLayer):
             self.parallel_inputs[adapter_name] = ParallelInput(container)
 
     def internal_of(self, adapter_name: str) -> SparseDelta | None:
-        """One adapter's internal change here, if it has any."""
+        """The internal change that an adapter makes in this layer, or None."""
         return self.sfa_internal[adapter_name] if adapter_name in self.sfa_internal else None  # noqa: SIM401 (no dict)
 
     def externals_of(self, adapter_name: str) -> list[tuple[ExternalAdapter, nn.Module | None]]:
-        """One adapter's external adapters here, each with the container that it reads from, if it is parallel."""
-        own: list[tuple[ExternalAdapter, nn.Module | None]] = []
+        """An adapter's bottlenecks in this layer. A parallel one comes with its container, the others with None."""
+        bottlenecks: list[tuple[ExternalAdapter, nn.Module | None]] = []
         if adapter_name in self.sfa_external:
-            own.append((self.sfa_external[adapter_name], None))
+            bottlenecks.append((self.sfa_external[adapter_name], None))
         if adapter_name in self.sfa_parallel:
-            own.append((self.sfa_parallel[adapter_name], self.parallel_inputs[adapter_name].container))
-        return own
+            bottlenecks.append((self.sfa_parallel[adapter_name], self.parallel_inputs[adapter_name].container))
+        return bottlenecks
 
     def remove_externals(self, adapter_name: str) -> None:
         for adapters in (self.sfa_external, self.sfa_parallel):
@@ -132,6 +154,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
             del self.sfa_internal[adapter_name]
 
     def finish_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Move a new adapter to the device and dtype of the leaf, and set which parameters are trainable."""
         device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         for adapter in self._modules_of(adapter_name):
             self._move(adapter, device, dtype)
@@ -140,15 +163,15 @@ class SFALayer(nn.Module, BaseTunerLayer):
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module
     ) -> tuple[torch.device | None, torch.dtype | None]:
-        # PEFT knows leaves with a `weight`. LayerScale has `lambda1`, and a norm without parameters only its block.
+        # PEFT looks for a `weight`. LayerScale has `lambda1`; for a norm without parameters the block decides.
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
         (block,) = self._block
-        own = next(base_parameters_of(base_layer if block is None else block), None)
-        return (own.device, own.dtype) if device is None and own is not None else (device, dtype)
+        parameter = next(base_parameters_of(base_layer if block is None else block), None)
+        return (parameter.device, parameter.dtype) if device is None and parameter is not None else (device, dtype)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT calls this when weights have been loaded. Its own would drop them where the base has none yet, and moves
-        # no adapter while another one has none.
+        # PEFT calls this after it has loaded weights. PEFT's version would drop them while the base is on the meta
+        # device, and moves no adapter while another adapter is on the meta device.
         base_device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         device = device or base_device
         if device is not None and device.type != "meta":
@@ -161,16 +184,18 @@ class SFALayer(nn.Module, BaseTunerLayer):
             adapter.to(device=device, dtype=dtype if dtype is not None and dtype.is_floating_point else None)
 
     def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter from this layer, with its hook."""
         if adapter_name in self.parallel_inputs:
             self.parallel_inputs[adapter_name].remove()
         super().delete_adapter(adapter_name)
 
     @property
     def adapter_names(self) -> set[str]:
+        """The names of all adapters in this layer."""
         return self._get_available_adapters()
 
     def parameters_of(self, adapter_name: str) -> list[nn.Parameter]:
-        """All trainable parameters that one adapter has here."""
+        """All parameters of an adapter in this layer."""
         return [p for adapter in self._modules_of(adapter_name) for p in adapter.parameters()]
 
     def _modules_of(self, adapter_name: str) -> list[nn.Module]:
@@ -178,7 +203,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
         return [adapters[adapter_name] for adapters in kinds if adapter_name in adapters]
 
     def is_changed_by(self, adapter_name: str) -> bool:
-        """Whether an adapter does anything here yet: internal values or up projections that are not all zero."""
+        """Whether an adapter changes the output of this layer: an internal value or an up projection is not zero."""
         outputs = [self.sfa_internal[adapter_name].parameters()] if adapter_name in self.sfa_internal else []
         outputs += [adapter.up.parameters() for adapter, _ in self.externals_of(adapter_name)]
         return any(bool(p.any()) for parameters in outputs for p in parameters if not p.is_meta)
@@ -192,7 +217,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
         if base._forward_hooks or base._forward_pre_hooks:
             warnings.warn(
                 f"hooks on the {type(base).__name__} inside an SFA layer are not run while its internal adapter is "
-                f"active; set them on the SFA layer, after get_peft_model.",
+                f"active; register them on the SFA layer, after get_peft_model.",
                 stacklevel=2,
             )
         if is_hooked(base):
@@ -201,6 +226,20 @@ class SFALayer(nn.Module, BaseTunerLayer):
         return sparse_forward(self.op, x, base.weight, base.bias, deltas)
 
     def forward(self, x: Tensor, *args: Any, mixture: Mixture | None = None, **kwargs: Any) -> Tensor:
+        """Run the leaf with its active adapters.
+
+        Args:
+            x (`Tensor`): The leaf's input, in any shape that the leaf takes.
+            mixture (`Mixture`, *optional*, defaults to `None`): The adapter of each sample, in a mixed batch.
+            args, kwargs: Passed to the leaf. With an active internal adapter they are ignored.
+
+        Returns:
+            A tensor of the shape of the leaf's output.
+
+        Raises:
+            ValueError: If the rows of a mixed batch do not match its samples.
+            RuntimeError: If a parallel adapter runs before the module whose input it reads.
+        """
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -218,11 +257,11 @@ class SFALayer(nn.Module, BaseTunerLayer):
         return y
 
     def _mixed_forward(self, x: Tensor, mixture: Mixture, *args: Any, **kwargs: Any) -> Tensor:
-        """Run each sample with the adapter that it is to have."""
+        """Run each sample with its adapter."""
         rows = mixture.rows(x)
         parts = []
-        for name, own in rows.items():
-            part = x.index_select(0, own)
+        for name, indices in rows.items():
+            part = x.index_select(0, indices)
             deltas = [self.sfa_internal[name]] if name in self.sfa_internal else []
             y = self._changed_forward(part, deltas) if deltas else self._base_forward(part, *args, **kwargs)
             parts.append(self._add_externals(y, [name], mixture))
@@ -246,21 +285,33 @@ class SFALayer(nn.Module, BaseTunerLayer):
         return result
 
     def get_delta_weight(self, adapter: str, parameter: str = "weight") -> Tensor:
-        """The dense change ``delta`` of `parameter` by one adapter, of the parameter's shape and dtype."""
+        """The dense change ``delta`` that an adapter makes to a parameter.
+
+        Args:
+            adapter (`str`): The adapter.
+            parameter (`str`, defaults to `"weight"`): ``weight`` or ``bias``.
+
+        Returns:
+            A tensor of the parameter's shape and dtype; zeros where the adapter changes nothing.
+        """
         base = getattr(self.changeable, parameter)
         delta = torch.zeros_like(base, memory_format=torch.contiguous_format)
         if adapter in self.sfa_internal:
-            own = [c for c in changes_of([self.sfa_internal[adapter]]) if c.name == parameter]
-            delta = changed_parameter(delta, own, delta.dtype)
+            changes = [c for c in changes_of([self.sfa_internal[adapter]]) if c.name == parameter]
+            delta = changed_parameter(delta, changes, delta.dtype)
         return delta
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Fold the internal changes into the base parameters; external adapters go on acting beside them.
+        """Add the internal changes to the base parameters. External adapters stay active as modules.
 
-        The originals of the changed positions are kept, so that `unmerge` gives them back bit for bit.
+        The original values at the changed positions are kept, so that `unmerge` restores them bit for bit.
+
+        Args:
+            safe_merge (`bool`, defaults to `False`): Whether to check that the merged parameters are finite.
+            adapter_names (`list[str]`, *optional*, defaults to `None`): The adapters; None merges the active ones.
 
         Raises:
-            ValueError: With `safe_merge`, if a merged parameter would not be finite; that adapter is not merged then.
+            ValueError: With `safe_merge`, if a merged parameter would not be finite. That adapter is not merged.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.adapter_names]
         base = self.get_base_layer()
@@ -271,7 +322,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
                 if safe_merge and not torch.isfinite(value).all():
                     raise ValueError(
                         f"merging adapter {name!r} would make a `{parameter}` of {type(base).__name__} non-finite; "
-                        f"its values have diverged, or are too large for {value.dtype}."
+                        f"the adapter's values have diverged, or are too large for {value.dtype}."
                     )
             originals = {}
             with torch.no_grad():
@@ -285,7 +336,11 @@ class SFALayer(nn.Module, BaseTunerLayer):
             self.merged_adapters.append(name)
 
     def unmerge(self, keep: int = 0) -> None:
-        """Give the base its parameters back, bit for bit; the first `keep` of the merged adapters stay merged."""
+        """Restore the base parameters, bit for bit.
+
+        Args:
+            keep (`int`, defaults to 0): The first `keep` merged adapters stay merged.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -302,7 +357,16 @@ class SFALayer(nn.Module, BaseTunerLayer):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """Hand the leaf back; when merging, its external adapters stay on it as plain submodules behind hooks."""
+        """Return the leaf without this wrapper.
+
+        With `merge`, the internal changes are in its parameters, and the external adapters are plain submodules that a
+        forward hook calls. Otherwise it is the original leaf.
+
+        Args:
+            merge (`bool`): Whether to merge the adapters.
+            safe_merge (`bool`): As in `merge`.
+            adapter_names (`list[str]` or `None`): As in `merge`.
+        """
         if not merge:
             if self.merged:
                 self.unmerge()
@@ -330,5 +394,5 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
 
 def sfa_layers(model: nn.Module) -> list[tuple[str, SFALayer]]:
-    """All SFA layers of a model with their names, in model order."""
+    """The names and modules of all SFA layers of a model, in model order."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, SFALayer)]

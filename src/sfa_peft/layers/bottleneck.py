@@ -34,14 +34,14 @@ def autocasts(x: Tensor) -> bool:
 
 
 def compute_dtype(x: Tensor, otherwise: torch.dtype) -> torch.dtype:
-    """The dtype that matrix products run in: autocast's where it is on for the device of `x`, else `otherwise`."""
+    """The dtype of matrix products: autocast's if autocast is on for the device of `x`, else `otherwise`."""
     if autocasts(x):
         return torch.get_autocast_dtype(x.device.type)
     return otherwise
 
 
 class BottleneckFunction(torch.autograd.Function):
-    """``scale * up(act(down(x)))``, saving `x` alone: the narrow hidden states are computed again in backward."""
+    """``scale * up(act(down(x)))``. Saves only `x`: backward computes the hidden states again, which are narrow."""
 
     @staticmethod
     def forward(
@@ -85,18 +85,18 @@ class BottleneckFunction(torch.autograd.Function):
 class ExternalAdapter(nn.Module):
     """A bottleneck MLP that is added to a place's output.
 
-    ``delta(x) = scale * up(dropout(act(down(x))))`` with ``down: channels -> width`` (with bias) and
-    ``up: width -> channels`` (without: a constant shift is cheaper as an internal change of the place's own bias).
-    Houlsby et al., "Parameter-Efficient Transfer Learning for NLP" (2019), and AdaptFormer (Chen et al., 2022), which
-    puts it in parallel with the MLP. `up` starts at zero, so that `delta` starts at exactly zero.
+    ``delta(x) = scale * up(dropout(act(down(x))))`` with ``down: channels -> width`` and ``up: width -> channels``.
+    `down` has a bias. `up` has none: a constant shift is cheaper as an internal change of the bias at the place.
+    `up` starts at zero, so that `delta` starts at exactly zero. After Houlsby et al., "Parameter-Efficient Transfer
+    Learning for NLP" (2019), and AdaptFormer (Chen et al., 2022), which puts it in parallel with the MLP.
 
     Args:
         channels: The channel width of the place.
         width: The bottleneck's hidden size, at least 1.
         activation: A key of `ACTIVATIONS`.
-        dropout: Probability of dropping a hidden unit while training.
+        dropout: The probability that a hidden unit is dropped in training, in [0, 1).
         scale: Constant factor on the output.
-        channel_dim: Where the channels are: -1 for ``(..., channels)``, 1 for ``(batch, channels, ...)``.
+        channel_dim: The dimension of the channels: -1 for ``(..., channels)``, 1 for ``(batch, channels, ...)``.
         init_weights: With False, `up` is random too, and `delta` is not zero at the start (for tests).
     """
 
@@ -126,7 +126,7 @@ class ExternalAdapter(nn.Module):
         return self.down.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `x` of shape ``(..., channels)``, or ``(batch, channels, ...)``, to what is to be added, alike."""
+        """Compute ``delta(x)``. Input and output have shape ``(..., channels)`` or ``(batch, channels, ...)``."""
         if is_hooked(self.down):
             with brought(self.down, self.up):
                 return self._delta(x.to(self.down.weight.device))
@@ -138,8 +138,8 @@ class ExternalAdapter(nn.Module):
         dtype = compute_dtype(x, self.down.weight.dtype)
         delta: Tensor
         if (self.dropout and self.training) or torch.jit.is_tracing():
-            # Autograd keeps the dropped hidden states here; only `width` of them per token. TorchScript can hold no
-            # autograd function.
+            # With dropout, autograd keeps the hidden states, so that the mask is the same in backward; these are only
+            # `width` numbers per token. TorchScript supports no autograd functions.
             hidden = ACTIVATIONS[self.activation].forward(self.down(x.to(dtype)))
             delta = self.up(F.dropout(hidden, self.dropout, self.training) * self.scale).to(x.dtype)
         else:

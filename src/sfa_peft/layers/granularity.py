@@ -1,6 +1,6 @@
-"""Granularity: the units that a ticket is made of, and where they lie in a parameter.
+"""Granularity: the unit of selection, and where the units of a parameter are.
 
-A unit is an `element`, a `row` (one output neuron, with its bias) or a `column` (one input of all neurons). A position
+A unit is an `element`, a `row` (one output neuron with its bias) or a `column` (one input of all neurons). A position
 is the index of a unit.
 """
 
@@ -18,10 +18,10 @@ Shape = tuple[int, ...] | torch.Size
 
 @dataclass(frozen=True)
 class Granularity(ABC):
-    """How one parameter divides into units of equal size, numbered from 0.
+    """How a parameter is divided into units of equal size, numbered from 0.
 
     Attributes:
-        joins_bias: Whether a unit of the weight takes the same unit of the bias with it.
+        joins_bias: Whether a unit of the weight and the same unit of the bias are selected together.
     """
 
     joins_bias = False
@@ -35,7 +35,7 @@ class Granularity(ABC):
 
     @abstractmethod
     def count(self, shape: Shape) -> int:
-        """The number of units in a parameter of that shape; 0 if a ticket of this granularity cannot change it."""
+        """The number of units in a parameter of this shape. 0 if a ticket of this granularity cannot change it."""
 
     @abstractmethod
     def size(self, shape: Shape) -> int:
@@ -43,30 +43,32 @@ class Granularity(ABC):
 
     @abstractmethod
     def view(self, parameter: Tensor) -> Tensor:
-        """The parameter's units along the first dimension, without a copy. `parameter` must be contiguous."""
+        """A view of a contiguous parameter with its units along the first dimension."""
 
     def values_shape(self, shape: Shape, count: int) -> tuple[int, ...]:
         """The shape of the values of `count` units: ``(count, size)``."""
         return (count, self.size(shape))
 
     def read(self, parameter: Tensor, positions: Tensor) -> Tensor:
-        """Copy the units at `positions`, in the shape of their values."""
+        """A copy of the units at `positions`, in the shape of `values_shape`."""
         return (
             self.view(parameter).index_select(0, positions).reshape(self.values_shape(parameter.shape, len(positions)))
         )
 
     def write(self, parameter: Tensor, positions: Tensor, values: Tensor) -> None:
-        """Put `values` into the units at `positions` of a contiguous parameter."""
+        """Write `values` to the units at `positions` of a contiguous parameter."""
         view = self.view(parameter)
         view.index_copy_(0, positions, values.reshape(len(positions), *view.shape[1:]))
 
     def unit_scores(self, scores: Tensor) -> Tensor:
-        """A score for each unit: the mean over its elements; of shape ``(count,)``."""
+        """The score of each unit, the mean over its elements, of shape ``(count,)``."""
         view = self.view(scores.contiguous())
         return view.reshape(len(view), -1).mean(1)
 
 
 class Element(Granularity):
+    """A single element of a parameter."""
+
     def count(self, shape: Shape) -> int:
         return prod(shape)
 
@@ -82,6 +84,8 @@ class Element(Granularity):
 
 
 class Row(Granularity):
+    """An output channel of the weight, with its bias."""
+
     joins_bias = True
 
     def count(self, shape: Shape) -> int:
@@ -95,7 +99,7 @@ class Row(Granularity):
 
 
 class Column(Granularity):
-    """An input channel of the weight. What has one dimension, as biases and most norms, has no columns."""
+    """An input channel of the weight. Parameters with one dimension, such as biases and norms, have no columns."""
 
     def count(self, shape: Shape) -> int:
         return shape[1] if len(shape) > 1 else 0
@@ -108,9 +112,9 @@ class Column(Granularity):
 
 
 GRANULARITIES: dict[str, Granularity] = {unit.name: unit for unit in (Element(), Row(), Column())}
-NO_BLOCKS = "block granularity was removed in 0.2; sfa_peft 0.1 reads what has it"
+NO_BLOCKS = "block granularity was removed in 0.2; sfa_peft 0.1 reads such files"
 
 
 def position_dtype(units: int) -> torch.dtype:
-    """int32, as long as it can number the units."""
+    """The dtype of positions: int32 if it can number the units, otherwise int64."""
     return torch.int32 if units <= torch.iinfo(torch.int32).max else torch.int64

@@ -1,4 +1,4 @@
-"""Heads: the copy of a module that an adapter trains whole."""
+"""Heads: modules of which each adapter trains a whole copy."""
 
 from __future__ import annotations
 
@@ -13,37 +13,39 @@ from .statistics import release_statistics
 
 
 class Head(ModulesToSaveWrapper):
-    """PEFT's wrapper of a head, which also runs mixed batches through heads of any kind.
+    """PEFT's wrapper of a head, extended to mixed batches in any kind of head.
 
-    PEFT's own does that for single layers; a dense head takes lists of feature maps, and may give several tensors.
+    PEFT's wrapper supports mixed batches in single layers only. A dense head takes lists of feature maps, and may
+    return several tensors.
     """
 
     is_mixed = False
 
     def _get_name(self) -> str:
-        return ModulesToSaveWrapper.__name__  # what people know it by, in messages and when a model is printed
+        return ModulesToSaveWrapper.__name__  # the name that users know from messages and printed models
 
     def forward(self, *args: Any, mixture: Mixture | None = None, **kwargs: Any) -> Any:
         if mixture is None or self.disable_adapters:
             return super().forward(*args, **kwargs)
 
         def run(name: str, *args: Any, **kwargs: Any) -> Any:
-            is_own = name in self.modules_to_save
-            return (self.modules_to_save[name] if is_own else self.original_module)(*args, **kwargs)
+            has_copy = name in self.modules_to_save
+            return (self.modules_to_save[name] if has_copy else self.original_module)(*args, **kwargs)
 
         return run_each(mixture.names, run, args, kwargs, f"the head {type(self.original_module).__name__}")
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
-        # Of several adapters that go on being active, one at most has this head.
-        own = [name for name in new_active_adapters or () if name in self.modules_to_save]
-        super().delete_adapter(adapter_name, own)
+        # The wrapper accepts only adapters that have this head, and of the active adapters at most one has it.
+        with_head = [name for name in new_active_adapters or () if name in self.modules_to_save]
+        super().delete_adapter(adapter_name, with_head)
 
     def _getattr_wrapped(self, name: str, modules: dict[str, nn.Module]) -> Any:
         value = super()._getattr_wrapped(name, modules)
         if self.is_mixed and isinstance(value, Tensor):
             raise ValueError(
-                f"the model reads `{name}` of the head {type(self.original_module).__name__} without calling it, so "
-                f"samples cannot have heads of their own: group the samples by adapter, and use set_adapter."
+                f"the model reads `{name}` of the head {type(self.original_module).__name__} without calling the "
+                f"head, so the samples of a batch cannot use different heads: group the samples by adapter, and use "
+                f"set_adapter."
             )
         return value
 
@@ -51,14 +53,14 @@ class Head(ModulesToSaveWrapper):
 def wrap_heads(
     model: nn.Module, heads: Sequence[str], adapter_name: str, is_active: bool, inference_mode: bool
 ) -> None:
-    """Give an adapter its own copy of each head, as PEFT does it.
+    """Make a copy of each head for an adapter, as PEFT does.
 
     Args:
         model: The base model.
-        heads: The full names of the modules.
+        heads: The full names of the heads.
         adapter_name: The adapter.
-        is_active: Whether it is active at once.
-        inference_mode: Whether it is frozen then.
+        is_active: Whether the adapter becomes active.
+        inference_mode: Whether an active adapter is frozen.
     """
     for name in heads:
         head = model.get_submodule(name)

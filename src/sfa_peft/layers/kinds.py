@@ -1,4 +1,4 @@
-"""The kinds of leaf that internal adapters work on, each with its operation."""
+"""The kinds of leaf that take internal adapters, each with its op."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Linear(SFALayer):
 
 
 class Conv2d(SFALayer):
-    """SFA on `nn.Conv2d`, any padding, stride, dilation and groups."""
+    """SFA on `nn.Conv2d` with any padding, stride, dilation and groups."""
 
     takes_internal = True
 
@@ -61,7 +61,7 @@ class LayerNorm(SFALayer):
 
 
 class QuantizedLinear(SFALayer):
-    """SFA on a linear layer with a quantized weight, which stays as it is: ``y = base(x) + x @ delta.T``."""
+    """SFA on a linear layer with a quantized weight, which is not changed: ``y = base(x) + x @ delta.T``."""
 
     takes_internal = True
 
@@ -83,7 +83,7 @@ LAYERS: dict[type[nn.Module], type[SFALayer]] = {nn.Linear: Linear, nn.Conv2d: C
 
 
 def layer_class(module: nn.Module) -> type[SFALayer]:
-    """The SFA layer for a leaf. A subclass with a forward of its own takes external adapters only."""
+    """The SFA layer for a leaf. A subclass that overrides `forward` takes external adapters only."""
     if is_quantized(module):
         return QuantizedLinear
     for kind, layer in LAYERS.items():
@@ -93,9 +93,9 @@ def layer_class(module: nn.Module) -> type[SFALayer]:
 
 
 def internal_parameters(module: nn.Module | None) -> dict[str, nn.Parameter]:
-    """What a ticket may choose from: the learned ``weight`` and ``bias`` of a leaf that takes internal adapters.
+    """The parameters that a ticket may choose from: the learned ``weight`` and ``bias`` of a leaf.
 
-    A quantized weight has its shape there, and no numbers.
+    Empty if the leaf takes no internal adapters. For a quantized weight it is a meta tensor, which has only the shape.
     """
     if module is None:
         return {}

@@ -1,4 +1,4 @@
-"""What there is to know of the leaves of a base model."""
+"""Functions that read the leaves of a base model: their parameters and channels."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import nn
 
 
 def base_layer_of(module: nn.Module) -> nn.Module:
-    """What a tuner's layer wraps; any other module itself."""
+    """The module inside a tuner's layer; any other module is returned as it is."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def base_parameters_of(module: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters of a module that are not an adapter's or a head's."""
+    """The parameters of a module, without those of adapters and of trained heads."""
     module = module.original_module if isinstance(module, ModulesToSaveWrapper) else base_layer_of(module)
     yield from module.parameters(recurse=False)
     for child in module.children():
@@ -23,7 +23,7 @@ def base_parameters_of(module: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def channels_of(module: nn.Module) -> tuple[int, int] | None:
-    """``(channel width, channel dimension)`` of a leaf's output, or None if that cannot be told."""
+    """``(channel width, channel dimension)`` of a leaf's output, or None if they are not known."""
     module = base_layer_of(module)
     if isinstance(module, nn.Linear):
         return module.out_features, -1

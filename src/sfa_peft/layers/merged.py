@@ -1,4 +1,4 @@
-"""External adapters of a merged model, which act from hooks on plain leaves."""
+"""External adapters of a merged model, which run in forward hooks on plain leaves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .parallel import InputOf
 
 
 class AddExternals:
-    """The forward hook that adds a merged model's external adapters, which are the hooked leaf's submodules."""
+    """The forward hook that adds a merged model's external adapters. They are submodules of the hooked leaf."""
 
     def __init__(self, names: list[str], inputs: dict[str, InputOf]) -> None:
         self.names, self.inputs = names, inputs

@@ -1,4 +1,4 @@
-"""Mixed batches: one adapter for each sample."""
+"""Mixed batches: each sample has its adapter."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree  # the only tree functions that know transformers' outputs
+from torch.utils import _pytree as pytree  # transformers registers its output classes here only
 
-BASE = "__base__"  # PEFT's name for a sample that no adapter is to change
+BASE = "__base__"  # PEFT's name for a sample without an adapter
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Which adapter each sample of a batch is to have.
+    """The adapter of each sample of a batch.
 
     Attributes:
         names: The adapters, one for each sample.
-        has_windows: Whether a tensor may have several rows for each sample, behind each other: backbones with windows
-            put those of a sample there. Elsewhere more rows than samples would be something else.
+        has_windows: Whether a tensor may have several consecutive rows for each sample, as the windows of Swin. In
+            other backbones, a tensor with more rows than samples is an error.
     """
 
     names: tuple[str, ...]
@@ -28,10 +28,10 @@ class Mixture:
     _known: dict[tuple[int, torch.device], dict[str, Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
     def rows(self, x: Tensor) -> dict[str, Tensor]:
-        """For each adapter, the indices of its rows in a tensor; made once for each size, since that waits for a GPU.
+        """For each adapter, the indices of its rows in `x`. Cached, since making them synchronizes with a GPU.
 
         Raises:
-            ValueError: If the rows are not those of the samples, or that cannot be told.
+            ValueError: If the rows of `x` do not match the samples, or may be tokens.
         """
         samples, length = len(self.names), len(x)
         each, rest = divmod(length, samples)
@@ -42,33 +42,33 @@ class Mixture:
             )
         if not self.has_windows and x.dim() == 3 and x.shape[1] == samples:
             raise ValueError(
-                f"a layer got a tensor of shape {tuple(x.shape)}, in which samples cannot be told from tokens: use "
-                f"another number of samples than {samples}."
+                f"a layer got a tensor of shape {tuple(x.shape)}, in which samples cannot be told from tokens: use a "
+                f"number of samples other than {samples}."
             )
         if (length, x.device) not in self._known:
             rows: dict[str, list[int]] = {}
             for sample, name in enumerate(self.names):
                 rows.setdefault(name, []).extend(range(sample * each, (sample + 1) * each))
-            self._known[length, x.device] = {n: torch.tensor(own, device=x.device) for n, own in rows.items()}
+            self._known[length, x.device] = {n: torch.tensor(indices, device=x.device) for n, indices in rows.items()}
         return self._known[length, x.device]
 
 
 def joined(parts: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
-    """The parts of a batch in the order of its rows."""
+    """Concatenate the parts of a batch in the order of its rows."""
     return torch.cat(list(parts))[torch.cat(list(rows)).argsort()]
 
 
 def run_each(
     names: Sequence[str], run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], what: str
 ) -> Any:
-    """Run a module's part of a batch for each adapter, and put the outputs together again.
+    """Run a module once for each adapter, on the samples of that adapter, and join the outputs.
 
     Args:
         names: The adapter of each sample.
-        run: Called with an adapter's name, and the arguments in which every tensor that has a row for each sample
-            has those of the adapter's samples alone.
+        run: Called with the name of an adapter and the arguments. Tensors with a row for each sample have only the
+            rows of this adapter's samples.
         args, kwargs: The arguments for the whole batch, in any lists, tuples and dicts.
-        what: The module, for messages.
+        what: The module, for error messages.
 
     Raises:
         ValueError: If an output does not have a row for each sample.
@@ -79,25 +79,25 @@ def run_each(
     if len(samples) == 1:
         return run(names[0], *args, **kwargs)
 
-    def outputs_of(name: str, own: list[int]) -> tuple[list[Any], Any]:
+    def outputs_of(name: str, indices: list[int]) -> tuple[list[Any], Any]:
         def part(value: Any) -> Any:
             is_batch = isinstance(value, Tensor) and value.dim() and len(value) == len(names)
-            return value[own] if is_batch else value
+            return value[indices] if is_batch else value
 
         return pytree.tree_flatten(run(name, *pytree.tree_map(part, args), **pytree.tree_map(part, kwargs)))
 
-    outputs = {name: outputs_of(name, own) for name, own in samples.items()}
-    counts = {len(own) for own in samples.values()}
+    outputs = {name: outputs_of(name, indices) for name, indices in samples.items()}
+    counts = {len(indices) for indices in samples.values()}
     if len(counts) == 1:
-        # The first dimension could be of that size by chance. With one sample more it shows which one is the batch's.
-        name, own = next(iter(samples.items()))
-        more, _ = outputs_of(name, [*own, own[0]])
-        _check_batch_first(more, len(own) + 1, what)
+        # The first dimension could have this size by chance. A run with one more sample shows whether it is the batch.
+        name, indices = next(iter(samples.items()))
+        more, _ = outputs_of(name, [*indices, indices[0]])
+        _check_batch_first(more, len(indices) + 1, what)
     for name, (leaves, _) in outputs.items():
         _check_batch_first(leaves, len(samples[name]), what)
-    rows = [torch.tensor(own) for own in samples.values()]
+    rows = [torch.tensor(indices) for indices in samples.values()]
     merged = [
-        joined(leaves, [own.to(leaves[0].device) for own in rows]) if isinstance(leaves[0], Tensor) else leaves[0]
+        joined(leaves, [part.to(leaves[0].device) for part in rows]) if isinstance(leaves[0], Tensor) else leaves[0]
         for leaves in zip(*(leaves for leaves, _ in outputs.values()), strict=True)
     ]
     return pytree.tree_unflatten(merged, next(iter(outputs.values()))[1])
@@ -105,4 +105,7 @@ def run_each(
 
 def _check_batch_first(leaves: Sequence[Any], count: int, what: str) -> None:
     if any(isinstance(leaf, Tensor) and (not leaf.dim() or len(leaf) != count) for leaf in leaves):
-        raise ValueError(f"{what} gives an output without a row for each sample, so batches cannot be mixed here.")
+        raise ValueError(
+            f"{what} returns an output without a row for each sample, so it does not support mixed batches: group the "
+            f"samples by adapter, and use set_adapter."
+        )

@@ -1,6 +1,7 @@
-"""Weights that Accelerate keeps elsewhere (`cpu_offload`, `dispatch_model`): its hooks bring them for a module's call.
+"""Weights that Accelerate offloads (`cpu_offload`, `dispatch_model`).
 
-SFA reads the weights of a leaf and of its adapters without calling them, so it runs their hooks itself.
+Accelerate's hooks load the weights of a module when the module is called. SFA reads the weights of a leaf and of its
+adapters without calling these modules, so it runs the hooks itself.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 @contextmanager
 def brought(*modules: nn.Module) -> Iterator[None]:
-    """Have the weights of modules where they are computed with, and send them back at the end."""
+    """Load the offloaded weights of modules on their device, and offload them again at the end."""
     hooks: list[tuple[nn.Module, Any]] = [(module, module._hf_hook) for module in modules if is_hooked(module)]
     for module, hook in hooks:
         hook.pre_forward(module)

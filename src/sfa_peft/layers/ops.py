@@ -1,4 +1,4 @@
-"""What the kinds of leaf compute with a changed weight and bias, and the gradients of it."""
+"""Ops: what each kind of leaf computes with a changed weight and bias, and its gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .granularity import Column, Granularity, Row
 
 
 class Op(Protocol):
-    """What a kind of module computes, and its gradients, given its (changed) weight and bias."""
+    """The function of one kind of leaf, and its gradients, with a changed weight and bias."""
 
     def compute_dtype(self, x: Tensor, weight: Tensor) -> torch.dtype: ...
 
@@ -31,7 +31,7 @@ class Op(Protocol):
     def grad_units(
         self, grad: Tensor, x: Tensor, weight: Tensor, granularity: Granularity, positions: Tensor
     ) -> Tensor | None:
-        """The gradient of some of the weight's units alone, or None where that saves nothing."""
+        """The gradient of only the units at `positions`, or None if this is not cheaper than the whole gradient."""
 
 
 class LinearOp:
@@ -67,7 +67,7 @@ class LinearOp:
 
 
 class Conv2dOp:
-    """A 2-D convolution of ``(batch, in_channels, height, width)``, already padded where padding is not zeros."""
+    """A 2-D convolution of ``(batch, in_channels, height, width)``. Padding other than zeros is done by the caller."""
 
     def __init__(self, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> None:
         self.stride, self.padding, self.dilation, self.groups = list(stride), list(padding), list(dilation), groups
@@ -98,7 +98,7 @@ class Conv2dOp:
     def grad_units(
         self, grad: Tensor, x: Tensor, weight: Tensor, granularity: Granularity, positions: Tensor
     ) -> Tensor | None:
-        if self.groups != 1:  # its output channels see different inputs
+        if self.groups != 1:  # output channels of different groups see different inputs
             return None
         match granularity:
             case Row():

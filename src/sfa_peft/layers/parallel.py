@@ -1,4 +1,4 @@
-"""Where a parallel external adapter reads: the input of a container, which a hook keeps for it."""
+"""The input of a parallel external adapter: a hook keeps the input of a container module."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 
 class InputOf:
-    """A forward pre-hook that remembers a container's input for the parallel external adapter on its output.
+    """A forward pre-hook that keeps a container's input for the parallel external adapter.
 
-    Each thread has its own, since several may run one model (nn.DataParallel, servers).
+    Each thread has a separate input, since several threads may run one model (nn.DataParallel, servers).
     """
 
     def __init__(self) -> None:
@@ -20,7 +20,7 @@ class InputOf:
 
     @property
     def thread(self) -> int:
-        # A compiled graph runs in the thread that calls it, and cannot ask which one that is.
+        # A compiled graph runs in the calling thread, but cannot read the thread's identity.
         return 0 if torch.compiler.is_compiling() else get_ident()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -34,12 +34,16 @@ class InputOf:
         return {"values": {}}
 
     def take(self) -> Tensor:
-        """Hand the input over, once: an activation must not outlive its forward pass in an attribute."""
+        """Return the input and drop it, so that no activation is kept after the forward pass.
+
+        Raises:
+            RuntimeError: If the container has not run before.
+        """
         value = self.values.pop(self.thread, None)
         if value is None:
             raise RuntimeError(
-                "a parallel external adapter ran before the module whose input it reads; was the hook removed, or "
-                "the module called by another way than its __call__?"
+                "a parallel external adapter ran before the module whose input it reads. Call that module by its "
+                "__call__, and do not remove its hooks."
             )
         return value
 
@@ -48,7 +52,7 @@ class InputOf:
 
 
 class ParallelInput:
-    """Where a parallel external adapter reads: a container module, and the hook on it."""
+    """The container module that a parallel external adapter reads from, and the hook on it."""
 
     def __init__(self, container: nn.Module) -> None:
         self.container = container

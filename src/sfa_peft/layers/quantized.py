@@ -1,7 +1,7 @@
 """Quantized linear layers, of every backend that PEFT can dequantize (bitsandbytes, torchao).
 
-Their weights cannot be changed at a few positions, but an internal change need not touch them: what it adds to the
-output is ``x @ delta.T``, whatever the weight is.
+The values of a quantized weight cannot be changed one by one. The internal adapter adds ``x @ delta.T`` to the output
+instead, which does not depend on the weight.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # what t
 
 
 def is_wrapped(tensor: Tensor) -> bool:
-    """Whether a tensor is another library's, with its numbers elsewhere; a `DTensor` is torch's own."""
+    """Whether a tensor is a quantized tensor subclass, as torchao's. torch's `DTensor` is not one."""
     return is_traceable_wrapper_subclass(tensor) and not hasattr(tensor, "device_mesh")
 
 
@@ -29,7 +29,7 @@ def is_quantized(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def numel(parameter: Tensor) -> int:
-    """How many numbers a parameter stands for; bitsandbytes packs two of 4 bits into one."""
+    """The number of elements before quantization. bitsandbytes packs two 4-bit elements into one."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else state.shape.numel()
 
@@ -40,9 +40,9 @@ class Zeros(NamedTuple):
 
 
 def zeros_like_parameters(module: nn.Linear, dtype: torch.dtype | None = None) -> Zeros:
-    """Zeros of the shapes of a quantized layer's ``weight`` and ``bias``, without memory of their own.
+    """Zeros in the shapes of a quantized layer's ``weight`` and ``bias``. They are expanded, so they take no memory.
 
-    Their dtype is `dtype`, or that of the weight, or float32 for one of integers.
+    Their dtype is `dtype` if given. Otherwise it is the weight's, or float32 if the weight holds integers.
     """
     if dtype is None:
         dtype = module.weight.dtype if module.weight.is_floating_point() else torch.float32
@@ -52,25 +52,25 @@ def zeros_like_parameters(module: nn.Linear, dtype: torch.dtype | None = None) -
 
 
 def parameters_of(module: nn.Linear) -> dict[str, nn.Parameter]:
-    """What a ticket may choose from in a quantized layer; the weight has its shape, and no numbers."""
+    """The parameters of a quantized layer that a ticket may choose from. The weight is a meta tensor."""
     weight = torch.empty(module.out_features, module.in_features, device="meta")
     found = {"weight": nn.Parameter(weight, requires_grad=False)}
     return found if module.bias is None else found | {"bias": module.bias}
 
 
 def dequantized(module: nn.Linear) -> Tensor:
-    """The weight of a quantized layer as numbers, of shape ``(out_features, in_features)``.
+    """The dequantized weight of a quantized layer, of shape ``(out_features, in_features)``.
 
     Raises:
-        ValueError: If it cannot be read.
+        ValueError: If bitsandbytes has packed the weight for CPU inference.
     """
     if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
         raise ValueError(
-            f"bitsandbytes has packed the weight of a {type(module).__name__} for inference on a CPU, where it cannot "
-            f"be read any more: add the adapter before the first forward pass in eval mode."
+            f"bitsandbytes has packed the weight of a {type(module).__name__} for inference on a CPU, so it cannot be "
+            f"read any more: add the adapter before the first forward pass in eval mode."
         )
-    # PEFT's function puts the weight and the state of bitsandbytes' 8-bit layers into another form, in which they do
-    # not run any more; so it gets a module of its own around the same weight.
+    # PEFT's function converts the weight and the state of bitsandbytes' 8-bit layers to a form in which the layer no
+    # longer runs. So it gets a copy of the module with the same weight.
     shell = copy.copy(module)
     shell._parameters = dict(module._parameters)
     if hasattr(module, "state"):

@@ -1,8 +1,8 @@
-"""The internal adapter: trained values at a few positions of frozen parameters, and its autograd op.
+"""The internal adapter: trained values at a few positions of frozen parameters, and its autograd function.
 
-The changed weight ``W + delta`` is made on the fly, used, and dropped. Backward makes it again from `W` and the
-values, and takes from the weight's gradient only the chosen positions (or computes only chosen rows or columns), so no
-tensor of the weight's size is kept between forward and backward, none reaches the optimizer, and `W` gets no gradient.
+Forward computes the changed weight ``W + delta``, uses it and drops it. Backward computes it again, and takes only the
+chosen positions from the gradient of the weight (for rows and columns it computes only those). So no tensor of the
+weight's size is kept between forward and backward, the optimizer gets none, and `W` gets no gradient.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PARAMETERS = ("weight", "bias")
 
 
 class Changeable(Protocol):
-    """What internal adapters are added to: a leaf, or what has the shapes of one."""
+    """A leaf that internal adapters change, or tensors with its shapes."""
 
     @property
     def weight(self) -> Tensor: ...
@@ -31,16 +31,16 @@ class Changeable(Protocol):
 
 
 class SparseDelta(nn.Module):
-    """One adapter's internal change of one module.
+    """The internal change that one adapter makes to one module.
 
     For each changed parameter `p` (``weight``, ``bias``) it holds the trained values as parameter `p` and the sorted
-    positions as buffer ``p_positions``. A position is the index of a unit of the granularity; the values have shape
-    ``(k,)`` for elements and ``(k, unit size)`` for all others.
+    positions as buffer ``p_positions``. A position is the index of a unit. The values of k units have shape ``(k,)``
+    for elements and ``(k, unit size)`` for rows and columns.
 
     Args:
-        module: The module whose parameters are to be changed; read for shapes only.
+        module: The module whose parameters are changed. Only their shapes, dtypes and devices are read.
         positions: For each changed parameter, the sorted positions, a 1-D integer tensor.
-        granularity: What the positions count.
+        granularity: The unit that a position counts.
         init_weights: With False the values start as small noise instead of zeros (for tests).
     """
 
@@ -60,9 +60,9 @@ class SparseDelta(nn.Module):
             values = torch.zeros(shape) if init_weights else torch.randn(shape) * 0.02
             self.register_parameter(name, nn.Parameter(values.to(dtype=parameter.dtype, device=parameter.device)))
             dtype = position_dtype(self.granularity.count(parameter.shape))
-            # A copy: the ticket that the positions come from may be installed in several models.
-            own = positions[name].to(dtype=dtype, device=parameter.device, copy=True)
-            self.register_buffer(f"{name}_positions", own)
+            # Copied, since one ticket may be installed in several models.
+            copied = positions[name].to(dtype=dtype, device=parameter.device, copy=True)
+            self.register_buffer(f"{name}_positions", copied)
 
     def values(self, name: str) -> Tensor:
         values: Tensor = getattr(self, name)
@@ -81,7 +81,7 @@ class SparseDelta(nn.Module):
 
 
 class Change(NamedTuple):
-    """Values to add at positions of one parameter."""
+    """The values that are added at some positions of one parameter."""
 
     name: str
     granularity: Granularity
@@ -94,7 +94,7 @@ def changes_of(deltas: Sequence[SparseDelta]) -> list[Change]:
 
 
 def changed_parameter(parameter: Tensor, changes: Sequence[Change], dtype: torch.dtype) -> Tensor:
-    """A new tensor ``parameter + changes`` in `dtype`; the sum itself is taken in the wider dtype of the two."""
+    """A new tensor ``parameter + changes`` in `dtype`. The sum is computed in the wider dtype of the two terms."""
     result = parameter.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
     source = parameter.detach().contiguous()
     for change in changes:
@@ -106,7 +106,7 @@ def changed_parameter(parameter: Tensor, changes: Sequence[Change], dtype: torch
 
 
 def _traced_parameter(parameter: Tensor, changes: Sequence[Change], dtype: torch.dtype) -> Tensor:
-    """What `changed_parameter` gives, without writing into a view, which ONNX's older exporter leaves out."""
+    """Same as `changed_parameter`, but without writes to a view, which ONNX's older exporter does not export."""
     source = parameter.detach().reshape(-1)
     result = source.to(dtype)
     numbers = torch.arange(parameter.numel(), device=parameter.device).view(parameter.shape)
@@ -118,7 +118,7 @@ def _traced_parameter(parameter: Tensor, changes: Sequence[Change], dtype: torch
 
 
 class SparseDeltaFunction(torch.autograd.Function):
-    """A module's op on its changed parameters. Differentiates with respect to the input and the values only."""
+    """The op of a module with changed parameters. Computes gradients of the input and of the values only."""
 
     @staticmethod
     def forward(
@@ -143,12 +143,12 @@ class SparseDeltaFunction(torch.autograd.Function):
         x, weight, bias, *rest = ctx.saved_tensors
         saved, tensors = tuple(rest[: ctx.num_saved]), rest[ctx.num_saved :]
         changes = _unflatten(ctx.layout, tensors)
-        # Where autocast was on, the gradient comes back in the op's own dtype; elsewhere they agree already.
+        # The gradient has the dtype of the op's output, which is this dtype, with and without autocast.
         new_weight, new_bias = _changed(weight, bias, changes, ctx.dtype)
 
         grad_x = ctx.op.grad_input(grad, x, new_weight, new_bias, saved) if ctx.needs_input_grad[0] else None
 
-        full: dict[str, Tensor] = {}  # the transient full gradient, shared by all changes of one parameter
+        full: dict[str, Tensor] = {}  # temporary full gradients, each shared by all changes of one parameter
         grads: list[Tensor | None] = []
         for i, change in enumerate(changes):
             values_grad = None
@@ -179,19 +179,19 @@ def _changed(
     change: Callable[[Tensor, Sequence[Change], torch.dtype], Tensor] = changed_parameter,
 ) -> tuple[Tensor, Tensor | None]:
     def new(parameter: Tensor, name: str) -> Tensor:
-        own = [c for c in changes if c.name == name]
-        return change(parameter, own, dtype) if own else parameter.to(dtype)
+        selected = [c for c in changes if c.name == name]
+        return change(parameter, selected, dtype) if selected else parameter.to(dtype)
 
     return new(weight, "weight"), None if bias is None else new(bias, "bias")
 
 
 def sparse_forward(op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Sequence[SparseDelta]) -> Tensor:
-    """Run `op` on `x` with `weight` and `bias` changed by all `deltas`, which add up."""
+    """Run `op` on `x`, with the sum of all `deltas` added to `weight` and `bias`."""
     changes = changes_of(deltas)
     dtype = op.compute_dtype(x, weight)
     if autocasts(x):
         x = x.to(dtype)
-    if torch.jit.is_tracing():  # TorchScript can hold no autograd function
+    if torch.jit.is_tracing():  # TorchScript supports no autograd functions
         return op.forward(x, *_changed(weight, bias, changes, dtype, _traced_parameter))[0]
     if not torch.is_grad_enabled():
         return op.forward(x, *_changed(weight, bias, changes, dtype))[0]

@@ -1,8 +1,8 @@
-"""Running statistics of the base's norms: they belong to the base, and stay as they are while adapters are on it.
+"""Running statistics of the base's norms. They do not change while adapters are on the base.
 
-A BatchNorm in training mode moves its statistics with every batch. They are no parameters, so freezing does not hold
-them, and they are saved with an adapter only in its heads. So outside the heads norms run with their own statistics in
-training as well, as they do in inference, and as detectors are fine-tuned.
+A BatchNorm in training mode updates its statistics with every batch. They are not parameters, so freezing does not
+stop this, and only the statistics in the heads are saved with an adapter. So the norms outside the heads use their
+running statistics in training too, as in inference, and as is usual when detectors are fine-tuned.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 
 
 def keep_statistics(model: nn.Module) -> None:
-    """Freeze the statistics of the base's norms; those of the adapters' heads move in training."""
+    """Freeze the running statistics of the base's norms. Norms in the heads are still updated in training."""
     for module in _base_modules(model):
         has_statistics = getattr(module, "running_mean", None) is not None
         if has_statistics and _without_training not in module._forward_pre_hooks.values():
@@ -23,7 +23,7 @@ def keep_statistics(model: nn.Module) -> None:
 
 
 def release_statistics(module: nn.Module) -> None:
-    """Undo `keep_statistics` in a module and all that is in it."""
+    """Undo `keep_statistics` in a module and all its submodules."""
     for inner in module.modules():
         for key, hook in list(inner._forward_pre_hooks.items()):
             if hook is _without_training:
@@ -31,7 +31,7 @@ def release_statistics(module: nn.Module) -> None:
 
 
 def _without_training(module: nn.Module, args: tuple[Any, ...]) -> None:
-    # A function without state, since models are copied and pickled with their hooks.
+    # A plain function, since models are copied and pickled with their hooks.
     if module.training:
         module.training = False
 
