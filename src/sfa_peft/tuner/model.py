@@ -118,6 +118,7 @@ class SFAModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config
 
+    # PEFT's is static, and cannot know the plan.
     def _check_target_module_exists(self, peft_config: SFAConfig, key: str) -> Any:  # type: ignore[override]
         if hasattr(self, "_plan"):
             adapted = self._plan.modules
