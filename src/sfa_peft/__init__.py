@@ -15,8 +15,8 @@ from .search import TicketSearchError, install_ticket, search_ticket, ticket_of 
 from .ticket import Evidence, Quotas, Ticket, TicketReport, criterion  # noqa: E402
 from .tuner.model import SFAModel  # noqa: E402
 
-register(SFAConfig, SFAModel)
 apply_patches()
+register(SFAConfig, SFAModel)
 
 __version__ = "0.2.0.dev0"
 
