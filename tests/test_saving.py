@@ -55,7 +55,7 @@ def child(work):
 def which(folder, adapters):
     """The number of the adapter that the folder holds, whole."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*did not come to its end")
+        warnings.filterwarnings("ignore", message=".*since a save was interrupted")
         loaded = get_peft_model_state_dict(PeftModel.from_pretrained(tiny.swin(), folder))
     return [tiny.same_state(loaded, get_peft_model_state_dict(a)) for a in adapters].index(True)
 
@@ -155,7 +155,7 @@ def test_an_interrupted_save_is_told_and_loads_what_the_weights_are(tmp_path, pa
     for model, name in zip(pair, ("old", "new"), strict=True):
         model.save_pretrained(tmp_path / name)
     (tmp_path / "old" / WEIGHTS).write_bytes((tmp_path / "new" / WEIGHTS).read_bytes())
-    with pytest.warns(UserWarning, match="did not come to its end"):
+    with pytest.warns(UserWarning, match="since a save was interrupted"):
         loaded = PeftModel.from_pretrained(tiny.swin(), tmp_path / "old")
     assert tiny.same_state(get_peft_model_state_dict(loaded), get_peft_model_state_dict(pair[1]))
 
@@ -189,7 +189,7 @@ def test_tensors_that_another_program_changed_are_found(tmp_path, pair):
     (tmp_path / CONFIG).write_text(json.dumps(config))
     PeftModel.from_pretrained(tiny.swin(), tmp_path)  # as the message says
     save_file(packed, tmp_path / WEIGHTS, metadata={"format": "pt"})
-    refused(tmp_path, "without it")
+    refused(tmp_path, "without a seal")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A saved adapter: how positions are coded, what its files may hold, and how they are written, read and checked."""
+"""The checkpoint format: coding of positions, packing, checks, reading and writing of adapter files."""
 
 from .error import CheckpointError
 

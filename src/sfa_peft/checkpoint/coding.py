@@ -1,15 +1,14 @@
 """Codes the sorted positions of a ticket near the entropy bound, log2 C(n, k) bits for k of n units.
 
-The gaps between positions are split as in Rice coding (Rice and Plaunt, 1971): their low bits are stored as they are,
-their high parts in unary. Rice coding stops there, up to 4 % above the bound. Here the unary bits are cut into blocks
-of 63, and each block becomes the number of its ones and its rank among all blocks with as many (Raman, Raman and Rao,
-"Succinct indexable dictionaries", 2002), which follows the local density and stays within 1.3 % of the bound at every
-density. docs/checkpoint-format.md has the layout.
+The gaps between positions are split as in Rice coding (Rice and Plaunt, 1971): the low bits are stored as they are,
+the high parts in unary. Rice coding alone is up to 4 % above the bound. Here the unary bits are divided into blocks
+of 63. Each block is stored as its number of ones and its rank among all blocks with that number (Raman, Raman and Rao,
+"Succinct indexable dictionaries", 2002). This adapts to the local density, and stays within 1.3 % of the bound at
+every density. docs/checkpoint-format.md has the layout.
 
-Everything is coded and decoded by counting and scattering whole arrays, those of many parameters together, since a
-ticket spreads over hundreds of small ones. Positions are coded in chunks, and as many chunks are worked on at once as
-one large parameter has, so memory beyond the result is bounded. A code cannot express positions that are out of order
-or repeated.
+Coding and decoding use array operations, on many parameters together, since a ticket has positions in hundreds of
+small parameters. Positions are coded in chunks, and the number of chunks in work at one time is limited, so the memory
+beyond the result is bounded. A code cannot express positions that are unsorted or repeated.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 CHUNK = 1 << 18  # positions
-BLOCK = 63  # bits; the rank of a block then fits 64
-# A chunk's header, from the lowest bit of a 32-bit word: low_bits, typical, rice, blocks.
+BLOCK = 63  # bits, so that the rank of a block fits in 64 bits
+# The fields of a chunk's header, from the lowest bit of a 32-bit word: low_bits, typical, rice, blocks.
 HEADER_BITS = (6, 6, 3, 17)
 HEADER_AT = (0, 6, 12, 15)
 MAX_LOW_BITS = 40
-# The encoder's choice of `low_bits` leaves fewer unary bits than that for each position.
+# With the encoder's choice of `low_bits` there are fewer unary bits per position.
 MAX_UNARY = 6
 
 BINOMIALS = np.array([[comb(n, k) for k in range(BLOCK + 1)] for n in range(BLOCK)])
@@ -41,10 +40,10 @@ Ints = NDArray[np.int64]
 
 
 class CodeError(ValueError):
-    """Bytes that no positions are coded as.
+    """Bytes that are not a valid code of positions.
 
     Attributes:
-        index: Which of the codes that were to be decoded it is.
+        index: The index of the invalid code, if several codes are decoded together.
     """
 
     index = 0
@@ -52,7 +51,7 @@ class CodeError(ValueError):
 
 @dataclass(frozen=True)
 class Code:
-    """Coded positions, a ``uint8`` tensor, and what they are said to be: `count` positions in [0, units)."""
+    """Coded positions, a ``uint8`` tensor, which should decode to `count` positions in [0, units)."""
 
     code: Tensor
     count: int
@@ -60,40 +59,40 @@ class Code:
 
 
 def encode_positions(positions: Tensor) -> Tensor:
-    """Code sorted, unique, non-negative positions of shape ``(k,)`` as bytes, a ``uint8`` tensor of shape ``(m,)``."""
+    """Encode sorted, unique, non-negative positions of shape ``(k,)`` as a ``uint8`` tensor of shape ``(m,)``."""
     return encode_all([positions])[0]
 
 
 def decode_positions(code: Tensor, count: int, units: int) -> Tensor:
-    """The `count` positions coded in `code`, sorted, unique and in [0, units): an ``int64`` tensor ``(count,)``.
+    """Decode `count` positions, sorted, unique and in [0, units), as an ``int64`` tensor of shape ``(count,)``.
 
     Raises:
-        CodeError: If `code` is not exactly the code of so many positions in that range.
+        CodeError: If `code` is not exactly the code of `count` positions in that range.
     """
     return decode_all([Code(code, count, units)])[0]
 
 
 def encode_all(positions: Sequence[Tensor]) -> list[Tensor]:
-    """What `encode_positions` gives for each, in less time."""
+    """Encode several tensors of positions together, which is faster than `encode_positions` for each."""
     parts: list[list[Bytes]] = [[] for _ in positions]
     for batch in _batches(_gap_chunks(positions)):
         for (i, _), chunk in zip(batch, _encode_gaps([gaps for _, gaps in batch]), strict=True):
             parts[i] += chunk
-    return [torch.from_numpy(np.concatenate(own)) if own else torch.empty(0, dtype=torch.uint8) for own in parts]
+    return [torch.from_numpy(np.concatenate(code)) if code else torch.empty(0, dtype=torch.uint8) for code in parts]
 
 
 def _gap_chunks(positions: Sequence[Tensor]) -> Iterator[tuple[int, Ints]]:
     for i, tensor in enumerate(positions):
-        own = tensor.detach().cpu().numpy()
+        array = tensor.detach().cpu().numpy()
         last = -1
-        for start in range(0, len(own), CHUNK):
-            chunk = own[start : start + CHUNK].astype(np.int64)
+        for start in range(0, len(array), CHUNK):
+            chunk = array[start : start + CHUNK].astype(np.int64)
             yield i, np.diff(chunk, prepend=last) - 1
             last = int(chunk[-1])
 
 
 def _batches(chunks: Iterable[tuple[int, Ints]]) -> Iterator[list[tuple[int, Ints]]]:
-    """Chunks in lists that have about as many positions as the largest chunk."""
+    """Group chunks into lists of about `CHUNK` positions."""
     batch: list[tuple[int, Ints]] = []
     for chunk in chunks:
         batch.append(chunk)
@@ -105,10 +104,10 @@ def _batches(chunks: Iterable[tuple[int, Ints]]) -> Iterator[list[tuple[int, Int
 
 
 def decode_all(codes: Sequence[Code]) -> list[Tensor]:
-    """What `decode_positions` gives for each, in less time.
+    """Decode several codes together, which is faster than `decode_positions` for each.
 
     Raises:
-        CodeError: If one cannot be decoded; its `index` says which.
+        CodeError: If a code is not valid. The error's `index` says which one.
     """
     gaps: list[Ints] = []
     waiting: list[_Chunk] = []
@@ -127,48 +126,47 @@ def decode_all(codes: Sequence[Code]) -> list[Tensor]:
             raise
     _decode_gaps(waiting)
     positions = []
-    for i, (code, own) in enumerate(zip(codes, gaps, strict=True)):
-        own += 1
-        last = own.sum(dtype=np.float64) - 1  # in floating point: damaged gaps could be too many for integers
+    for i, (code, array) in enumerate(zip(codes, gaps, strict=True)):
+        array += 1
+        last = array.sum(dtype=np.float64) - 1  # in floating point, since the sum of damaged gaps could overflow
         if last >= code.units:
-            too_high = CodeError(f"there are positions up to {last:.0f} among {code.units} units")
+            too_high = CodeError(f"there are positions up to {last:.0f}, but only {code.units} units")
             too_high.index = i
             raise too_high
-        np.cumsum(own, out=own)
-        own -= 1
-        positions.append(torch.from_numpy(own))
+        np.cumsum(array, out=array)
+        array -= 1
+        positions.append(torch.from_numpy(array))
     return positions
 
 
 class _Chunk(NamedTuple):
-    """A chunk of a code, read but for its blocks."""
+    """A chunk of a code whose blocks are not decoded yet."""
 
-    gaps: Ints  # to be filled in
+    gaps: Ints  # filled in when the blocks are decoded
     low_bits: int
     low: Ints
     ones: Ints
     ranks: Ints
-    source: int = 0  # which of the codes it is a part of
+    source: int = 0  # the index of its code
 
 
 def _check_count(code: Code) -> None:
     if not 0 <= code.count <= code.units:
         raise CodeError(f"{code.count} positions cannot be among {code.units} units")
-    if len(code.code) * CHUNK < code.count:  # a chunk takes more than a byte
+    if len(code.code) * CHUNK < code.count:  # a chunk has at least one byte
         raise CodeError(f"{len(code.code)} bytes cannot hold {code.count} positions")
 
 
 def _chunks_of(code: Code, gaps: Ints) -> Iterator[_Chunk]:
     source = _Reader(code.code.detach().cpu().numpy())
     for start in range(0, code.count, CHUNK):
-        own = gaps[start : start + CHUNK]
-        yield _read_chunk(source, own)
+        yield _read_chunk(source, gaps[start : start + CHUNK])
     if source.left:
         raise CodeError(f"{source.left} bytes are left over")
 
 
 class _Reader:
-    """Takes bytes and bits off the front of a code."""
+    """Reads a code from front to back, in bytes and bits."""
 
     def __init__(self, data: Bytes) -> None:
         self.data, self.at = data, 0
@@ -184,22 +182,21 @@ class _Reader:
         return self.data[self.at - count : self.at]
 
     def bits(self, count: int) -> Bytes:
-        """`count` bits, and on to the next whole byte."""
-        own = self.take(-(-count // 8))
-        bits = np.unpackbits(own, bitorder="little")
+        """Read `count` bits, and skip the padding up to the next whole byte."""
+        bits = np.unpackbits(self.take(-(-count // 8)), bitorder="little")
         if bits[count:].any():
             raise CodeError("its padding is not zero")
         return bits[:count]
 
     def planes(self, count: int, planes: int) -> Ints:
-        """`count` numbers of `planes` bits each."""
+        """Read `count` numbers of `planes` bits each."""
         numbers = np.zeros(count, dtype=np.int64)
         for i, plane in enumerate(self.bits(count * planes).reshape(planes, count)):
             numbers |= plane.astype(np.int64) << i
         return numbers
 
     def unary(self, count: int, most: int) -> Ints:
-        """`count` numbers in unary, each up to `most`."""
+        """Read `count` numbers in unary, each at most `most`."""
         window = self.data[self.at : self.at + -(-count * (most + 1) // 8)]
         ones = np.flatnonzero(np.unpackbits(window, bitorder="little"))[:count]
         if len(ones) < count:
@@ -213,7 +210,7 @@ def _bits(bits: NDArray[np.bool_] | Bytes) -> Bytes:
 
 
 def _planes(numbers: Ints, planes: int) -> Bytes:
-    """The lowest bits of all numbers, then the next ones, and so on, without padding between them."""
+    """Pack the lowest bits of all numbers, then their second bits, and so on, without padding between them."""
     bits = np.empty((planes, len(numbers)), dtype=np.uint8)
     for i in range(planes):
         bits[i] = numbers >> i & 1
@@ -221,7 +218,7 @@ def _planes(numbers: Ints, planes: int) -> Bytes:
 
 
 def _unary(numbers: Ints, multiple: int = 1) -> Bytes:
-    """The unary code of numbers, a byte for each bit, padded with zeros to a multiple of so many bits."""
+    """The unary code of numbers, with a byte for each bit, padded with zeros to a multiple of `multiple` bits."""
     ends = np.cumsum(numbers + 1)
     bits = np.zeros(-(-int(ends[-1]) // multiple) * multiple, dtype=np.uint8)
     bits[ends - 1] = 1
@@ -234,7 +231,7 @@ def _encode_gaps(chunks: Sequence[Ints]) -> Iterator[list[Bytes]]:
     unary = []
     for gaps in chunks:
         mean = (int(gaps.sum()) + len(gaps)) / len(gaps)
-        low_bits.append(max(int(np.floor(np.log2(0.45 * mean))), 0))  # so that 20 to 40 % of the unary bits are ones
+        low_bits.append(max(int(np.floor(np.log2(0.45 * mean))), 0))  # then 20 to 40 % of the unary bits are ones
         unary.append(_unary(gaps >> low_bits[-1], BLOCK).reshape(-1, BLOCK))
     all_ones, all_ranks = _rank(np.ascontiguousarray(np.concatenate(unary).T))
     ends = np.cumsum([len(blocks) for blocks in unary])[:-1]
@@ -277,7 +274,7 @@ def _read_chunk(source: _Reader, gaps: Ints) -> _Chunk:
 
 
 def _decode_gaps(chunks: Sequence[_Chunk]) -> None:
-    """Fill in the gaps of chunks, from the blocks of all of them."""
+    """Decode the blocks of all chunks together, and fill in the chunks' gaps."""
     if not chunks:
         return
     counts = [len(chunk.ones) for chunk in chunks]
@@ -292,8 +289,8 @@ def _decode_gaps(chunks: Sequence[_Chunk]) -> None:
     unary = np.flatnonzero(blocks.T)
     first, taken = 0, 0
     for chunk, count in zip(chunks, counts, strict=True):
-        own = unary[taken : taken + len(chunk.gaps)]
-        chunk.gaps[:] = (np.diff(own, prepend=first * BLOCK - 1) - 1 << chunk.low_bits) | chunk.low
+        ends = unary[taken : taken + len(chunk.gaps)]
+        chunk.gaps[:] = (np.diff(ends, prepend=first * BLOCK - 1) - 1 << chunk.low_bits) | chunk.low
         first, taken = first + count, taken + len(chunk.gaps)
 
 
@@ -301,12 +298,15 @@ _RANK = "a rank is not possible"
 
 
 def _in_rank(ones: Ints) -> NDArray[np.bool_]:
-    """Which of 64 bits a rank takes: a mask of shape ``(blocks, 64)``."""
+    """A mask of shape ``(blocks, 64)``: the bits that the rank of each block takes."""
     return np.arange(64) < RANK_BITS[ones][:, None]
 
 
 def _rank(blocks: Bytes) -> tuple[Ints, Ints]:
-    """The number of ones in each block of shape ``(63, blocks)``, and its rank in the combinatorial number system."""
+    """The number of ones in each block, and its rank in the combinatorial number system.
+
+    `blocks` has shape ``(63, blocks)``, with a byte for each bit.
+    """
     ones = np.zeros(blocks.shape[1], dtype=np.int64)
     ranks = np.zeros_like(ones)
     for i, bits in enumerate(blocks):
@@ -316,7 +316,7 @@ def _rank(blocks: Bytes) -> tuple[Ints, Ints]:
 
 
 def _unrank(ones: Ints, ranks: Ints) -> tuple[Bytes, NDArray[np.bool_]]:
-    """The blocks, of shape ``(63, blocks)``, with so many ones and of that rank; and which of them there are."""
+    """The blocks with these numbers of ones and these ranks, of shape ``(63, blocks)``; and which are valid."""
     left, ranks = ones.copy(), ranks.copy()
     blocks = np.zeros((BLOCK, len(ones)), dtype=np.uint8)
     for i in reversed(range(BLOCK)):

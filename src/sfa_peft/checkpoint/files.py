@@ -1,4 +1,4 @@
-"""Reads tensors, and writes files so that a kill at any moment leaves the old ones or the new ones."""
+"""Reads tensors, and writes files atomically: a process that is killed leaves the old files or the new ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _STAGE = ".sfa-save-"
 
 
 def write_whole(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file, and its folder if need be. An old file is replaced as a whole, or stays as it was."""
+    """Write a safetensors file atomically. Its folder is created if it does not exist."""
     with staged(path.parent) as stage:
         save_tensors(stage / path.name, tensors, metadata)
 
@@ -31,56 +31,56 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a safetensors file.
 
     Raises:
-        CheckpointError: If it is none, or damaged.
+        CheckpointError: If it is not a safetensors file, or damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, RuntimeError, OverflowError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{str(path)!r} is no safetensors file, or damaged: {error}") from error
+        raise CheckpointError(f"{str(path)!r} is not a safetensors file, or damaged: {error}") from error
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file: the same bytes for the same content.
+    """Write a safetensors file. The same content always gives the same bytes.
 
-    safetensors writes metadata in a random order, so its header is written anew, with as many bytes.
+    safetensors writes the metadata in a random order, so the header is replaced by a sorted one of the same size.
     """
-    own: dict[str, Tensor] = {}
+    separate: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
         flat = tensor.detach().contiguous()
-        # Tensors that share memory, as tied ones do, each have their own place in a file.
+        # safetensors refuses tensors that share memory, such as tied parameters.
         address = flat.untyped_storage().data_ptr()
-        own[name] = flat.clone() if address in storages else flat
+        separate[name] = flat.clone() if address in storages else flat
         storages.add(address)
-    save_file(own, path, metadata)
+    save_file(separate, path, metadata)
     with open(path, "r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
         header["__metadata__"] = dict(sorted(metadata.items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         if len(text) > size:
-            raise RuntimeError(f"safetensors wrote a header of {size} bytes, and it takes {len(text)} when sorted")
+            raise RuntimeError(f"safetensors wrote a header of {size} bytes, but the sorted one has {len(text)} bytes")
         file.seek(8)
         file.write(text.ljust(size))
 
 
 @contextmanager
 def staged(folder: Path, last: Sequence[str] = ()) -> Iterator[Path]:
-    """A folder to write to; what is in it afterwards takes its place in `folder`, each file at once.
+    """A temporary folder to write to. At the end, each file in it is moved to `folder` atomically.
 
-    Files are synced to the disk first and then renamed, in the order of their names, but those named in `last` in that
-    order after all others. Other files in `folder` stay. An error inside leaves `folder` as it was. Leftovers of
-    killed processes are removed.
+    All files are synced to the disk first and then renamed, in the order of their names. Files named in `last` come
+    after all others, in that order. Other files in `folder` stay. An error inside leaves `folder` as it was. Temporary
+    folders of killed processes are removed.
 
     Args:
-        folder: Where the files are to be; made if need be.
+        folder: The folder of the files. It is created if it does not exist.
         last: Names of files, without their folder.
     """
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder)
-    # The name tells a later save whether this one still runs.
+    # From the name, a later save can see whether this process still runs.
     stage = Path(tempfile.mkdtemp(prefix=f"{_STAGE}{socket.gethostname()}-{os.getpid()}-", dir=folder))
     try:
         yield stage
@@ -91,7 +91,7 @@ def staged(folder: Path, last: Sequence[str] = ()) -> Iterator[Path]:
         for file in files:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             os.replace(stage / file, folder / file)
-            # A rename is kept only once its folder is: or a later file could survive a power cut without it.
+            # Without this sync, a power cut could keep a later rename but lose this one.
             _sync((folder / file).parent)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
@@ -108,7 +108,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 def _sync(path: Path) -> None:
     if os.name == "nt" and path.is_dir():
-        return  # Windows keeps renames by itself, and opens no folders
+        return  # Windows cannot open folders, and needs no sync of them
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""The fingerprint of a base model: tells the weights that an adapter was trained on from others.
+"""The fingerprint of a base model: identifies the base weights used in training.
 
-One value of every parameter is kept as it is, so that a cast of the same weights can be told from other weights; a
-hash could not do that. Reading them touches some hundred numbers, whatever the size of the model.
+One value of every parameter is kept, so that the same weights in another dtype still match. With a hash they would
+not. Only a few hundred numbers are read, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 class BaseMismatchWarning(UserWarning):
-    """An adapter is loaded into a base model with other weights than those that it was trained on.
+    """An adapter is loaded into a base model whose weights differ from the base weights used in training.
 
-    To make it an error: ``warnings.simplefilter("error", sfa_peft.BaseMismatchWarning)``. Nothing is loaded then.
+    To turn it into an error, so that nothing is loaded:
+    ``warnings.simplefilter("error", sfa_peft.BaseMismatchWarning)``.
     """
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What is kept of a base model's weights.
+    """A sample of a base model's weights.
 
     Attributes:
-        roots: The modules whose parameters these are; "" is the whole model.
-        layout: Digest of the parameters' shapes, in model order.
-        dtypes: The parameters' dtypes, run by run: ``((dtype, count), ...)``.
-        samples: The value in the middle of each parameter, float32 of shape ``(parameters,)``.
+        roots: The modules whose parameters are covered; "" is the whole model.
+        layout: Digest of the shapes of the parameters, in model order.
+        dtypes: The dtypes of the parameters, run-length encoded: ``((dtype, count), ...)``.
+        samples: The middle value of each parameter, float32 of shape ``(parameters,)``.
     """
 
     roots: tuple[str, ...]
@@ -47,20 +48,20 @@ class Fingerprint:
 
     @classmethod
     def of(cls, roots: Sequence[str], parameters: Parameters) -> Fingerprint | None:
-        """The fingerprint of floating-point parameters; None if some are not readable (quantised, sharded)."""
+        """The fingerprint of parameters. None if one is not readable (quantized, sharded) or not floating-point."""
         if not parameters or any(_is_elsewhere(p) or not p.is_floating_point() for _, p in parameters):
             return None
         runs = [
-            (str(dtype).removeprefix("torch."), len(list(own)))
-            for dtype, own in groupby(p.dtype for _, p in parameters)
+            (str(dtype).removeprefix("torch."), len(list(run)))
+            for dtype, run in groupby(p.dtype for _, p in parameters)
         ]
         layout = hashlib.sha256(str([tuple(p.shape) for _, p in parameters]).encode()).hexdigest()[:16]
         return cls(tuple(roots), layout, tuple(runs), _middles([p for _, p in parameters]))
 
     def differences(self, parameters: Parameters) -> list[str] | None:
-        """The names of the parameters that differ, not counting a cast to another dtype.
+        """The names of the parameters whose values differ. A cast to another dtype is no difference.
 
-        None if the parameters have other shapes than those of the fingerprint.
+        None if the shapes differ. Empty if `parameters` have no fingerprint, since then nothing can be compared.
         """
         other = Fingerprint.of(self.roots, parameters)
         if other is None:
@@ -80,7 +81,7 @@ class Fingerprint:
             yield from repeat(getattr(torch, name), count)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """The fingerprint as JSON values."""
         return {
             "roots": list(self.roots),
             "layout": self.layout,
@@ -90,10 +91,10 @@ class Fingerprint:
 
     @classmethod
     def from_dict(cls, described: Any) -> Fingerprint:
-        """From what `to_dict` gave.
+        """Undo `to_dict`.
 
         Raises:
-            ValueError: If it is something else.
+            ValueError: If `described` is not a fingerprint.
         """
         try:
             samples = torch.frombuffer(bytearray(base64.b85decode(described["samples"])), dtype=torch.float32)
@@ -109,19 +110,19 @@ class Fingerprint:
 
 
 def _is_elsewhere(p: Tensor) -> bool:
-    """Whether a parameter's values are not all here: on no device, inside another tensor (a `DTensor`, torchao's
-    quantized ones), or a shard of DeepSpeed's ZeRO-3.
+    """Whether the values cannot be read here: meta tensors, tensor subclasses (`DTensor`, torchao's quantized
+    tensors), and shards of DeepSpeed's ZeRO-3.
     """
     return p.is_meta or is_traceable_wrapper_subclass(p) or hasattr(p, "ds_id")
 
 
 @torch.no_grad()
 def _middles(parameters: Sequence[Tensor]) -> Tensor:
-    """The value in the middle of each parameter, as float32; 0 for an empty one."""
+    """The middle value of each parameter, as float32; 0 for an empty parameter."""
     middles = []
     for p in parameters:
         if p.is_contiguous() and p.numel():
-            middles.append(p.as_strided((), (), p.storage_offset() + p.numel() // 2))  # the quickest way there
+            middles.append(p.as_strided((), (), p.storage_offset() + p.numel() // 2))  # faster than indexing
         else:
             flat = p.reshape(-1)
             middles.append(flat[len(flat) // 2] if len(flat) else torch.zeros(()))
@@ -131,14 +132,14 @@ def _middles(parameters: Sequence[Tensor]) -> Tensor:
 
 
 def _same(a: Tensor, a_dtype: torch.dtype, b: Tensor, b_dtype: torch.dtype) -> Tensor:
-    """Which values of `a` and `b` can be casts of one."""
+    """Which values of `a` and `b` can be casts of the same value."""
     if a_dtype == b_dtype or (a_dtype in WIDE and b_dtype in WIDE):
         same = (a == b) | (a.isnan() & b.isnan())
-        for half in HALF:  # one of them may have been cast there and back
+        for half in HALF:  # one of them may have been cast to half precision and back
             same |= (a.to(half) == b) | (b.to(half) == a)
         return same
     if a_dtype in WIDE or b_dtype in WIDE:
         narrow = b_dtype if a_dtype in WIDE else a_dtype
         return a.to(narrow) == b.to(narrow)
-    # Two narrow dtypes: each has rounded the value in its own way. bfloat16 keeps 8 bits, float16 has a smallest step.
+    # bfloat16 and float16 round differently: bfloat16 has 8 bits of precision, and float16 a smallest step of 2**-24.
     return (a - b).abs() <= 2**-8 * torch.maximum(a.abs(), b.abs()) + 2**-24

@@ -1,13 +1,13 @@
 """The names of an adapter's tensors in a file."""
 
-PREFIX = "base_model.model."  # of names in a file that PEFT writes
-ADAPTER = ".sfa_"  # in front of the kind of adapter that a tensor is of
+PREFIX = "base_model.model."  # PEFT puts it before every name in a file
+ADAPTER = ".sfa_"  # between the module's name and the kind of adapter
 INTERNAL = ".sfa_internal."
 POSITIONS = "_positions"
 
 
 def is_adapter_key(key: str) -> bool:
-    """Whether a tensor of a checkpoint is SFA's own, not a head's."""
+    """Whether a tensor of a checkpoint belongs to an SFA layer, not to a head."""
     return any(f"{ADAPTER}{kind}." in key for kind in ("internal", "external", "parallel"))
 
 

@@ -1,7 +1,7 @@
 """Packs the internal adapters of a file into two tensors, one of values and one of coded positions.
 
-A ticket spreads over hundreds of parameters. With tensors of their own, their names in the file's header would take
-more room than the content of a small ticket.
+A ticket has positions in hundreds of parameters. With separate tensors, the names in the file's header would be larger
+than the content of a small ticket.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ CODES = f"{PREFIX}{INTERNAL[1:]}positions"
 
 
 def join_codes(codes: Sequence[Tensor]) -> Tensor:
-    """Codes one after the other, and before them the length of each, as 32-bit little-endian numbers."""
+    """Join codes into one tensor: first the length of each as a 32-bit little-endian number, then the codes."""
     lengths = torch.tensor([len(code) for code in codes], dtype=torch.int32).view(torch.uint8)
     return torch.cat([lengths, *codes])
 
 
 def split_codes(key: str, joined: Tensor, count: int) -> list[Tensor]:
-    """Undo `join_codes` of so many codes.
+    """Undo `join_codes` of `count` codes.
 
     Raises:
-        CheckpointError: If it is not of so many; names the tensor `key`.
+        CheckpointError: If `joined` does not hold `count` codes. The message names the tensor, `key`.
     """
     if joined.dim() != 1 or joined.dtype != torch.uint8:
         raise CheckpointError(
-            f"{key!r} must be a 1-D tensor of bytes; it is {joined.dtype}, of {joined.dim()} dimensions."
+            f"{key!r} must be a 1-D tensor of bytes (uint8); it has dtype {joined.dtype} and {joined.dim()} "
+            f"dimensions. The file is damaged; download or save it again."
         )
     lengths = joined[: 4 * count].clone().view(torch.int32).tolist() if len(joined) >= 4 * count else [-1]
     if min(lengths, default=0) < 0 or sum(lengths) != len(joined) - 4 * count:
@@ -42,9 +43,9 @@ def split_codes(key: str, joined: Tensor, count: int) -> list[Tensor]:
 
 
 def pack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Put the values of all parameters, in the order of their names, into one tensor, and the positions into another.
+    """Pack the values of all parameters into one tensor, and their positions into another, in the order of the names.
 
-    Values of several dtypes are kept in the widest one.
+    If the values have several dtypes, the widest one is used for all.
     """
     values = {key: t for key, t in tensors.items() if INTERNAL in key and not is_positions_key(key) and key != VALUES}
     names = sorted(values, key=_parameter_of)
@@ -70,33 +71,36 @@ def unpack(
 
     Args:
         tensors: The tensors of a file.
-        sizes: For each parameter in the ticket, the number of its units.
-        values_shape: For a parameter and its number of units, the shape of their values.
+        sizes: For each parameter in the ticket, the number of its units in the ticket.
+        values_shape: The shape of the values, from the name of a parameter and the number of units.
 
     Raises:
-        CheckpointError: If the packed tensors are not of these sizes.
+        CheckpointError: If the packed tensors do not have these sizes.
     """
     if VALUES not in tensors and CODES not in tensors:
         return dict(tensors)
     if VALUES not in tensors or CODES not in tensors:
-        raise CheckpointError(f"of {VALUES!r} and {CODES!r} there is only one; the checkpoint is damaged.")
+        raise CheckpointError(
+            f"the checkpoint has only one of {VALUES!r} and {CODES!r}. It is damaged; download or save it again."
+        )
     values, names = tensors[VALUES], sorted(sizes)
     codes = split_codes(CODES, tensors[CODES], len(names))
     shapes = [values_shape(name, sizes[name]) for name in names]
     counts = [prod(shape) for shape in shapes]
     if min(counts, default=0) < 0 or values.shape != (sum(counts),):
-        raise CheckpointError(f"{VALUES!r} has shape {tuple(values.shape)}, not ({sum(counts)},): {_OTHER_SIZES}")
+        raise CheckpointError(f"{VALUES!r} has shape {tuple(values.shape)}, expected ({sum(counts)},): {_OTHER_SIZES}")
     result = {key: t for key, t in tensors.items() if key not in (VALUES, CODES)}
-    for name, shape, own, code in zip(names, shapes, values.split(counts), codes, strict=True):
+    for name, shape, part, code in zip(names, shapes, values.split(counts), codes, strict=True):
         module, _, parameter = name.rpartition(".")
         key = f"{PREFIX}{module}{INTERNAL}{parameter}"
-        result[key], result[key + POSITIONS] = own.reshape(shape), code
+        result[key], result[key + POSITIONS] = part.reshape(shape), code
     return result
 
 
 _OTHER_SIZES = (
-    "the checkpoint has another ticket than the adapter that it is loaded into, or than its config; or it is damaged. "
-    "For another ticket use PeftModel.from_pretrained(base, path, is_trainable=True), or run the same search first."
+    "the ticket differs from that of the adapter in the model or of adapter_config.json, or the checkpoint is "
+    "damaged. To load another ticket use PeftModel.from_pretrained(base, path, is_trainable=True), or run the same "
+    "search first."
 )
 
 

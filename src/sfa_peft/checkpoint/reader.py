@@ -1,4 +1,4 @@
-"""The one reader of saved adapters: reads a file once, and checks what can be checked without a model."""
+"""Reads saved adapters. A file is read once, and is checked as far as this is possible without a model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .seal import CONFIG, DIGEST, WEIGHTS, AdapterFile, read
 from .validation import check_sizes
 
 PICKLE = "adapter_model.bin"
-# What a config must have in common with the weights' seal, since it decides what the adapter computes.
+# These fields decide what the adapter computes, so they must be the same in the config and in the weights' seal.
 SEALED = (
     "external_activation",
     "external_scale",
@@ -36,7 +36,7 @@ SEALED = (
 
 
 class Announces(NamesModules, Protocol):
-    """What a config says of the weights that were saved with it."""
+    """A config that describes the weights that were saved with it."""
 
     weights_digest: str | None
 
@@ -57,9 +57,9 @@ class SavedAdapter(Generic[C]):
 
     Attributes:
         config: The config that belongs to the weights.
-        tensors: The tensors by their names, those of the ticket unpacked, with positions as sorted indices.
-        shapes: For each parameter that the ticket could choose from, its shape where the adapter was trained, as far
-            as the file says.
+        tensors: The tensors by name. Those of the ticket are unpacked, with positions as sorted indices.
+        shapes: For each parameter that the ticket could choose from, its shape in the model that the adapter was
+            trained on. Empty if the file does not have them.
     """
 
     config: C
@@ -69,18 +69,18 @@ class SavedAdapter(Generic[C]):
 
 @dataclass
 class Load:
-    """A load that is going on, for all that takes part in it.
+    """The state of a load, shared by the functions that take part in it.
 
     Attributes:
-        key_mapping: How modules are to be renamed.
-        saved: The adapter, once it is read; None as long as it may be one of another method.
+        key_mapping: How modules are renamed: patterns and their replacements.
+        saved: The adapter, after it is read. None before, and for an adapter of another method.
     """
 
     key_mapping: KeyMapping = field(default_factory=dict)
     saved: SavedAdapter[Any] | None = None
 
     def begin(self) -> None:
-        """Called once it is known that an adapter of SFA is going to be read."""
+        """Called when it is known that the adapter is an SFA adapter, before it is read."""
 
     def before_injection(self) -> None:
         """Called before an `SFAModel` touches the model."""
@@ -94,8 +94,8 @@ def weights_of(name: str, subfolder: str | None = None, **kwargs: Any) -> Path |
 
     Args:
         name: A folder, or a repository on the Hub.
-        subfolder: A folder in it.
-        kwargs: Of those, the arguments of `huggingface_hub.hf_hub_download` are used.
+        subfolder: A subfolder of it.
+        kwargs: Arguments of `huggingface_hub.hf_hub_download`. Others are ignored.
     """
     folder = Path(name, subfolder) if subfolder else Path(name)
     if (folder / WEIGHTS).is_file():
@@ -107,7 +107,7 @@ def weights_of(name: str, subfolder: str | None = None, **kwargs: Any) -> Path |
     try:
         return Path(hf_hub_download(name, WEIGHTS, subfolder=subfolder, **options))
     except LocalEntryNotFoundError:
-        raise  # the Hub could not be asked
+        raise  # the Hub could not be reached, so the file may exist
     except EntryNotFoundError:
         return None
 
@@ -116,32 +116,32 @@ def open_adapter(config: C, weights: Path, mapping: KeyMapping) -> SavedAdapter[
     """Read a weights file.
 
     Args:
-        config: The config beside it. Where another save was interrupted, the one sealed in the file takes its place.
+        config: The config beside the file. If a save was interrupted, the config in the file's seal is used instead.
         weights: The file.
-        mapping: How modules are to be renamed.
+        mapping: How modules are renamed.
 
     Raises:
-        CheckpointError: If the file is damaged, or is not what its config announces.
+        CheckpointError: If the file is damaged, or does not match its config.
     """
     file = read(weights)
     if file.config is None:
         if config.weights_digest not in (None, file.digest):
             raise CheckpointError(
                 f"the tensors of {str(weights)!r} are not those that {CONFIG} was saved with: {DIGEST} differs. "
-                f"The file is damaged, or was changed. Remove {DIGEST} from {CONFIG} if that was meant."
+                f"The file is damaged, or was changed. If the change was intended, remove {DIGEST} from {CONFIG}."
             )
     elif config.weights_digest == file.digest:
         _check_sealed(config, file.config)
     else:
         warnings.warn(
-            f"{CONFIG} beside {str(weights)!r} was saved with other weights, by a save that did not come to its end. "
-            f"The config that these weights carry is used instead.",
+            f"{CONFIG} beside {str(weights)!r} was saved with other weights, since a save was interrupted. The config "
+            f"in the weights file is used instead.",
             stacklevel=3,
         )
         try:
             config = type(config)(**file.config)
         except (ValueError, TypeError) as error:
-            raise CheckpointError(f"the config sealed in {str(weights)!r} is not valid: {error}") from error
+            raise CheckpointError(f"the config in the seal of {str(weights)!r} is not valid: {error}") from error
     tensors, positions = contents_of(config, file)
     saved = SavedAdapter(config, tensors | positions, file.shapes)
     config.weights_digest = None
@@ -155,17 +155,17 @@ def _renamed(saved: SavedAdapter[C], mapping: KeyMapping) -> SavedAdapter[C]:
 
 
 def tensors_of(config: Announces, file: AdapterFile) -> dict[str, Tensor]:
-    """The tensors of a weights file by their names in the model; positions are coded.
+    """The tensors of a weights file by their names in the model. Positions are still coded.
 
     Raises:
-        CheckpointError: If they are not those that the config announces.
+        CheckpointError: If the tensors do not match the config.
     """
 
     def values_shape(name: str, count: int) -> tuple[int, ...]:
         if name not in file.shapes:
             raise CheckpointError(
-                f"{WEIGHTS} does not tell the shape of {name!r}: its seal is damaged, or another program has written "
-                f"the file without it. Download or save it again."
+                f"{WEIGHTS} does not contain the shape of {name!r}: its seal is damaged, or another program has "
+                f"written the file without a seal. Download or save it again."
             )
         return config.granularity.values_shape(file.shapes[name], count)
 
@@ -173,10 +173,10 @@ def tensors_of(config: Announces, file: AdapterFile) -> dict[str, Tensor]:
 
 
 def contents_of(config: Announces, file: AdapterFile) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What `tensors_of` gives, and the decoded positions by their tensors' names, after all checks without a model.
+    """The tensors as in `tensors_of`, and the decoded positions by name, after all checks that need no model.
 
     Raises:
-        CheckpointError: If something in the file is not as the config announces, or damaged.
+        CheckpointError: If the file does not match the config, or is damaged.
     """
     try:
         units = {name: config.granularity.count(shape) for name, shape in file.shapes.items()}
@@ -190,16 +190,16 @@ def _check_sealed(config: Announces, sealed: Mapping[str, Any]) -> None:
     difference = difference_of(config.to_dict(), sealed)
     if difference:
         raise CheckpointError(
-            f"{CONFIG} was changed, or is damaged. It and what the weights were saved with have another {difference}. "
-            f"Set the field back, or save again."
+            f"{CONFIG} was changed, or is damaged. It differs from the config that the weights were saved with in "
+            f"{difference}. Restore the field, or save the adapter again."
         )
 
 
 def difference_of(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
-    """What two configs have in different ways of what decides what an adapter computes; None if nothing."""
+    """The first field of `SEALED` that differs between two configs, with both values; None if there is none."""
     for name in SEALED:
         values = [json.loads(json.dumps(config.get(name), default=sorted)) for config in (one, other)]
-        if name == "modules_to_save":  # PEFT's classes for tasks name a head again when they load it
+        if name == "modules_to_save":  # PEFT's task classes append the name of their head at every load
             values = [list(dict.fromkeys(heads or ())) for heads in values]
         if values[0] != values[1]:
             return f"{name}: {_short(values[0])} and {_short(values[1])}"

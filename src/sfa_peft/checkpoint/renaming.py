@@ -1,6 +1,6 @@
-"""PEFT's `key_mapping`: loading an adapter into a model in which the adapted modules have other names.
+"""PEFT's `key_mapping`: loads an adapter into a model in which the adapted modules have other names.
 
-PEFT renames the tensors of a file. An SFA config names modules as well, so both are renamed here, in the same way.
+PEFT renames the tensors of a file. An SFA config contains module names too, so both are renamed here, in the same way.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ KeyMapping = Mapping[str, str]
 
 
 class NamesModules(Protocol):
-    """The fields of a saved adapter's config that name modules."""
+    """The config fields that contain module names."""
 
     ticket_sizes: dict[str, int] | None
     external_widths: dict[str, dict[str, int]] | None
@@ -26,7 +26,7 @@ class NamesModules(Protocol):
 
 
 def rename(name: str, mapping: KeyMapping) -> str:
-    """A name by the first pattern that matches, as PEFT does it."""
+    """Rename by the first pattern that matches, as PEFT does."""
     for pattern, replacement in mapping.items():
         new, count = re.subn(pattern, replacement, name)
         if count:
@@ -35,18 +35,18 @@ def rename(name: str, mapping: KeyMapping) -> str:
 
 
 def rename_key(key: str, mapping: KeyMapping) -> str:
-    """The name of a tensor: of an adapter's own, the module is renamed."""
+    """The new name of a tensor. In the name of an adapter's tensor, only the module is renamed."""
     module, mark, rest = key.removeprefix(PREFIX).partition(ADAPTER)
-    # With something behind it, as the module's name has in the config.
+    # With a dot, since in the config a parameter's name follows, and a pattern may match the dot.
     new = rename(f"{module}.", mapping).removesuffix(".") if mark else rename(module, mapping)
     return f"{PREFIX}{new}{mark}{rest}"
 
 
 def rename_config(config: NamesModules, keys: Iterable[str], mapping: KeyMapping) -> None:
-    """Rename the modules in a config that was read with tensors `keys`.
+    """Rename the modules in a config, which was read with the tensors `keys`.
 
     Raises:
-        CheckpointError: If two modules would get one name.
+        CheckpointError: If two modules would get the same name.
     """
 
     def renamed(names: Iterable[str]) -> dict[str, str]:
@@ -75,10 +75,10 @@ def rename_config(config: NamesModules, keys: Iterable[str], mapping: KeyMapping
 
 
 def _heads_in(keys: Iterable[str], endings: Collection[str]) -> list[str]:
-    """The full names of the heads whose tensors a file has: a config may name them by their endings."""
+    """The full names of the heads in a file. A config may contain only their endings."""
     paths = [key.removeprefix(PREFIX).split(".")[:-1] for key in keys if not is_adapter_key(key)]
     around = [[".".join(path[:depth]) for depth in range(1, len(path) + 1)] for path in paths]
-    exact = set(endings) & {name for own in around for name in own}
+    exact = set(endings) & {name for names in around for name in names}
     rest = tuple(set(endings) - exact)
-    heads = (next((n for n in own if n in exact or (rest and n.endswith(rest))), None) for own in around)
+    heads = (next((n for n in names if n in exact or (rest and n.endswith(rest))), None) for names in around)
     return [head for head in dict.fromkeys(heads) if head is not None]

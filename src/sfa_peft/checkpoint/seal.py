@@ -1,9 +1,9 @@
-"""The seal: what an adapter's weights file knows of itself, so that a damaged or mixed checkpoint is told from a good.
+"""The seal: metadata of an adapter's weights file that shows whether a checkpoint is damaged or mixed.
 
-`adapter_model.safetensors` carries in its metadata, under one key, the digest of its tensors and a copy of the
-`adapter_config.json` that was saved with it. `adapter_config.json` carries the same digest. A save replaces the
-weights first and the config next: whoever is killed in between leaves a config with another digest, and the copy is
-the config that belongs to the weights. docs/checkpoint-format.md has the layout.
+The metadata of `adapter_model.safetensors` contains the digest of the tensors and a copy of the `adapter_config.json`
+that was saved with them. `adapter_config.json` contains the same digest. A save replaces the weights first and the
+config next. If it is killed in between, the config has another digest, and the copy is the config that belongs to the
+weights. docs/checkpoint-format.md has the layout.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 KEY = "sfa_peft"
 DIGEST = "weights_digest"
-# Above what any config takes; a seal that says more is not unpacked.
+# Bytes. No config is that large, so a larger seal is not decompressed.
 MAX_SEAL = 1 << 26
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """What a weights file holds.
+    """The content of a weights file.
 
     Attributes:
-        tensors: The tensors by their names, as they are in the file: packed, if it has a seal.
+        tensors: The tensors by name, as they are in the file: packed if it has a seal.
         digest: The digest of the tensors.
-        config: The config that was saved with them; None where the file has no seal, as from another program.
-        shapes: For each parameter that the ticket could choose from, its shape, as far as the file says.
+        config: The config that was saved with them; None if the file has no seal, because another program wrote it.
+        shapes: For each parameter that the ticket could choose from, its shape. Empty if the file has no seal.
     """
 
     tensors: dict[str, Tensor]
@@ -50,7 +50,7 @@ class AdapterFile:
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all tensors, in the order of their names."""
+    """SHA-256 of the names, dtypes, shapes and bytes of all tensors, in the order of their names."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -63,7 +63,7 @@ def read(path: Path) -> AdapterFile:
     """Read a weights file with all its tensors.
 
     Raises:
-        CheckpointError: If it is no safetensors file, or its seal is damaged or does not fit its tensors.
+        CheckpointError: If it is not a safetensors file, or its seal is damaged or does not match its tensors.
     """
     tensors, metadata = load_tensors(path)
     digest = digest_of(tensors)
@@ -82,7 +82,7 @@ def read(path: Path) -> AdapterFile:
         raise CheckpointError(f"the seal of {str(path)!r} is damaged ({error}); download or save it again.") from error
     if expected != digest:
         raise CheckpointError(
-            f"the tensors of {str(path)!r} are not those that were saved: their digest is {digest[:16]}..., and the "
-            f"file's seal says {str(expected)[:16]}.... It is damaged, or was changed; download or save it again."
+            f"the tensors of {str(path)!r} are not those that were saved: their digest is {digest[:16]}..., but the "
+            f"file's seal has {str(expected)[:16]}.... The file is damaged, or was changed; download or save it again."
         )
     return AdapterFile(tensors, digest, config, shapes)

@@ -1,4 +1,4 @@
-"""Checks of a checkpoint's tensors against what its config announced and what the model has."""
+"""Checks the tensors of a checkpoint against its config and the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from .coding import Code, CodeError, decode_all
 from .error import CheckpointError
 from .names import INTERNAL, POSITIONS, PREFIX, is_adapter_key
 
-# Where the units of a parameter are not known, positions may be up to here: more than any memory holds.
+_NOT_ONE_SAVE = "The two files are not from the same save, or damaged; download or save the adapter again."
+# The limit of positions where a parameter's number of units is not known. No parameter is that large.
 ANY_UNITS = 1 << 42
 
 
@@ -21,39 +22,39 @@ def check_sizes(
     external_widths: Mapping[str, Mapping[str, int]],
     units: Mapping[str, int],
 ) -> dict[str, Tensor]:
-    """Check a checkpoint by itself, without a model: that its tensors are those that its config announces.
+    """Check the tensors of a checkpoint against its config, without a model.
 
     Args:
         tensors: The tensors of the file.
         ticket_sizes: For each parameter, the number of its units in the ticket.
         external_widths: For each place, the width of the external adapter on each module.
-        units: For each parameter that it is known of, the number of units that it has.
+        units: The number of units of each parameter, where it is known.
 
     Returns:
-        The positions by the tensors' names, decoded.
+        The decoded positions, by the names of their tensors.
 
     Raises:
-        CheckpointError: If tensors are missing, too many, or of another shape, or positions or values are damaged.
+        CheckpointError: If tensors are missing, unexpected, or of another shape, or positions or values are damaged.
     """
-    own = {key.removeprefix(PREFIX): key for key in tensors if is_adapter_key(key)}
+    adapter_keys = {key.removeprefix(PREFIX): key for key in tensors if is_adapter_key(key)}
     announced: set[str] = set()
     codes: dict[str, Code] = {}
 
     def take(name: str) -> tuple[str, Tensor]:
-        if name not in own:
+        if name not in adapter_keys:
             raise CheckpointError(
-                f"adapter_config.json announces {name!r}, which adapter_model.safetensors does not have; the two are "
-                f"not of one save, or damaged."
+                f"adapter_model.safetensors does not have {name!r}, which adapter_config.json announces. "
+                f"{_NOT_ONE_SAVE}"
             )
         announced.add(name)
-        return own[name], tensors[own[name]]
+        return adapter_keys[name], tensors[adapter_keys[name]]
 
     def shaped(name: str, shape: tuple[int, ...]) -> None:
         key, tensor = take(name)
         if tuple(tensor.shape[: len(shape)]) != shape:
             raise CheckpointError(
-                f"{key!r} has shape {tuple(tensor.shape)} in the checkpoint, and adapter_config.json makes it "
-                f"{shape}; the two are not of one save, or damaged."
+                f"{key!r} has shape {tuple(tensor.shape)} in adapter_model.safetensors, but {shape} according to "
+                f"adapter_config.json. {_NOT_ONE_SAVE}"
             )
 
     for full_name, size in ticket_sizes.items():
@@ -69,11 +70,11 @@ def check_sizes(
             shaped(f"{module}.{kind}.up.weight", (channels, width))
             shaped(f"{module}.{kind}.down.weight", (width, channels))
             shaped(f"{module}.{kind}.down.bias", (width,))
-    unexpected = own.keys() - announced
+    unexpected = adapter_keys.keys() - announced
     if unexpected:
         raise CheckpointError(
             f"adapter_model.safetensors has {sorted(unexpected)[0]!r} ({len(unexpected)} such), which "
-            f"adapter_config.json does not announce; the two are not of one save, or damaged."
+            f"adapter_config.json does not announce. {_NOT_ONE_SAVE}"
         )
     for key, tensor in tensors.items():
         check_finite(key, tensor)
@@ -83,39 +84,39 @@ def check_sizes(
 def decode_state_dict(
     found: Mapping[str, Tensor], expected: Mapping[str, Tensor], units: Mapping[str, int]
 ) -> dict[str, Tensor]:
-    """Check an adapter's tensors against an injected adapter, and decode its positions; change nothing.
+    """Check the tensors of a file against an injected adapter, and decode the positions. Changes nothing.
 
     Args:
         found: The tensors of the file, by the model's keys.
-        expected: The tensors that the injected adapter has, by the same keys; read for shape and dtype.
-        units: For each key of positions, the number of units that the parameter has.
+        expected: The tensors of the injected adapter, by the same keys. Only shapes and dtypes are read.
+        units: For each key of positions, the number of units of the parameter.
 
     Returns:
         The tensors in the model's dtypes, with positions as sorted, unique indices.
 
     Raises:
-        CheckpointError: If keys are missing or too many, a shape differs, a value is not finite, or positions cannot
-            be decoded. The message names the first key concerned and what to do.
+        CheckpointError: If keys are missing or unexpected, a shape differs, a value is not finite, or positions cannot
+            be decoded. The message names the first such key and what to do.
     """
     missing, unexpected = expected.keys() - found.keys(), found.keys() - expected.keys()
     if missing or unexpected:
-        kind, keys = ("lacks", missing) if missing else ("has, but the adapter does not,", unexpected)
+        which, keys = ("checkpoint", missing) if missing else ("adapter in the model", unexpected)
         raise CheckpointError(
-            f"the checkpoint {kind} {sorted(keys)[0]!r} ({len(keys)} such). Into an adapter with another ticket it "
-            f"cannot be loaded: use PeftModel.from_pretrained(base, path, is_trainable=True), or run the same search "
-            f"first. Otherwise adapter_config.json and adapter_model.safetensors are not of one save, or it was saved "
-            f"for another architecture."
+            f"the {which} lacks {sorted(keys)[0]!r} ({len(keys)} such). A checkpoint cannot be loaded into an adapter "
+            f"with another ticket: use PeftModel.from_pretrained(base, path, is_trainable=True), or run the same "
+            f"search first. If the tickets are the same, adapter_config.json and adapter_model.safetensors are not "
+            f"from the same save, or the checkpoint was saved for another architecture."
         )
     codes = {key: Code(tensor, len(expected[key]), units[key]) for key, tensor in found.items() if key in units}
     positions = {
-        key: own.to(dtype=expected[key].dtype, device=found[key].device)
-        for key, own in checked_positions(codes).items()
+        key: indices.to(dtype=expected[key].dtype, device=found[key].device)
+        for key, indices in checked_positions(codes).items()
     }
     return {key: positions[key] if key in units else _fitting(key, t, expected[key]) for key, t in found.items()}
 
 
 def checked_positions(codes: Mapping[str, Code]) -> dict[str, Tensor]:
-    """Positions by the names of their tensors, decoded where they are coded, and checked."""
+    """The positions by the names of their tensors, decoded if they are coded, and checked."""
     positions = {key: code.code for key, code in codes.items()}
     positions |= decoded({key: code for key, code in codes.items() if not _is_decoded(code.code)})
     for key, code in codes.items():
@@ -128,7 +129,7 @@ def _is_decoded(tensor: Tensor) -> bool:
 
 
 def check_positions(key: str, positions: Tensor, count: int, units: int) -> None:
-    """Raise a `CheckpointError` unless these are `count` positions among `units`: sorted, unique, and in range."""
+    """Raise a `CheckpointError` unless `positions` are `count` sorted, unique indices in [0, units)."""
     is_right = positions.dim() == 1 and len(positions) == count and bool((positions.diff() > 0).all())
     if not is_right or (count and not 0 <= int(positions[0]) <= int(positions[-1]) < units):
         raise CheckpointError(
@@ -138,21 +139,28 @@ def check_positions(key: str, positions: Tensor, count: int, units: int) -> None
         )
 
 
-def _fitting(key: str, tensor: Tensor, own: Tensor) -> Tensor:
-    if tensor.shape != own.shape:
+def _fitting(key: str, tensor: Tensor, expected: Tensor) -> Tensor:
+    if tensor.shape != expected.shape:
         raise CheckpointError(
-            f"{key!r} has shape {tuple(tensor.shape)} in the checkpoint, but adapter_config.json and the model "
-            f"make it {tuple(own.shape)}. Load it into the model it was trained on; for another ticket use "
+            f"{key!r} has shape {tuple(tensor.shape)} in the checkpoint, but {tuple(expected.shape)} according to "
+            f"adapter_config.json and the model. Load it into the model it was trained on; to load another ticket use "
             f"PeftModel.from_pretrained(base, path, is_trainable=True), or run the same search first."
         )
     if not tensor.is_floating_point():
-        raise CheckpointError(f"{key!r} has dtype {tensor.dtype} in the checkpoint; expected one like {own.dtype}.")
+        raise CheckpointError(
+            f"{key!r} has dtype {tensor.dtype} in the checkpoint; expected a floating-point one such as "
+            f"{expected.dtype}. The checkpoint is damaged; download or save it again."
+        )
     check_finite(key, tensor)
-    return tensor.to(own.dtype)
+    return tensor.to(expected.dtype)
 
 
 def decoded(codes: Mapping[str, Code]) -> dict[str, Tensor]:
-    """The positions in codes, by the names of their tensors, or a `CheckpointError` that names the first damaged."""
+    """Decode positions, by the names of their tensors.
+
+    Raises:
+        CheckpointError: If a code is not valid. The message names the first such tensor.
+    """
     for key, code in codes.items():
         tensor = code.code
         if tensor.dtype != torch.uint8 or tensor.dim() != 1:
@@ -165,14 +173,14 @@ def decoded(codes: Mapping[str, Code]) -> dict[str, Tensor]:
     except CodeError as error:
         key, code = list(codes.items())[error.index]
         raise CheckpointError(
-            f"{key!r} is not the code of {code.count:,} positions ({error}). The checkpoint is damaged, or has "
-            f"another ticket than adapter_config.json; for another ticket use PeftModel.from_pretrained(base, path, "
+            f"{key!r} is not the code of {code.count:,} positions ({error}). The checkpoint is damaged, or its ticket "
+            f"differs from adapter_config.json; to load another ticket use PeftModel.from_pretrained(base, path, "
             f"is_trainable=True), or run the same search first."
         ) from error
 
 
 def is_sound(key: str, tensor: Tensor) -> bool:
-    """Whether values are finite. A head may hold infinities (the mask of an attention), but no NaN."""
+    """Whether the values are finite. A head may hold infinities (such as an attention mask), but no NaN."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return True
     values = tensor.float() if tensor.dtype.itemsize == 1 else tensor
@@ -180,8 +188,8 @@ def is_sound(key: str, tensor: Tensor) -> bool:
 
 
 def check_finite(key: str, tensor: Tensor) -> None:
-    """Raise a `CheckpointError` unless the values are sound."""
+    """Raise a `CheckpointError` unless the values pass `is_sound`."""
     if not is_sound(key, tensor):
         raise CheckpointError(
-            f"{key!r} holds values that are not finite; the checkpoint is damaged, or of a training that diverged."
+            f"{key!r} holds values that are not finite; the checkpoint is damaged, or the training has diverged."
         )

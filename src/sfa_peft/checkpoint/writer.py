@@ -1,4 +1,4 @@
-"""The one writer of adapters: packs the tensors, seals them together with their config, and writes each file once."""
+"""Writes adapters: packs the tensors, seals them together with their config, and writes each file once."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def write_adapter(
     """Write `adapter_config.json` and `adapter_model.safetensors`.
 
     Args:
-        folder: Where to; made if need be.
-        tensors: The adapter's, with positions coded; packed here.
-        config: The fields of its config.
+        folder: The folder. It is created if it does not exist.
+        tensors: The adapter's tensors, with coded positions. They are packed here.
+        config: The fields of the adapter's config.
         shapes: For each parameter that the ticket could choose from, its shape.
-        dtype_of: For the name of a tensor, the dtype that it is to have in the file; None to keep its own.
+        dtype_of: The dtype of a tensor in the file, from its name; None keeps the tensor's dtype.
 
     Raises:
-        ValueError: If a value is not finite, in its own dtype or in the file's. Nothing is written then.
+        ValueError: If a value is not finite, or not in the dtype of the file. Nothing is written then.
     """
     packed = pack({name: _cast(name, tensor, dtype_of(name)) for name, tensor in tensors.items()})
     fields = {**config, DIGEST: digest_of(packed)}
