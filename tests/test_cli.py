@@ -173,7 +173,7 @@ def test_diff(run):
     assert "mlp_parallel" in text
     code, _, errors = run("diff", "both", "rows")
     assert code == 2
-    assert "one is of granularity element, the other of row" in errors
+    assert "one has granularity element, the other row" in errors
 
 
 def test_diff_names_what_differs_between_architectures(run, tmp_path):
@@ -183,7 +183,7 @@ def test_diff_names_what_differs_between_architectures(run, tmp_path):
         get_peft_model(base, config).save_pretrained(tmp_path / name)
     code, _, errors = run("diff", str(tmp_path / "1"), str(tmp_path / "0"))
     assert code == 2
-    assert "in one '1.bias' has shape (4,), in the other it is not there" in errors
+    assert "in one '1.bias' has shape (4,), in the other it is not a candidate" in errors
 
 
 def test_an_adapter_that_another_program_saved(run, folder, tmp_path):

@@ -478,7 +478,7 @@ def test_a_criterion_of_ones_own():
         criterion=lambda e: e.before.reshape(-1)[:1],
     )
     failing("must be finite", error=TicketSearchError, criterion=lambda e: e.before * float("nan"))
-    failing("must be a name", error=TypeError, criterion=3)
+    failing("must be one of", error=TypeError, criterion=3)
 
 
 def flat(report):
@@ -550,7 +550,7 @@ def test_rewinding_to_an_early_step_starts_there():
         ("rounds=0", {"rounds": 0}),
         ("optimizer_state='disk'", {"optimizer_state": "disk"}),
         (r"rewind_step=4 must be an int in \[0, 4\)", {"rewind_step": 4}),
-        ("Quotas.floor=0.9 cannot be kept", {"quotas": Quotas(floor=0.9)}),
+        ("Quotas.floor=0.9 cannot be met", {"quotas": Quotas(floor=0.9)}),
     ],
 )
 def test_bad_settings_of_the_search(match, options):

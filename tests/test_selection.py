@@ -215,7 +215,7 @@ def test_quotas_become_limits():
     [
         ("Quotas.per='colour'", {"per": "colour"}),
         ("floor=0.5 and cap=0.2", {"floor": 0.5, "cap": 0.2}),
-        ("Quotas.equal_density leaves nothing", {"equal_density": True, "floor": 0.1}),
+        ("Quotas.equal_density=True cannot be used", {"equal_density": True, "floor": 0.1}),
     ],
 )
 def test_bad_quotas(match, options):
@@ -225,7 +225,7 @@ def test_bad_quotas(match, options):
 
 def test_quotas_that_no_ticket_can_keep():
     sizes = {f"layers.{i}.a": 100 for i in range(4)}
-    with pytest.raises(ValueError, match=r"Quotas.floor=0.3 cannot be kept: 4 groups \(layers\)"):
+    with pytest.raises(ValueError, match=r"Quotas.floor=0.3 cannot be met: 4 groups \(layers\)"):
         Quotas(floor=0.3).check(sizes, 100)
-    with pytest.raises(ValueError, match=r"Quotas.cap=0.2 cannot be kept: .* at most 80"):
+    with pytest.raises(ValueError, match=r"Quotas.cap=0.2 cannot be met: .* at most 80"):
         Quotas(cap=0.2).check(sizes, 100)

@@ -218,7 +218,7 @@ def test_what_is_no_ticket_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="not a safetensors file"):
         Ticket.load(tmp_path / "text")
     save_file({"a": torch.zeros(1)}, tmp_path / "other")
-    with pytest.raises(CheckpointError, match="is no ticket that this version"):
+    with pytest.raises(CheckpointError, match="is not a ticket that this version"):
         Ticket.load(tmp_path / "other")
 
 

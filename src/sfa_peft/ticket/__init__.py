@@ -1,4 +1,4 @@
-"""The ticket: which positions of the frozen weights the internal adapters may change, and how they are chosen."""
+"""The ticket: the positions of the frozen weights that internal adapters may change, and how they are chosen."""
 
 from .criteria import Evidence, criterion
 from .quotas import Quotas

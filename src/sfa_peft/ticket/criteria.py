@@ -1,8 +1,8 @@
-"""Criteria: each computes a score for every position of a parameter. Higher is more important.
+"""Criteria: each computes a score for every position of a parameter. A higher score means more important.
 
-A criterion is a small function from the `Evidence` about one parameter to scores of its shape. The decorator says
-what evidence it needs, and so what a search has to do for it: nothing (data-free), one pass of gradients, or dense
-training.
+A criterion is a small function that maps the `Evidence` about one parameter to scores of the parameter's shape. Its
+decorator says what evidence it needs, and so what a search must do: nothing (data-free), compute gradients, or train
+the candidates densely.
 """
 
 from __future__ import annotations
@@ -18,14 +18,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of one parameter.
+    """What a criterion gets to know about one parameter. All tensors have the parameter's shape.
 
     Attributes:
-        name: ``"module.parameter"``.
-        before: The base model's values.
-        after: The values after dense training; None for criteria that do not train.
-        sums: For each statistic that the criterion asked for, its sum over the steps; see `STATISTICS`.
-        seed: Of the search, or of the initial ticket.
+        name (`str`): The parameter, ``"module.parameter"``.
+        before (`Tensor`): The base model's values.
+        after (`Tensor`, *optional*, defaults to `None`):
+            The values after dense training; None for criteria without it.
+        sums (`Mapping[str, Tensor]`, defaults to `{}`):
+            For each statistic that the criterion needs, its sum over the steps: ``gradient`` (``g``),
+            ``squared_gradient`` (``g^2``), ``movement`` (``-w g``) or ``credit`` (``-g`` times the weight's last
+            change). ``w`` is the weight and ``g`` its gradient.
+        seed (`int`, defaults to 0): The seed of the search, or of the initial ticket.
     """
 
     name: str
@@ -36,20 +40,20 @@ class Evidence:
 
 
 class Step(NamedTuple):
-    """What a statistic sees of one training step: a parameter, its gradient, and how it moved in the step before."""
+    """The input of a statistic at one training step: a parameter, its gradient, and its change in the last step."""
 
     parameter: Tensor
     gradient: Tensor
     last_move: Tensor | None
 
 
-# How each statistic grows with a step, in place.
+# Each function adds one step to the sum of its statistic, in place.
 STATISTICS: dict[str, Callable[[Tensor, Step], object]] = {
     "gradient": lambda total, step: total.add_(step.gradient),
     "squared_gradient": lambda total, step: total.addcmul_(step.gradient, step.gradient),
     "movement": lambda total, step: total.addcmul_(step.parameter, step.gradient, value=-1),
-    # The loss's decrease by the last move, to first order. The batch is another than the one that caused the move, so
-    # that noise is not credited.
+    # The decrease of the loss by the last move, to first order. It uses the gradient of the next batch, not of the one
+    # that caused the move, so that noise gets no credit.
     "credit": lambda total, step: (
         None if step.last_move is None else total.addcmul_(step.gradient, step.last_move, value=-1)
     ),
@@ -60,14 +64,14 @@ Score = Callable[[Evidence], Tensor]
 
 @dataclass(frozen=True)
 class Criterion:
-    """A scoring function and the evidence it needs.
+    """A scoring function and the evidence that it needs.
 
     Attributes:
-        score: From the evidence about a parameter to scores of its shape, all finite.
-        trains: Whether the candidates are trained densely meanwhile. Otherwise the backbone stays as it is, and costs
-            no optimizer state; external adapters and heads are trained in any case, since the gradients of a fresh
-            head say little.
-        statistics: Keys of `STATISTICS`; each costs one tensor of the candidates' size.
+        score: Maps the evidence about a parameter to finite scores of the parameter's shape.
+        trains: Whether the search trains the candidates densely. Without it the backbone is not changed and needs no
+            optimizer state. External adapters and heads are trained in any case, since the gradients of a fresh head
+            are not informative.
+        statistics: Keys of `STATISTICS`. Each costs one tensor of the candidates' size.
     """
 
     score: Score
@@ -87,11 +91,20 @@ CRITERIA: dict[str, Criterion] = {}
 
 
 def criterion(*statistics: str, trains: bool = False) -> Callable[[Score], Criterion]:
-    """Declare what a criterion of one's own needs; pass the result to `search_ticket`.
+    """Declare a user-defined criterion for `search_ticket`. Used as a decorator.
+
+    The decorated function maps an `Evidence` to finite scores of the parameter's shape. It is called several times for
+    a parameter, and must return the same scores each time.
 
     Args:
-        statistics: Keys of `STATISTICS`.
-        trains: Whether it needs dense training, and so `Evidence.after`.
+        statistics (`str`):
+            The statistics that it needs in `Evidence.sums`: ``gradient``, ``squared_gradient``, ``movement`` or
+            ``credit``. Each costs one tensor of the candidates' size during the search.
+        trains (`bool`, defaults to `False`):
+            Whether the search trains the candidates densely, and so fills in `Evidence.after`.
+
+    Returns:
+        A decorator that turns the function into a `Criterion`.
 
     Raises:
         ValueError: If a statistic is not known.
@@ -107,7 +120,7 @@ def criterion(*statistics: str, trains: bool = False) -> Callable[[Score], Crite
     """
     for name in statistics:
         if name not in STATISTICS:
-            raise ValueError(f"statistic {name!r} is not known; choose from {sorted(STATISTICS)}")
+            raise ValueError(f"statistic {name!r} is not known; choose from {sorted(STATISTICS)}.")
     return lambda score: Criterion(score, trains, statistics)
 
 
@@ -121,13 +134,13 @@ def _known(*statistics: str, trains: bool = False) -> Callable[[Score], Score]:
 
 @_known()
 def magnitude(e: Evidence) -> Tensor:
-    """``|w|``: large weights first (Han et al., "Learning both Weights and Connections", 2015)."""
+    """``|w|``: the largest weights (Han et al., "Learning both Weights and Connections", 2015)."""
     return e.before.detach().abs()
 
 
 @_known()
 def random(e: Evidence) -> Tensor:
-    """Uniform noise: the control that every other criterion has to beat. The same for a name, shape and seed."""
+    """Uniform noise, as a baseline. The same name, shape and seed give the same scores."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{e.seed} {e.name}".encode()))
     return torch.rand(e.before.shape, generator=generator)
 
@@ -136,7 +149,7 @@ def random(e: Evidence) -> Tensor:
 def lottery(e: Evidence) -> Tensor:
     """``|w_after - w_before|``: how far dense training moves a weight.
 
-    The sparse fine-tuning form of the lottery-ticket search: Ansell et al., "Composable Sparse Fine-Tuning for
+    The lottery-ticket search in its form for sparse fine-tuning: Ansell et al., "Composable Sparse Fine-Tuning for
     Cross-Lingual Transfer" (2022), after Frankle & Carbin, "The Lottery Ticket Hypothesis" (2019).
     """
     assert e.after is not None
@@ -145,20 +158,20 @@ def lottery(e: Evidence) -> Tensor:
 
 @_known("movement", trains=True)
 def movement(e: Evidence) -> Tensor:
-    """``|sum_t -w_t g_t|``: how consistently training pushes a weight away from zero or towards it.
+    """``|sum_t -w_t g_t|``: how consistently training moves a weight away from zero or towards zero.
 
-    Sanh et al., "Movement Pruning: Adaptive Sparsity by Fine-Tuning" (2020), keep what moves away from zero. A ticket
-    changes weights in both directions, so the amount counts here, not its sign.
+    Sanh et al., "Movement Pruning: Adaptive Sparsity by Fine-Tuning" (2020), keep weights that move away from zero. A
+    ticket changes weights in both directions, so the absolute value is used here.
     """
     return e.sums["movement"].abs()
 
 
 @_known("credit", trains=True)
 def credit(e: Evidence) -> Tensor:
-    """``-sum_t g_{t+1} (w_{t+1} - w_t)``: how much of the loss's decrease a weight accounts for, to first order.
+    """``-sum_t g_{t+1} (w_{t+1} - w_t)``: the decrease of the loss due to a weight, to first order.
 
-    Lan et al., "LCA: Loss Change Allocation for Neural Network Training" (2019); here each move is judged by the
-    gradient of the next batch, which did not cause it.
+    Lan et al., "LCA: Loss Change Allocation for Neural Network Training" (2019). Here the gradient is that of the next
+    batch, which did not cause the move.
     """
     return e.sums["credit"]
 
@@ -167,21 +180,23 @@ def credit(e: Evidence) -> Tensor:
 def fisher(e: Evidence) -> Tensor:
     """``sum g^2`` over batches: the diagonal of the empirical Fisher information.
 
-    Sung et al., "Training Neural Networks with Fixed Sparse Masks" (FISH Mask, 2021), there for single examples.
+    Sung et al., "Training Neural Networks with Fixed Sparse Masks" (FISH Mask, 2021), who use single examples.
     """
     return e.sums["squared_gradient"]
 
 
 @_known("gradient")
 def gradient(e: Evidence) -> Tensor:
-    """``|sum g|`` over batches: the first step of gradient descent; Zhang et al., "Gradient-based Parameter Selection
-    for Efficient Fine-Tuning" (2024), there within each neuron."""
+    """``|sum g|`` over batches: the size of the first step of gradient descent.
+
+    Zhang et al., "Gradient-based Parameter Selection for Efficient Fine-Tuning" (2024), who select within each neuron.
+    """
     return e.sums["gradient"].abs()
 
 
 @_known("gradient")
 def taylor(e: Evidence) -> Tensor:
-    """``|w * sum g|``: the first-order estimate of what setting a weight to zero would change.
+    """``|w * sum g|``: how much the loss would change if the weight were zero, to first order.
 
     Molchanov et al., "Importance Estimation for Neural Network Pruning" (2019); SNIP (Lee et al., 2019).
     """
@@ -192,11 +207,11 @@ DATA_FREE = tuple(sorted(name for name, known in CRITERIA.items() if not known.n
 
 
 def as_criterion(given: str | Criterion | Score) -> Criterion:
-    """The criterion of that name, or a function of one's own; an undeclared function gets what `lottery` gets.
+    """The criterion for a name, a `Criterion` or a function. A plain function gets the same evidence as `lottery`.
 
     Raises:
         ValueError: If the name is not known.
-        TypeError: If it is none of the three.
+        TypeError: If it is not a name, a `Criterion` or a function.
     """
     if isinstance(given, Criterion):
         return given
@@ -206,4 +221,4 @@ def as_criterion(given: str | Criterion | Score) -> Criterion:
         return CRITERIA[given]
     if callable(given):
         return Criterion(given, trains=True)
-    raise TypeError(f"criterion={given!r} must be a name of {sorted(CRITERIA)}, or a function of an Evidence.")
+    raise TypeError(f"criterion={given!r} must be one of {sorted(CRITERIA)}, or a function that takes an Evidence.")

@@ -1,4 +1,4 @@
-"""The ticket's picture: at a glance, where in the backbone a task lives, and what two tasks have in common."""
+"""Draws a ticket's density by layer and module type, and the overlap of two tickets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ Cells = dict[tuple[str, str], float]
 
 
 def draw_ticket(ticket: Ticket, path: str | Path | None = None) -> Figure:
-    """Draw density by layer and module type, with the widths of the external adapters beside it."""
+    """Draw the density by layer and module type, with the widths of the external adapters beside it.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
     counts = ticket.counts(_cell_of)
     widths: Cells = {}
     for place, modules in ticket.widths.items():
@@ -50,7 +54,7 @@ def draw_overlap(a: Ticket, b: Ticket, path: str | Path | None = None, names: Se
     """
     total = a.overlap(b)
     if not a.shapes:
-        raise ValueError("tickets without candidates (external adapters only) have no overlap to draw")
+        raise ValueError("tickets without candidates (external adapters only) have no overlap to draw.")
     cells = a.overlaps(b, _cell_of)
     layers = list(dict.fromkeys(layer for layer, _ in cells))
     title = f"overlap (IoU) of {names[0]} and {names[1]}: {total:.2f}"
@@ -67,13 +71,13 @@ def _draw(
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("the picture of a ticket needs matplotlib: pip install matplotlib") from error
+        raise ImportError("drawing a ticket needs matplotlib: pip install matplotlib") from error
 
     columns = [list(dict.fromkeys(column for _, column in cells)) for _, cells, _, _ in panels]
     figure = Figure(figsize=(3 + 0.75 * sum(map(len, columns)), 1.9 + 0.34 * len(layers)), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=[max(len(c), 1) for c in columns])[0]
-    for axis, own, (label, cells, form, colours) in zip(axes, columns, panels, strict=True):
-        _heatmap(axis, layers, own, cells, form, colours)
+    for axis, names, (label, cells, form, colours) in zip(axes, columns, panels, strict=True):
+        _heatmap(axis, layers, names, cells, form, colours)
         axis.set_title(label, fontsize=10)
     for axis in axes[1:]:
         axis.set_yticks([])

@@ -1,4 +1,4 @@
-"""The report: where a ticket went, as tables and as a picture."""
+"""The report of a search: the ticket by layer and module type, as tables and as a picture."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TicketReport:
-    """Where a ticket went.
+    """Shows where the positions of a ticket are. `print(report)` prints it as tables by layer and by module type.
 
     Attributes:
-        ticket: The ticket itself: to be saved, compared with another, or given to another model.
-        steps: Training steps of the search, over all rounds.
-        losses: The loss of each step.
+        ticket (`Ticket`): The ticket. It can be saved, compared with another, or installed in another model.
+        steps (`int`, defaults to 0): The training steps of the search, over all rounds.
+        losses (`tuple[float, ...]`, defaults to `()`): The loss of each step.
     """
 
     ticket: Ticket
@@ -29,24 +29,25 @@ class TicketReport:
 
     @property
     def ticket_size(self) -> int:
-        """Elements in the ticket."""
+        """The number of elements in the ticket."""
         return self.ticket.size
 
     @property
     def density(self) -> float:
+        """The fraction of the candidate elements that is in the ticket; 0 without candidates."""
         return self.ticket.density
 
     def counts(self, per: str) -> dict[str, tuple[int, int, int]]:
         """For each group: elements in the ticket, candidate elements, and the sum of its external widths.
 
         Args:
-            per: ``layer``, ``type`` or ``module``.
+            per (`str`): The groups: `layer`, `type` or `module`.
 
         Raises:
             ValueError: If `per` is not known.
         """
         if per not in GROUPINGS:
-            raise ValueError(f"per={per!r} is not known; choose one of {sorted(GROUPINGS)}")
+            raise ValueError(f"per={per!r} is not known; choose one of {sorted(GROUPINGS)}.")
         group_of = GROUPINGS[per]
         elements = self.ticket.counts(group_of)
         widths: dict[str, int] = {}
@@ -85,7 +86,11 @@ class TicketReport:
         """Draw the density by layer and module type, and the widths of the external adapters beside it.
 
         Args:
-            path: Where to write it, by its ending as PNG, PDF or SVG; nowhere unless given.
+            path (`str` or `Path`, *optional*, defaults to `None`):
+                The file to write. Its ending gives the format: PNG, PDF or SVG. None writes no file.
+
+        Returns:
+            A matplotlib figure.
 
         Raises:
             ImportError: If matplotlib is not installed.

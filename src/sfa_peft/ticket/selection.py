@@ -1,14 +1,14 @@
 """Exact selection of the k positions with the highest scores among all parameters, in bounded memory.
 
-Float32 numbers order like the integers that their bits spell, once the negative ones are turned round. So the k-th
-highest score is found as a radix selection does: one histogram of the upper 16 bits of all scores, one of the lower 16
-bits inside the bin that holds the k-th, and the threshold is known exactly. A last pass takes what is above it, and of
-what equals it the first in position order. With quotas there is one histogram for each group, and groups that a limit
-binds have thresholds of their own.
+Float32 numbers sort like their bits read as integers, if the order of the negative ones is reversed. So radix
+selection finds the k-th highest score: one histogram of the upper 16 bits of all scores, and one of the lower 16 bits
+in the bin of the k-th score, give the exact threshold. A last pass takes all scores above the threshold, and of those
+equal to it the first ones in position order. With quotas there is one histogram for each group, and a group at one of
+its limits has a separate threshold.
 
-Scores are asked for once per pass and parameter, three times in all. Memory beside one parameter's scores: per group a
-histogram of 65,536 counters of 8 bytes (0.5 MB) and twice as much again while the threshold is found, buffers for
-`CHUNK` scores (under 16 MB), and the positions chosen, twice while they are handed out.
+The scores of a parameter are computed once per pass, three times in total. Memory beside the scores of one parameter:
+for each group a histogram of 65,536 counters of 8 bytes (0.5 MB) and twice as much while the threshold is computed,
+buffers for `CHUNK` scores (under 16 MB), and the chosen positions, twice while they are copied to the result.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..layers.granularity import Element, Granularity, position_dtype
 BINS = 1 << 16
 CHUNK = 1 << 19
 
-CHANGED = "were others when they were asked for again; a criterion must give the same scores every time"
+CHANGED = "were different when they were computed again; a criterion must give the same scores every time"
 
 Scores = Callable[[], Iterable[tuple[str, Tensor]]]
 Parameters = Mapping[str, Mapping[str, Tensor]]
@@ -35,16 +35,16 @@ Positions = dict[str, dict[str, Tensor]]
 
 
 def count_elements(parameters: Parameters) -> int:
-    """The elements of all parameters together."""
-    return sum(p.numel() for own in parameters.values() for p in own.values())
+    """The number of elements of all parameters together."""
+    return sum(p.numel() for tensors in parameters.values() for p in tensors.values())
 
 
 class NotFiniteError(ValueError):
-    """A score is infinite or no number."""
+    """A score is infinite or NaN."""
 
 
 class Limits(NamedTuple):
-    """How many positions a group must have and may have."""
+    """The smallest and the largest number of positions of a group."""
 
     low: int
     high: int
@@ -52,9 +52,9 @@ class Limits(NamedTuple):
 
 @dataclass
 class Threshold:
-    """A group's share of the choice: what exceeds `bits`, and of what equals it the first `ties`.
+    """The threshold of a group: all scores above `bits` are chosen, and the first `ties` of those equal to it.
 
-    `spare` more of the equal ones may be taken, as long as the selection as a whole still lacks some.
+    Up to `spare` more of the equal ones are chosen if the selection as a whole needs more positions.
     """
 
     bits: int
@@ -66,15 +66,15 @@ Bits = npt.NDArray[np.int32]
 
 
 def _chunks(scores: Tensor) -> Iterator[Bits]:
-    """The scores as int32 numbers in the same order, flat, `CHUNK` at a time, on the CPU.
+    """The scores as int32 numbers that sort in the same way, flat and on the CPU, in parts of `CHUNK`.
 
-    NumPy, since its bincount and nonzero are several times faster on a CPU than torch's.
+    With NumPy, since its bincount and nonzero are several times faster on a CPU than torch's.
     """
     for part in scores.detach().reshape(-1).split(CHUNK):
         floats = part.to(device="cpu", dtype=torch.float32).numpy()
         bits = floats.view(np.int32)
         if len(bits) and bits.min() < 0:
-            bits = (floats + np.float32(0)).view(np.int32)  # turns -0.0 into 0.0
+            bits = (floats + np.float32(0)).view(np.int32)  # adding 0 turns -0.0 into 0.0
             bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
         yield bits
 
@@ -83,7 +83,7 @@ def _upper(bits: Bits) -> Bits:
     return (bits >> 16) + (BINS >> 1)
 
 
-# The bins of infinities and NaNs, below and above the finite numbers.
+# The bins of infinities and NaNs, below and above those of finite numbers.
 NOT_FINITE = (slice(0, 0x80), slice(BINS - 0x80, BINS))
 
 
@@ -96,18 +96,18 @@ def top_k(
     """Choose the `k` highest scores over all parameters; ties break by position.
 
     Args:
-        scores: Called once per pass; gives ``(name, scores)`` for each parameter, always in the same order. Scores
-            are finite, of any shape, and are compared in float32.
-        k: How many to choose, at most the number of scores.
+        scores: Called once per pass. Yields ``(name, scores)`` for each parameter, always in the same order. Scores
+            must be finite. They may have any shape, and are compared in float32.
+        k: The number of positions to choose, at most the number of scores.
         group_of: The group of a parameter, for `limits`.
-        limits: For a group, how many of its positions must and may be chosen; without any for groups that are not
-            named. The choice is the one with the highest sum of scores that keeps to them.
+        limits: For each group, the smallest and largest number of its positions. Groups that are not in it have no
+            limits. The result has the highest sum of scores that the limits allow.
 
     Returns:
-        For every parameter the sorted flat indices chosen, 1-D int32 (int64 beyond 2**31 - 1 elements), maybe empty.
+        For every parameter the sorted flat indices, 1-D int32 (int64 above 2**31 - 1 elements). They may be empty.
 
     Raises:
-        ValueError: If `k` is larger than the number of scores, the limits cannot be kept, or a score is not finite.
+        ValueError: If `k` is larger than the number of scores, the limits cannot be met, or a score is not finite.
     """
     sizes: dict[str, int] = {}
     histograms: dict[str, Tensor] = {}
@@ -117,18 +117,18 @@ def top_k(
         for bits in _chunks(score):
             histogram += torch.from_numpy(np.bincount(_upper(bits), minlength=BINS))
         if any(histogram[bins].any() for bins in NOT_FINITE):
-            raise NotFiniteError(f"scores of {name!r} must be finite")
+            raise NotFiniteError(f"scores of {name!r} must be finite.")
     total = sum(sizes.values())
     if not 0 <= k <= total:
-        raise ValueError(f"cannot choose {k:,} of {total:,} positions")
+        raise ValueError(f"cannot choose {k:,} of {total:,} positions.")
     if k in (0, total) and not limits:
         return {n: torch.arange(s if k else 0, dtype=position_dtype(s)) for n, s in sizes.items()}
 
     groups = list(histograms)
     low, high = _bounds(groups, [int(h.sum()) for h in histograms.values()], limits or {}, k)
     upper = _from_top(torch.stack(list(histograms.values())))
-    # The bin of the threshold that the groups share. A group that reaches its upper limit above it, or not its lower
-    # limit down to it, has as many as that limit says, and its own threshold elsewhere.
+    # `bin_` holds the threshold that the groups share. A group that reaches its upper limit above this bin, or does
+    # not reach its lower limit in it, gets exactly the number of that limit, and a separate threshold.
     bin_, above, count = _level(upper, torch.zeros_like(low), low, high, k)
     free = (above < high) & (count > low)
     fixed = torch.where(above >= high, high, low)
@@ -138,9 +138,9 @@ def top_k(
     lower = torch.zeros(len(groups), BINS, dtype=torch.int64)
     for name, score in scores():
         i = groups.index(group_of(name))
-        own = BINS - 1 - int(bins[i])
+        group_bin = BINS - 1 - int(bins[i])
         for bits in _chunks(score):
-            inside = bits[np.flatnonzero(_upper(bits) == own)]
+            inside = bits[np.flatnonzero(_upper(bits) == group_bin)]
             lower[i] += torch.from_numpy(np.bincount(inside & (BINS - 1), minlength=BINS))
     lower = _from_top(lower) + bins_above[:, None]
 
@@ -153,7 +153,7 @@ def top_k(
     thresholds: dict[str, Threshold] = {}
     for i, group in enumerate(groups):
         n, ties = int(wanted[i]), int(spare[i])
-        # With some to spare the group's own threshold is the shared one; otherwise it is where its n-th score lies.
+        # A group with spare ties has the shared threshold. Otherwise its threshold is its n-th highest score.
         j = shared if ties else int(torch.searchsorted(lower[i], n).clamp(max=BINS - 1))
         higher = int(lower[i, j - 1]) if j else int(bins_above[i])
         least = (((BINS - 1 - int(bins[i])) - (BINS >> 1)) << 16) | (BINS - 1 - j)
@@ -162,17 +162,17 @@ def top_k(
 
 
 def _from_top(histograms: Tensor) -> Tensor:
-    """Counts from the highest bin down, cumulated: of shape (groups, BINS), the highest bin first."""
+    """Cumulative counts from the highest bin down, of shape ``(groups, BINS)``, with the highest bin first."""
     return histograms.flip(1).cumsum(1)
 
 
 def _level(cumulated: Tensor, before: Tensor, low: Tensor, high: Tensor, k: int) -> tuple[int, Tensor, Tensor]:
-    """The first bin from the top down to which the groups together reach `k` within their limits.
+    """The first bin from the top at which the groups together reach `k` within their limits.
 
-    `before` is what each group has above the highest bin; `cumulated` counts it in.
+    `before` is the count of each group above the highest bin. `cumulated` includes it.
 
     Returns:
-        The bin, and for each group how many it has above the bin and down to it, limits not applied.
+        The bin, and for each group its count above the bin and its count including the bin, without limits.
     """
     total = torch.zeros(cumulated.shape[1], dtype=torch.int64)
     for counts, least, most in zip(cumulated, low.tolist(), high.tolist(), strict=True):
@@ -186,8 +186,8 @@ def _bounds(groups: list[str], sizes: list[int], limits: Mapping[str, Limits], k
     high = [min(limits[g].high, n) if g in limits else n for g, n in zip(groups, sizes, strict=True)]
     if not sum(low) <= k <= sum(high):
         raise ValueError(
-            f"the limits ask for at least {sum(low):,} and allow at most {sum(high):,} positions, but {k:,} are to be "
-            f"chosen"
+            f"the limits need at least {sum(low):,} and allow at most {sum(high):,} positions, but {k:,} are to be "
+            f"chosen."
         )
     return torch.tensor(low), torch.tensor(high)
 
@@ -200,7 +200,7 @@ def _take(
     count: int,
     left: int,
 ) -> dict[str, Tensor]:
-    """The last pass: `count` positions. `left` of them are ties from what the groups can spare."""
+    """The last pass: chooses `count` positions, of which `left` are spare ties of the groups."""
     # One buffer for all positions: many small arrays between large temporary ones would fragment the memory.
     found = np.empty(count, dtype=np.int64 if max(sizes.values()) > np.iinfo(np.int32).max else np.int32)
     ends: dict[str, int] = {}
@@ -220,13 +220,13 @@ def _take(
                 left -= extra
             positions = np.flatnonzero(above)
             if end + len(positions) > count:
-                raise ValueError(f"scores of {name!r} {CHANGED}")
+                raise ValueError(f"scores of {name!r} {CHANGED}.")
             np.add(positions, start, out=found[end : end + len(positions)], casting="unsafe")
             end += len(positions)
             start += len(bits)
         ends[name] = end
     if end != count:
-        raise ValueError(f"scores {CHANGED}")
+        raise ValueError(f"scores {CHANGED}.")
     starts = [0, *ends.values()]
     return {
         name: torch.from_numpy(found[begin:end].copy()).to(position_dtype(sizes[name]))
@@ -241,20 +241,20 @@ def top_units(
     group_of: Callable[[str], str] = lambda name: "",
     limits: Mapping[str, Limits] | None = None,
 ) -> dict[str, Tensor]:
-    """Choose whole units, highest score first, whose elements together are at most `budget`; ties break by position.
+    """Choose whole units with at most `budget` elements together, highest score first; ties break by position.
 
-    A unit that no longer fits is passed over for smaller ones behind it, so that less than the smallest unit left out
-    remains of the budget. Memory: a few numbers for each unit.
+    A unit that no longer fits is skipped, and smaller ones with lower scores are chosen instead. So the rest of the
+    budget is smaller than every unit that was not chosen. Memory: a few numbers for each unit.
 
     Args:
         scores: For each name, one score per unit, 1-D.
-        sizes: For each name, the elements in one of its units.
-        budget: Elements that may be chosen.
+        sizes: For each name, the number of elements in one of its units.
+        budget: The largest number of elements to choose.
         group_of: The group of a name, for `limits`.
-        limits: For a group, how many elements it must have (as near as whole units come from below) and may have.
+        limits: For each group, the smallest number of elements (rounded down to whole units) and the largest.
 
     Returns:
-        For every name the sorted indices of the units chosen, 1-D int32, maybe empty.
+        For every name the sorted indices of the chosen units, 1-D int32. They may be empty.
     """
     if not scores:
         return {}
@@ -268,11 +268,11 @@ def top_units(
         allowed = torch.ones_like(chosen)
         for name, i in names.items():
             if name in limits:
-                own = order[group[order] == i]
-                spent = _fill(own, cost, min(limits[name].low, budget), chosen)
+                members = order[group[order] == i]
+                spent = _fill(members, cost, min(limits[name].low, budget), chosen)
                 budget -= spent
                 within = torch.zeros_like(chosen)
-                _fill(own[~chosen[own]], cost, limits[name].high - spent, within)
+                _fill(members[~chosen[members]], cost, limits[name].high - spent, within)
                 allowed &= (group != i) | within
         order = order[allowed[order] & ~chosen[order]]
     _fill(order, cost, budget, chosen)
@@ -283,10 +283,10 @@ def top_units(
 
 
 def _fill(order: Tensor, cost: Tensor, budget: int, chosen: Tensor) -> int:
-    """Mark units in `chosen`, in `order`, as long as they fit; return what they cost."""
+    """Mark units in `chosen`, in `order`, if they fit in `budget`. Returns their cost."""
     spent = 0
     order = order[cost[order] <= budget]
-    # Each round takes the longest prefix that fits, then drops the units that are too large for what is left.
+    # Each round takes the longest prefix that fits, then drops the units that are larger than the rest of the budget.
     while len(order):
         total = cost[order].cumsum(0)
         fit = int((total <= budget - spent).sum())
@@ -309,11 +309,12 @@ def choose(
 
     Args:
         parameters: For each module, its candidate parameters (``weight``, ``bias``), in model order.
-        score: Gives the scores of ``"module.parameter"``, of the parameter's shape. Called once per pass.
-        granularity: The unit of selection; a unit is ranked by the mean of its scores, a row together with its bias.
-        size: Elements to choose. Met exactly with elements; with larger units not exceeded.
+        score: Computes the scores of a parameter from its name, ``"module.parameter"``, and the parameter. They have
+            the parameter's shape. Called once per pass.
+        granularity: The unit of selection. The score of a unit is the mean over its elements; a row includes its bias.
+        size: The number of elements to choose. It is met exactly with elements, and not exceeded with larger units.
         group_of: The group of a module, for `limits`.
-        limits: How many elements a group must and may have.
+        limits: For each group, the smallest and largest number of its elements.
 
     Returns:
         For each module and parameter, the sorted positions.
@@ -324,32 +325,32 @@ def choose(
     if isinstance(granularity, Element):
 
         def scores() -> Iterable[tuple[str, Tensor]]:
-            for module, own in parameters.items():
-                for name, p in own.items():
+            for module, tensors in parameters.items():
+                for name, p in tensors.items():
                     yield f"{module}.{name}", score(f"{module}.{name}", p)
 
         flat = top_k(scores, size, lambda name: group_of(name.rpartition(".")[0]), limits)
-        return {module: {name: flat[f"{module}.{name}"] for name in own} for module, own in parameters.items()}
+        return {module: {name: flat[f"{module}.{name}"] for name in names} for module, names in parameters.items()}
 
     unit_scores: dict[str, Tensor] = {}
     sizes: dict[str, int] = {}
     members: dict[str, list[tuple[str, str]]] = {}
-    for module, own in parameters.items():
-        for name, p in own.items():
-            # A row and its bias are one unit: the module's; any other unit belongs to one parameter.
+    for module, tensors in parameters.items():
+        for name, p in tensors.items():
+            # A row of the weight and its bias are one unit; other units are in one parameter.
             key = f"{module}." if granularity.joins_bias else f"{module}.{name}"
-            own_size = granularity.size(p.shape)
+            unit_size = granularity.size(p.shape)
             scored = score(f"{module}.{name}", p).detach().to(device="cpu", dtype=torch.float32)
             require_finite(f"{module}.{name}", scored)
-            own_scores = granularity.unit_scores(scored) * own_size
-            unit_scores[key] = unit_scores[key] + own_scores if key in unit_scores else own_scores
-            sizes[key] = sizes.get(key, 0) + own_size
+            totals = granularity.unit_scores(scored) * unit_size
+            unit_scores[key] = unit_scores[key] + totals if key in unit_scores else totals
+            sizes[key] = sizes.get(key, 0) + unit_size
             members.setdefault(key, []).append((module, name))
     means = {key: s / sizes[key] for key, s in unit_scores.items()}
     chosen = top_units(means, sizes, size, lambda key: group_of(key.rpartition(".")[0]), limits)
     positions: Positions = {}
-    for key, own_members in members.items():
-        for module, name in own_members:
+    for key, names in members.items():
+        for module, name in names:
             positions.setdefault(module, {})[name] = chosen[key].clone()
     return positions
 
@@ -357,4 +358,4 @@ def choose(
 def require_finite(name: str, scores: Tensor) -> None:
     """Raise a `NotFiniteError` unless all scores are finite."""
     if not torch.isfinite(scores).all():
-        raise NotFiniteError(f"scores of {name!r} must be finite")
+        raise NotFiniteError(f"scores of {name!r} must be finite.")

@@ -1,4 +1,4 @@
-"""The ticket as a thing of its own: to be saved, looked at, compared, and given to another run."""
+"""The `Ticket` class: a ticket that can be saved, inspected, compared, and installed in another model."""
 
 from __future__ import annotations
 
@@ -28,19 +28,22 @@ G = TypeVar("G")
 
 def shapes_of(candidates: Parameters) -> dict[str, tuple[int, ...]]:
     """The shape of each candidate, by ``"module.parameter"``."""
-    return {f"{module}.{name}": tuple(p.shape) for module, own in candidates.items() for name, p in own.items()}
+    return {f"{module}.{name}": tuple(p.shape) for module, named in candidates.items() for name, p in named.items()}
 
 
 @dataclass(frozen=True)
 class Ticket:
-    """Which positions the internal adapters may change, and how wide each external adapter is.
+    """The positions that the internal adapters may change, and the widths of the external adapters.
 
     Attributes:
-        positions: For each module and parameter, the sorted indices of its units, 1-D integers.
-        shapes: For each candidate parameter, ``"module.parameter"``, its shape, also where nothing was chosen.
-        granularity: What the positions count.
-        widths: For each place, the width of the external adapter on each module.
-        criterion: The criterion that found it.
+        positions (`dict[str, dict[str, Tensor]]`):
+            For each module and parameter, the sorted indices of the chosen units, 1-D integer tensors.
+        shapes (`dict[str, tuple[int, ...]]`):
+            The shape of each candidate parameter, by ``"module.parameter"``, also if none of its units was chosen.
+        granularity (`Granularity`): The unit that a position counts.
+        widths (`dict[str, dict[str, int]]`, defaults to `{}`):
+            For each place, the width of the external adapter on each module.
+        criterion (`str`, defaults to `""`): The name of the criterion that chose the positions.
     """
 
     positions: Positions
@@ -52,22 +55,26 @@ class Ticket:
     def by_name(self) -> dict[str, Tensor]:
         """The positions in each parameter that has any, by ``"module.parameter"``."""
         return {
-            f"{module}.{name}": own
+            f"{module}.{name}": indices
             for module, parameters in self.positions.items()
-            for name, own in parameters.items()
+            for name, indices in parameters.items()
         }
 
     def chosen(self, name: str) -> Tensor:
-        """The positions in one parameter, ``"module.parameter"``; empty if there are none."""
+        """The positions in the parameter ``"module.parameter"``, a 1-D integer tensor. It may be empty."""
         module, _, parameter = name.rpartition(".")
         return self.positions.get(module, {}).get(parameter, torch.empty(0, dtype=torch.int32))
 
     def elements(self, name: str) -> int:
-        """How many elements of one parameter are in the ticket."""
+        """The number of elements of the parameter ``"module.parameter"`` in the ticket."""
         return len(self.chosen(name)) * self.granularity.size(self.shapes[name]) if len(self.chosen(name)) else 0
 
     def counts(self, group_of: Callable[[str], G]) -> dict[G, tuple[int, int]]:
-        """Elements in the ticket, and candidate elements, of each group; `group_of` gives a module's group."""
+        """For each group of modules, its elements in the ticket and its candidate elements.
+
+        Args:
+            group_of: Maps a module's name to its group.
+        """
         found: dict[G, tuple[int, int]] = {}
         for name, shape in self.shapes.items():
             group = group_of(name.rpartition(".")[0])
@@ -77,12 +84,12 @@ class Ticket:
 
     @property
     def size(self) -> int:
-        """Elements in the ticket."""
+        """The number of elements in the ticket."""
         return sum(self.elements(name) for name in self.shapes)
 
     @property
     def density(self) -> float:
-        """The part of the candidates that is in the ticket; 0 without candidates."""
+        """The fraction of the candidate elements that is in the ticket; 0 without candidates."""
         return self.size / max(sum(prod(shape) for shape in self.shapes.values()), 1)
 
     @overload
@@ -92,40 +99,51 @@ class Ticket:
     def overlap(self, other: Ticket, per: str) -> dict[str, float]: ...
 
     def overlap(self, other: Ticket, per: str | None = None) -> float | dict[str, float]:
-        """The intersection over union (IoU) of two tickets' positions: 1 if they are the same, 0 if disjoint.
+        """The intersection over union (IoU) of two tickets: 1 if they are the same, 0 if they are disjoint.
 
         Two random tickets of density d have about ``d / (2 - d)``.
 
         Args:
-            other: A ticket of the same model and granularity.
-            per: None for the whole, or ``layer``, ``type`` or ``module`` for one number each, NaN where neither has
-                any.
+            other (`Ticket`): A ticket for the same model, with the same granularity.
+            per (`str`, *optional*, defaults to `None`):
+                The groups: `layer`, `type` or `module`. None compares the whole tickets.
+
+        Returns:
+            A number in [0, 1], or with `per` one for each group; NaN where neither ticket has positions.
 
         Raises:
-            ValueError: If the tickets are of different models or granularities, or `per` is not known.
+            ValueError: If the tickets have different candidates or granularities, or `per` is not known.
         """
         if per is not None and per not in GROUPINGS:
-            raise ValueError(f"per={per!r} is not known; choose one of {sorted(GROUPINGS)} or None")
+            raise ValueError(f"per={per!r} is not known; choose one of {sorted(GROUPINGS)} or None.")
         ious = self.overlaps(other, GROUPINGS[per] if per else lambda module: "")
         return ious if per else ious.get("", float("nan"))
 
     def _check_comparable(self, other: Ticket) -> None:
         difference = None
         if self.granularity != other.granularity:
-            difference = f"one is of granularity {self.granularity}, the other of {other.granularity}"
+            difference = f"one has granularity {self.granularity}, the other {other.granularity}"
         for name in (*self.shapes, *other.shapes):
-            own, their = self.shapes.get(name), other.shapes.get(name)
-            if difference is None and own != their:
-                what = [f"has shape {shape}" if shape else "is not there" for shape in (own, their)]
+            shapes = self.shapes.get(name), other.shapes.get(name)
+            if difference is None and shapes[0] != shapes[1]:
+                what = [f"has shape {shape}" if shape else "is not a candidate" for shape in shapes]
                 difference = f"in one {name!r} {what[0]}, in the other it {what[1]}"
         if difference:
             raise ValueError(
-                f"tickets can be compared on the same candidates only: {difference}. Take adapters of the same "
+                f"tickets can be compared on the same candidates only: {difference}. Use adapters with the same "
                 f"architecture, `target_modules` and granularity."
             )
 
     def overlaps(self, other: Ticket, group_of: Callable[[str], G]) -> dict[G, float]:
-        """The intersection over union within each group of modules; `group_of` gives a module's group."""
+        """The intersection over union (IoU) in each group of modules.
+
+        Args:
+            other: A ticket for the same model, with the same granularity.
+            group_of: Maps a module's name to its group.
+
+        Raises:
+            ValueError: If the tickets have different candidates or granularities.
+        """
         self._check_comparable(other)
         counts: dict[G, list[int]] = {}
         for name, shape in self.shapes.items():
@@ -138,13 +156,16 @@ class Ticket:
         return {group: both / either if either else float("nan") for group, (both, either) in counts.items()}
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file: the coded positions, and the rest as metadata.
+        """Save the ticket as one safetensors file: the coded positions, and the rest as metadata.
 
-        An old file is replaced as a whole.
+        An existing file is replaced atomically. The folder is created if it does not exist.
+
+        Args:
+            path (`str` or `Path`): The file.
         """
         positions = dict(sorted(self.by_name().items()))
         described = {
-            "sizes": {name: len(own) for name, own in positions.items()},
+            "sizes": {name: len(indices) for name, indices in positions.items()},
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "granularity": self.granularity.name,
             "widths": self.widths,
@@ -155,26 +176,29 @@ class Ticket:
 
     @classmethod
     def load(cls, path: str | Path) -> Ticket:
-        """Read what `save` wrote.
+        """Load a ticket that `save` has written.
+
+        Args:
+            path (`str` or `Path`): The file.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            CheckpointError: If the file is no ticket, or damaged.
+            CheckpointError: If the file is not a ticket, or damaged.
         """
         if not Path(path).is_file():
-            raise FileNotFoundError(f"there is no ticket at {str(path)!r}")
+            raise FileNotFoundError(f"there is no ticket at {str(path)!r}.")
         tensors, metadata = load_tensors(Path(path))
         if metadata.get("format") != FORMAT:
             raise CheckpointError(
-                f"{str(path)!r} is no ticket that this version of sfa_peft reads: its format is "
-                f"{metadata.get('format')!r}, not {FORMAT!r}"
+                f"{str(path)!r} is not a ticket that this version of sfa_peft reads: its format is "
+                f"{metadata.get('format')!r}, not {FORMAT!r}."
             )
         try:
             return cls._from_file(json.loads(metadata["ticket"]), tensors)
         except CheckpointError as error:
             raise CheckpointError(f"{str(path)!r}: {error}") from error
         except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
-            raise CheckpointError(f"{str(path)!r}: the ticket's description is damaged ({error})") from error
+            raise CheckpointError(f"{str(path)!r}: the ticket's description is damaged ({error}).") from error
 
     @classmethod
     def _from_file(cls, described: Mapping[str, Any], tensors: dict[str, Tensor]) -> Ticket:
@@ -191,15 +215,15 @@ class Ticket:
         codes = split_codes("positions", tensors["positions"], len(sizes))
         for name, code in zip(sorted(sizes), codes, strict=True):
             if name not in shapes:
-                raise CheckpointError(f"positions of {name!r}, whose shape is not in the description")
+                raise CheckpointError(f"there are positions of {name!r}, but its shape is not in the description.")
             codes_by_name[name] = Code(code, sizes[name], granularity.count(shapes[name]))
-        for name, own in decoded(codes_by_name).items():
+        for name, indices in decoded(codes_by_name).items():
             module, _, parameter = name.rpartition(".")
             dtype = position_dtype(granularity.count(shapes[name]))
-            positions.setdefault(module, {})[parameter] = own.to(dtype)
+            positions.setdefault(module, {})[parameter] = indices.to(dtype)
         widths = {
             str(place): {str(m): int(w) for m, w in modules.items()} for place, modules in described["widths"].items()
         }
         if not all(width > 0 for modules in widths.values() for width in modules.values()):
-            raise CheckpointError("a width in the description is not possible")
+            raise CheckpointError("a width in the description is not possible; widths are ints of at least 1.")
         return cls(positions, shapes, granularity, widths, str(described["criterion"]))
