@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers.models.swin.modeling_swin import SwinLayer
 
 import tiny
-from test_training import adapted, train_on
+from adapters import in_eval, train_on
 
 way, folder = sys.argv[1], Path(sys.argv[2])
 accelerator = Accelerator(cpu=True)
@@ -23,7 +23,7 @@ def half(batch):
     return {key: value[2 * rank : 2 * rank + 2] for key, value in batch.items()}
 
 
-model = adapted()
+model = in_eval()
 if way == "ddp":
     model = accelerator.prepare(model)
 else:

@@ -8,7 +8,8 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from safetensors.torch import load_file, save_file
 
 import tiny
-from sfa_peft import CheckpointError, SFAConfig, SFALayer, search_ticket
+from adapters import trained
+from sfa_peft import CheckpointError, SFAConfig, SFALayer
 from sfa_peft.checkpoint.coding import encode_positions
 from sfa_peft.checkpoint.packing import CODES, VALUES
 from sfa_peft.checkpoint.reader import tensors_of
@@ -28,14 +29,6 @@ CONFIGS = {
 }
 
 
-def trained(seed=0, steps=2, make=tiny.swin, search=True, **options):
-    model = get_peft_model(make(), SFAConfig(**{"budget": 0.1, "modules_to_save": ["decode_head"]} | options))
-    if search:
-        data = [tiny.batch(seed=seed)]
-        search_ticket(model, data, steps=2, seed=seed, progress=False)
-    return tiny.train(model, steps)
-
-
 def saved(folder, **options):
     model = trained(**options)
     model.save_pretrained(folder)
@@ -46,7 +39,7 @@ def saved(folder, **options):
 @pytest.mark.parametrize("adapter", ["default", "task_1"])
 def test_a_saved_adapter_loads_exactly(tmp_path, name, adapter):
     options = {"budget": None} | CONFIGS[name]
-    model = saved(tmp_path, search=name != "external", **options)
+    model = saved(tmp_path, searched=name != "external", **options)
     again = PeftModel.from_pretrained(tiny.swin(), tmp_path, adapter_name=adapter)
     assert torch.equal(tiny.output(again), tiny.output(model))
     ours, theirs = (get_peft_model_state_dict(m, adapter_name=a) for m, a in ((model, "default"), (again, adapter)))
@@ -58,8 +51,8 @@ def test_a_saved_adapter_loads_exactly(tmp_path, name, adapter):
 @pytest.mark.parametrize("first", CONFIGS)
 @pytest.mark.parametrize("second", ["both", "every place", "rows", "external"])
 def test_adapters_load_next_to_each_other(tmp_path, first, second):
-    a = saved(tmp_path / "street", search=False, **({"budget": None} | CONFIGS[first]))
-    b = saved(tmp_path / "depth", search=False, seed=1, steps=3, **({"budget": None} | CONFIGS[second]))
+    a = saved(tmp_path / "street", searched=False, **({"budget": None} | CONFIGS[first]))
+    b = saved(tmp_path / "depth", searched=False, seed=1, steps=3, **({"budget": None} | CONFIGS[second]))
     base = tiny.output(tiny.swin())
     for order in (("street", "depth"), ("depth", "street")):
         model = PeftModel.from_pretrained(tiny.swin(), tmp_path / order[0], adapter_name=order[0])
@@ -169,7 +162,7 @@ def test_values_that_the_dtype_cannot_hold_are_refused_before_anything_is_writte
 
 
 def test_a_pretrained_head_is_adapted_instead_of_saved_whole(tmp_path):
-    whole = saved(tmp_path / "whole", search=False)
+    whole = saved(tmp_path / "whole", searched=False)
     options = {"target_heads": ["decode_head"], "modules_to_save": ["classifier", "batch_norm"]}
     model = saved(tmp_path / "adapted", **options)
     adapted = [n for n in model.peft_config["default"].ticket_sizes if n.startswith("decode_head.")]
@@ -204,7 +197,7 @@ def test_saving_twice_gives_the_same_bytes(tmp_path):
 
 
 def test_a_pickle_is_neither_written_nor_read(tmp_path):
-    model = trained(search=False)
+    model = trained(searched=False)
     with pytest.raises(ValueError, match="safe_serialization"):
         model.save_pretrained(tmp_path, safe_serialization=False)
     assert not list(tmp_path.iterdir())

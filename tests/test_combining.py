@@ -5,8 +5,8 @@ import torch
 from peft import PeftModel, get_peft_model
 
 import tiny
+from adapters import alone, disturb
 from sfa_peft import SFAConfig
-from test_mixed import alone, disturb
 
 
 def two_adapters(first=None, **second):

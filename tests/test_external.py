@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from saved_tensors import Saved
 from sfa_peft.layers.bottleneck import ACTIVATIONS, ExternalAdapter
-from test_internal import Saved
 
 
 def random_adapter(**options):

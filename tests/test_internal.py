@@ -9,6 +9,7 @@ from peft import get_peft_model
 from torch import nn
 
 import tiny
+from saved_tensors import Saved
 from sfa_peft import SFAConfig, SFALayer
 
 
@@ -152,34 +153,6 @@ def test_half_precision_models(make):
     assert torch.allclose(changed, dense, atol=1e-2)
     y.float().sum().backward()
     assert delta.weight.grad.dtype == torch.float32
-
-
-class Saved:
-    """Collects the tensors that autograd saves, without what belongs to the model, once per storage."""
-
-    def __init__(self, model):
-        self.own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-        self.storages = {}
-        self.shapes = []
-
-    def __enter__(self):
-        def pack(tensor):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self.own:
-                self.storages[storage.data_ptr()] = storage.nbytes()
-                self.shapes.append(tuple(tensor.shape))
-            return tensor
-
-        self.context = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-        self.context.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self.context.__exit__(*error)
-
-    @property
-    def bytes(self):
-        return sum(self.storages.values())
 
 
 @pytest.mark.parametrize("make", MODULES)

@@ -8,8 +8,8 @@ from peft import get_peft_model
 from torch import nn
 
 import tiny
+from adapters import trained
 from sfa_peft import SFAConfig, SFALayer, search_ticket
-from test_checkpoint import trained
 
 PLACES = {"sequential": ["attention", "mlp"], "parallel": ["attention", "mlp_parallel"]}
 
@@ -177,7 +177,7 @@ def test_a_merged_model_is_not_adapted_on_top_of_its_externals():
 
 
 def test_deleting_leaves_the_other_adapter_active():
-    model = trained(budget=None, external_width=2, external_places=["attention"], search=False)
+    model = trained(budget=None, external_width=2, external_places=["attention"], searched=False)
     model.add_adapter("other", SFAConfig(budget=0.1, modules_to_save=["decode_head"], external_places=["mlp"]))
     model.delete_adapter("default")
     assert model.active_adapters == ["other"]

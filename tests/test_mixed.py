@@ -5,6 +5,7 @@ import torch
 from peft import get_peft_model
 
 import tiny
+from adapters import alone, disturb
 from sfa_peft import SFAConfig
 
 MODELS = {
@@ -17,15 +18,6 @@ MODELS = {
 SAMPLES = ["both", "__base__", "external", "internal", "both"]
 
 
-def disturb(model, adapter):
-    """Give an adapter values as if it were trained."""
-    generator = torch.Generator().manual_seed(len(adapter))
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if f".{adapter}." in name:
-                p.add_(torch.randn(p.shape, generator=generator).mul(0.1))
-
-
 def with_adapters(make, heads):
     model = get_peft_model(make(), SFAConfig(budget=0.1, modules_to_save=heads), adapter_name="both")
     model.add_adapter("external", SFAConfig(budget=0.05, target_modules=[], external_places=["mlp_parallel"]))
@@ -33,15 +25,6 @@ def with_adapters(make, heads):
     for name in ("both", "external", "internal"):
         disturb(model, name)
     return model.eval().double()
-
-
-@torch.no_grad()
-def alone(model, adapter, x):
-    if adapter == "__base__":
-        with model.disable_adapter():
-            return tiny.output(model, x)
-    model.set_adapter(adapter)
-    return tiny.output(model, x)
 
 
 @torch.no_grad()

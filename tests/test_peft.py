@@ -22,13 +22,10 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 import tiny
+from adapters import adapted
 from sfa_peft import BaseMismatchWarning, CheckpointError, SFAConfig, SFALayer, search_ticket
 
 HEADS = {"modules_to_save": ["decode_head"]}
-
-
-def adapted(**options):
-    return get_peft_model(tiny.swin(), SFAConfig(**{"budget": 0.1} | HEADS | options))
 
 
 def vit():

@@ -14,26 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import tiny
-from sfa_peft import Quotas, SFAConfig, SFALayer, TicketSearchError, criterion, install_ticket, search_ticket
-
-BATCHES = [tiny.batch(seed=i) for i in range(3)]
-
-
-def adapted(make=tiny.swin, **options):
-    return get_peft_model(make(), SFAConfig(**{"budget": 0.1, "modules_to_save": ["decode_head"]} | options))
-
-
-def search(model, data=BATCHES, **options):
-    return search_ticket(model, data, **{"steps": 4, "progress": False} | options)
-
-
-def positions(model, adapter="default"):
-    return {
-        f"{n}.{p}": m.sfa_internal[adapter].positions(p)
-        for n, m in model.named_modules()
-        if isinstance(m, SFALayer) and adapter in m.sfa_internal
-        for p in m.sfa_internal[adapter].changed
-    }
+from adapters import BATCHES, adapted, auto, flat, positions, search
+from sfa_peft import Quotas, SFAConfig, SFALayer, TicketSearchError, criterion, install_ticket
 
 
 @pytest.mark.parametrize("granularity", ["element", "row", "column"])
@@ -267,11 +249,6 @@ def test_it_runs_in_the_accelerators_precision():
     assert dtypes == [torch.bfloat16]
 
 
-def backbone_loss(model, batch):
-    """Without the head's batch norm, which sees each process's half alone, gradients are the same mean."""
-    return model.base_model.model.backbone(batch["pixel_values"]).feature_maps[0].square().mean()
-
-
 @pytest.mark.slow
 def test_two_processes_find_the_same_ticket_as_one(tmp_path):
     """Two gloo processes with half the batch each, against one process with whole batches."""
@@ -481,10 +458,6 @@ def test_a_criterion_of_ones_own():
     failing("must be one of", error=TypeError, criterion=3)
 
 
-def flat(report):
-    return {f"{m}.{p}": t for m, own in report.ticket.positions.items() for p, t in own.items()}
-
-
 # Rounds
 
 
@@ -690,10 +663,6 @@ def test_progress_of_another_search_is_refused(tmp_path):
 
 
 # Placement
-
-
-def auto(**options):
-    return adapted(**{"external_placement": "auto", "external_share": 0.4, "budget": 0.2} | options)
 
 
 @pytest.mark.parametrize("places", [["mlp_parallel"], ["attention", "mlp", "mlp_parallel"]])

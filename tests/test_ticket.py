@@ -1,6 +1,7 @@
 """A ticket as a thing of its own: saved, looked at, compared, given to another model."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -8,10 +9,10 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
 import tiny
+from adapters import BATCHES, adapted, auto, flat, positions, search
 from sfa_peft import CheckpointError, SFAConfig, Ticket, install_ticket, search_ticket
 from sfa_peft.checkpoint.coding import encode_positions
 from sfa_peft.checkpoint.packing import join_codes
-from test_search import BATCHES, adapted, auto, flat, positions, search
 
 
 def found(model=None, **options):
@@ -114,11 +115,12 @@ def test_the_picture_is_drawn(tmp_path):
     assert (tmp_path / "ticket.png").stat().st_size > 5000
     density, width = figure.axes
     assert next(t.get_text() for t in density.get_yticklabels()) == "layers.0.blocks.0"
-    assert "mlp.fc1" in [t.get_text() for t in density.get_xticklabels()]
-    shown = density.images[0].get_array()
-    share = 100 * report.ticket.elements("backbone.swin.encoder.layers.0.blocks.0.mlp.fc1.weight")
-    assert shown.max() > 0
-    assert share >= 0
+    column = [t.get_text() for t in density.get_xticklabels()].index("mlp.fc1")
+    ticket, fc1 = report.ticket, "backbone.swin.encoder.layers.0.blocks.0.mlp.fc1"
+    size = sum(math.prod(ticket.shapes[f"{fc1}.{name}"]) for name in ("weight", "bias"))
+    share = sum(ticket.elements(f"{fc1}.{name}") for name in ("weight", "bias")) / size
+    assert share > 0
+    assert density.images[0].get_array()[0, column] == pytest.approx(100 * share)
     assert [t.get_text() for t in width.get_xticklabels()] == ["mlp_parallel"]
 
 

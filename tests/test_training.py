@@ -14,22 +14,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import tiny
+from adapters import in_eval, train_on
 from sfa_peft import CheckpointError, SFAConfig, install_ticket, search_ticket, ticket_of
-
-
-def adapted(**options):
-    torch.manual_seed(0)
-    options = {"budget": 0.1, "modules_to_save": ["decode_head"]} | options
-    # In eval mode: the head's batch norm must not see how a batch is split.
-    return get_peft_model(tiny.swin(), SFAConfig(**options)).eval()
-
-
-def train_on(model, batches, backward=torch.Tensor.backward, make=torch.optim.AdamW, **options):
-    optimizer = make([p for p in model.parameters() if p.requires_grad], lr=1e-2, **options)
-    for batch in batches:
-        backward(model(batch["pixel_values"]).logits.square().mean())
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 def trained_parameters(model):
@@ -66,13 +52,13 @@ def trainer(model, folder, **options):
 
 
 def test_a_trainer_resumes_without_another_search(tmp_path):
-    model = adapted()
+    model = in_eval()
     search_ticket(model, [tiny.batch(seed=9)], steps=2, progress=False)
     trainer(model, tmp_path).train()
     expected = trained_parameters(model)
     assert not (tmp_path / "checkpoint-3" / "model.safetensors").exists()
 
-    fresh = adapted()  # with the data-free ticket
+    fresh = in_eval()  # with the data-free ticket
     trainer(fresh, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert tiny.same_state(trained_parameters(fresh), expected)
 
@@ -87,7 +73,7 @@ def test_a_trainer_loads_the_best_adapter_at_the_end(tmp_path):
                     for p in model.parameters():
                         p.add_(torch.randn_like(p).mul(10 * p.requires_grad))
 
-    model = adapted()
+    model = in_eval()
     own = trainer(model, tmp_path, eval_strategy="steps", eval_steps=3, load_best_model_at_end=True)
     own.add_callback(Worse())
     own.train()
@@ -102,7 +88,7 @@ def test_a_trainer_loads_the_best_adapter_at_the_end(tmp_path):
 @pytest.mark.parametrize("kind", ["fused", "foreach"])
 def test_fused_and_foreach_optimizers_train_the_same(kind):
     batches = [tiny.batch(seed=step) for step in range(3)]
-    plain, other = adapted(), adapted()
+    plain, other = in_eval(), in_eval()
     train_on(plain, batches, foreach=False)
     train_on(other, batches, **{kind: True})
     expected = trained_parameters(plain)
@@ -112,7 +98,7 @@ def test_fused_and_foreach_optimizers_train_the_same(kind):
 
 def test_gradient_accumulation_is_a_larger_batch():
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-    whole, model = adapted(), adapted()
+    whole, model = in_eval(), in_eval()
     batch = tiny.batch(4)
     train_on(whole, [batch])
     model, optimizer = accelerator.prepare(
@@ -129,7 +115,7 @@ def test_gradient_accumulation_is_a_larger_batch():
 
 
 def test_an_average_of_adapters_can_be_saved(tmp_path):
-    model = adapted()
+    model = in_eval()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
     before = trained_parameters(model)
     average.update_parameters(model)  # the first is a copy
@@ -174,7 +160,7 @@ def test_a_compiled_step_is_compiled_once(make, tmp_path):
 
 
 def searched(**options):
-    model = adapted(**options)
+    model = in_eval(**options)
     search_ticket(model, [tiny.batch(seed=9)], steps=2, progress=False)
     return model
 
@@ -186,7 +172,7 @@ BATCHES = [tiny.batch(seed=seed) for seed in range(3)]
 def test_a_state_brings_its_ticket_along(options):
     model = searched(**options)
     train_on(model, BATCHES)
-    again = adapted(**options)
+    again = in_eval(**options)
     again.load_state_dict(model.state_dict())
     assert torch.equal(tiny.output(again), tiny.output(model))
     config, other = again.peft_config["default"], model.peft_config["default"]
@@ -211,13 +197,13 @@ def test_accelerate_goes_on_in_a_new_process(tmp_path):
     steps(model, optimizer, BATCHES)
     expected = trained_parameters(model)
 
-    accelerator, again, _ = made(adapted())
+    accelerator, again, _ = made(in_eval())
     before = trained_parameters(again)
     with pytest.raises(CheckpointError, match=r"another ticket.*an optimizer trains it already.*install_ticket"):
         accelerator.load_state(tmp_path / "state")
     assert all(torch.equal(p, before[name]) for name, p in trained_parameters(again).items())
 
-    fresh = adapted()
+    fresh = in_eval()
     install_ticket(fresh, ticket)
     accelerator, again, optimizer = made(fresh)
     accelerator.load_state(tmp_path / "state")
@@ -226,7 +212,7 @@ def test_accelerate_goes_on_in_a_new_process(tmp_path):
 
 
 def test_a_state_does_not_replace_what_was_learned():
-    model, trained = searched(), adapted()
+    model, trained = searched(), in_eval()
     train_on(trained, BATCHES)
     before = trained_parameters(trained)
     with pytest.raises(CheckpointError, match="it has learned something"):
@@ -238,7 +224,7 @@ def test_a_state_with_impossible_positions_is_refused():
     state = searched().state_dict()
     key = next(key for key in state if key.endswith("fc1.sfa_internal.default.weight_positions"))
     for damaged in (state[key].flip(0), state[key] + 1_000_000):
-        again = adapted()
+        again = in_eval()
         before = ticket_of(again)
         with pytest.raises(CheckpointError, match="sorted and among"):
             again.load_state_dict(state | {key: damaged})
@@ -258,7 +244,7 @@ def install_again(model):
 
 @pytest.mark.parametrize("replace", [search_again, install_again])
 def test_an_optimizer_that_is_left_behind_is_told(replace):
-    model = adapted()
+    model = in_eval()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.warns(UserWarning, match=r"an optimizer \(SGD\) was made before adapter 'default' got another ticket"):
         replace(model)
@@ -267,7 +253,7 @@ def test_an_optimizer_that_is_left_behind_is_told(replace):
 
 @pytest.mark.parametrize("replace", [search_again, install_again])
 def test_an_optimizer_of_other_parameters_is_not_told(replace):
-    model = adapted()
+    model = in_eval()
     gone = torch.optim.SGD(model.parameters(), lr=0.1)
     del gone
     of_others = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
@@ -292,7 +278,7 @@ def test_two_processes_train_what_one_trains(way, tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    alone = adapted()
+    alone = in_eval()
     train_on(alone, [tiny.batch(4, seed=step) for step in range(3)])
     expected, found = get_peft_model_state_dict(alone), torch.load(tmp_path / "state.pt")
     assert found.keys() == expected.keys()
