@@ -1,6 +1,5 @@
 import os
 import tempfile
-import warnings
 
 from hub_server import TOKEN, HubServer
 
@@ -39,11 +38,8 @@ settings.load_profile("same")
 
 
 @pytest.fixture(autouse=True)
-def _quiet_and_seeded():
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-        torch.manual_seed(0)
-        yield
+def _seeded():
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

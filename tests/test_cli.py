@@ -206,6 +206,7 @@ def test_an_adapter_that_another_program_saved(run, folder, tmp_path):
     assert run("verify", tmp_path, "--base", "base", "--json")[1]["sealed"] is False
 
 
+@pytest.mark.slow
 def test_it_is_a_command():
     done = subprocess.run([sys.executable, "-m", "sfa_peft.cli", "--help"], capture_output=True, text=True)
     assert done.returncode == 0

@@ -20,6 +20,11 @@ MODELS = {
 # The same kernels run in an exported program; onnxruntime has its own, and sums in another order.
 TOLERANCE = 1e-5
 
+# Deprecated by torch, and still used.
+torchscript = pytest.mark.filterwarnings(
+    "ignore:`torch.jit:DeprecationWarning", "ignore:You are using the legacy TorchScript:DeprecationWarning"
+)
+
 
 class FirstTensor(nn.Module):
     def __init__(self, model):
@@ -60,6 +65,7 @@ def test_onnxruntime_computes_the_same(model_and_input, tmp_path):
     assert np.abs(y - expected).max() <= TOLERANCE * max(1.0, np.abs(expected).max())
 
 
+@torchscript
 @pytest.mark.parametrize("granularity", ["element", "row", "column"])
 @pytest.mark.parametrize("make", [tiny.vit, tiny.swinv2])
 def test_the_older_onnx_exporter_keeps_the_adapter(make, granularity, tmp_path):
@@ -79,6 +85,7 @@ def test_the_older_onnx_exporter_keeps_the_adapter(make, granularity, tmp_path):
     assert np.abs(y - base).max() > 0.1
 
 
+@torchscript
 @pytest.mark.parametrize("with_gradients", [True, False])
 def test_a_traced_model_can_be_saved_and_computes_the_same(model_and_input, with_gradients, tmp_path):
     model, x = model_and_input

@@ -2,6 +2,7 @@
 
 import tempfile
 
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -10,6 +11,8 @@ from peft import get_peft_model
 
 import tiny
 from sfa_peft import SFAConfig
+
+pytestmark = pytest.mark.slow
 
 KINDS = (
     {},

@@ -31,6 +31,7 @@ def test_another_adapter_takes_the_place_of_one(tmp_path, second):
     assert torch.equal(tiny.output(model), first)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_goes_on_without_compiling_anew(tmp_path):
     saved(tmp_path / "a")
     other = saved(tmp_path / "b", seed=1)

@@ -54,6 +54,7 @@ def test_a_foreign_method_of_the_same_name_is_not_overwritten(monkeypatch):
         registration.add_peft_type()
 
 
+@pytest.mark.slow
 def test_other_methods_load_as_if_sfa_was_not_there(tmp_path):
     def lora_alone(name, *arguments):
         script = Path(__file__).with_name("lora_alone.py")

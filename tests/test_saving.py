@@ -90,6 +90,7 @@ def test_a_kill_before_or_after_any_rename_leaves_one_adapter(tmp_path, pair, mo
     assert which(folder, pair) == 1
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments_leave_one_adapter(tmp_path, pair):
     for model in (*pair, pair[0]):  # their pictures are drawn now, which takes most of the time of a first save
         began = time.perf_counter()
