@@ -1,4 +1,4 @@
-"""SFAConfig: the fields of the method, their defaults, and what makes them invalid."""
+"""SFAConfig: the fields of the method, their defaults, and their checks."""
 
 from __future__ import annotations
 
@@ -42,126 +42,156 @@ def _is_number(value: Any) -> bool:
 class SFAConfig(PeftConfig):
     """Configuration of Selective Feature Adapters (Deng et al., arXiv 2310.01843).
 
-    Either a `budget` is given, and widths and ticket size follow from it, or `external_width` and `internal_density`
-    are given and the parameters follow from them. With none of the three, `budget` is 0.02.
+    Give either `budget`, which decides the widths and the ticket size, or `external_width` and `internal_density`,
+    which decide the number of parameters. If none of the three is given, `budget` is 0.02.
 
     Args:
-        budget (`int` or `float`, *optional*):
-            Adapter parameters that may be trained: a number, or a fraction in (0, 1) of the backbone (the base model
-            without `modules_to_save`). With `element` granularity and internal adapters it is met exactly.
+        budget (`int` or `float`, *optional*, defaults to `None`):
+            The number of trainable adapter parameters: an int of at least 1, or a fraction in (0, 1) of the backbone's
+            parameters (the base model without `modules_to_save`). It is never exceeded. With internal adapters and
+            `element` granularity it is met exactly.
         external_share (`float`, defaults to 0.25):
-            The part of the budget, in [0, 1], that external adapters may take; the ticket gets the exact rest. 1 is
-            external adapters only, 0 internal only. Where one kind is switched off (`external_places=()` or
-            `external_modules=[]`, `target_modules=[]`), the other may take everything.
+            The largest fraction of the budget for external adapters, in [0, 1]. The ticket gets the rest. With 1 there
+            are only external adapters, with 0 only internal ones. If one kind is switched off
+            (`external_places=()` or `external_modules=[]`, `target_modules=[]`), the other gets the whole budget.
         external_places (`tuple[str]`, defaults to `("mlp_parallel",)`):
-            Where external adapters sit in architectures that are known: `attention` (on the attention output), `mlp`
-            (on the MLP output), `mlp_parallel` (from the MLP input, added to its output).
+            The places of external adapters in known architectures: `attention` (on the attention output), `mlp` (on
+            the MLP output) or `mlp_parallel` (from the MLP input, added to the MLP output). `()` for none.
         external_placement (`str`, defaults to `"uniform"`):
-            `uniform`: the same fraction of the channel width at every place. `auto` (experimental: no gain was
-            measured): `search_ticket` finds which places deserve an adapter, and how wide; until then, uniform. Needs
-            a budget.
-        external_modules (`list[str]` or `str`, *optional*):
-            Modules whose output gets an external adapter, instead of the architecture's places: a list of name
-            endings or a regular expression, as in `target_modules`. `[]` for none. They must be leaves.
-        external_width (`int`, `float` or `dict`, *optional*):
-            The bottleneck's hidden size where no budget is given: a number, a fraction of the place's channel width,
-            or a dict from a pattern on module names (as in `rank_pattern`) to either. 0 for none.
-        external_activation (`str`, defaults to `"gelu"`): `gelu`, `relu`, `silu`, `tanh` or `identity`.
-        external_dropout (`float`, defaults to 0.0): Dropout on the hidden units, in [0, 1).
-        external_scale (`float`, defaults to 1.0): Constant factor on what an external adapter adds.
-        target_modules (`list[str]` or `str`, *optional*):
+            How the external adapters' part of the budget is distributed. `uniform`: the same fraction of the channel
+            width at every place. `auto` (experimental, no gain was measured): `search_ticket` chooses the places and
+            widths, and until then they are uniform. `auto` needs a budget.
+        external_modules (`list[str]` or `str`, *optional*, defaults to `None`):
+            The modules whose output gets an external adapter, instead of `external_places`: a list of name endings or
+            a regular expression, as in `target_modules`. They must be leaves. `[]` for none.
+        external_width (`int`, `float` or `dict`, *optional*, defaults to `None`):
+            The width of external adapters if no budget is given: a number of hidden units, a fraction in [0, 1] of
+            the place's channel width, or a dict from patterns of module names (as in `rank_pattern`) to these. 0 for
+            none.
+        external_activation (`str`, defaults to `"gelu"`):
+            The activation function of external adapters: `gelu`, `relu`, `silu`, `tanh` or `identity`.
+        external_dropout (`float`, defaults to 0.0):
+            The dropout probability of the hidden units of external adapters, in [0, 1).
+        external_scale (`float`, defaults to 1.0):
+            The constant factor on the output of external adapters. Any finite number except 0.
+        target_modules (`list[str]` or `str`, *optional*, defaults to `None`):
             The modules whose weights and biases the ticket may choose from (`nn.Linear`, `nn.Conv2d`,
-            `nn.LayerNorm`). None takes them from the backbone's architecture. `[]` for none.
-        exclude_modules (`list[str]` or `str`, *optional*): Modules that get neither kind of adapter.
-        modules_to_save (`list[str]`, *optional*): The heads: trained whole, saved along, outside the budget.
-        layers_to_transform (`int` or `list[int]`, *optional*): Indices of the layers that get adapters.
-        layers_pattern (`str` or `list[str]`, *optional*): The name before the index, if it is not a common one.
-        internal_density (`float`, *optional*):
-            Ticket density over the targets where no budget is given, in [0, 1]. 0 for none.
+            `nn.LayerNorm`): a list of name endings, a regular expression or `"all-linear"`. None selects the known
+            modules of the backbone's architecture. `[]` for none.
+        exclude_modules (`list[str]` or `str`, *optional*, defaults to `None`):
+            The modules that get no adapter of any kind: a list of name endings or a regular expression.
+        modules_to_save (`list[str]`, *optional*, defaults to `None`):
+            The heads: modules that are trained whole, saved with the adapter, and not counted in the budget.
+        layers_to_transform (`int` or `list[int]`, *optional*, defaults to `None`):
+            The indices of the layers that get adapters. None selects all layers.
+        layers_pattern (`str` or `list[str]`, *optional*, defaults to `None`):
+            The name before the layer index, if it is not a common one. Needs `layers_to_transform`.
+        internal_density (`float`, *optional*, defaults to `None`):
+            The density of the ticket if no budget is given: the fraction of the target parameters, in [0, 1]. 0 for
+            none.
         internal_granularity (`str`, defaults to `"element"`):
             The unit of selection: `element`, `row` (one output neuron with its bias) or `column` (one input of all
             neurons).
         initial_ticket (`str`, defaults to `"magnitude"`):
-            The data-free ticket that `get_peft_model` installs: `magnitude` or `random`.
-        ticket_seed (`int`, defaults to 0): Seed of a random initial ticket.
+            The criterion of the data-free ticket that `get_peft_model` installs: `magnitude` or `random`.
+        ticket_seed (`int`, defaults to 0):
+            The seed of a random initial ticket.
         init_weights (`bool`, defaults to `True`):
-            Start as the identity. With False the adapters start random (for tests).
-        target_heads (`list[str]`, *optional*):
-            Modules outside the known backbone, such as a *pretrained* decode head, whose `nn.Linear`, `nn.Conv2d` and
-            `nn.LayerNorm` leaves join what the ticket may choose from where `target_modules` is None. For a fresh
-            head use `modules_to_save`; both may name parts of one head.
-        values_dtype (`str`, *optional*):
+            Whether the adapted model starts with the same outputs as the base model. With False the adapters start
+            with random values (for tests).
+        target_heads (`list[str]`, *optional*, defaults to `None`):
+            Modules outside the known backbone, such as a *pretrained* decode head. The ticket may also choose from
+            their `nn.Linear`, `nn.Conv2d` and `nn.LayerNorm` leaves. Only with `target_modules=None`. A new head
+            belongs in `modules_to_save`; the two fields may name different parts of one head.
+        values_dtype (`str`, *optional*, defaults to `None`):
             The dtype of internal values and external adapters in a saved file: `float32`, `bfloat16` or `float16`.
-            None keeps that of training. The model is not touched, and loads them in its own dtype.
-        heads_dtype (`str`, *optional*): The same for the heads.
-        external_widths (`dict`, *optional*):
-            Filled in at injection: for each place, the width for each module. Sizes a checkpoint before it is read.
-        ticket_sizes (`dict`, *optional*):
+            None keeps the dtype of training. The model itself does not change, and values are loaded in its dtype.
+        heads_dtype (`str`, *optional*, defaults to `None`):
+            The dtype of heads in a saved file, as `values_dtype`.
+        external_widths (`dict`, *optional*, defaults to `None`):
+            Filled in at injection: for each place, the width of the external adapter on each module. With it, an
+            adapter can be sized before its weights are read.
+        ticket_sizes (`dict`, *optional*, defaults to `None`):
             Filled in at injection and by the search: for each parameter, the number of its units in the ticket.
-        base_fingerprint (`dict`, *optional*): Filled in at injection: tells the base model's weights from others.
-        weights_digest (`str`, *optional*): Filled in by saving: the digest of the tensors saved along.
-        format_version (`int`): Version of the checkpoint format.
+        base_fingerprint (`dict`, *optional*, defaults to `None`):
+            Filled in at injection: identifies the base weights used in training.
+        weights_digest (`str`, *optional*, defaults to `None`):
+            Filled in when saving: the digest of the tensors that were saved with this config.
+        format_version (`int`, defaults to 1):
+            The version of the checkpoint format.
+
+    Raises:
+        ValueError: If a value is not valid, or two fields contradict each other. The message names the field, the
+            value and what is allowed.
     """
 
     budget: int | float | None = field(
-        default=None, metadata={"help": "Trainable adapter parameters: a number or a fraction of the backbone."}
+        default=None,
+        metadata={"help": "Number of trainable adapter parameters: an int, or a fraction of the backbone in (0, 1)."},
     )
     external_share: float = field(
-        default=DEFAULT_SHARE, metadata={"help": "Part of the budget that external adapters may take, in [0, 1]."}
+        default=DEFAULT_SHARE, metadata={"help": "Largest fraction of the budget for external adapters, in [0, 1]."}
     )
     external_places: tuple[str, ...] | list[str] = field(
-        default=("mlp_parallel",), metadata={"help": f"Places of external adapters, of {PLACES}."}
+        default=("mlp_parallel",), metadata={"help": f"Places of external adapters, from {PLACES}."}
     )
     external_placement: str = field(
-        default="uniform", metadata={"help": f"How the external share is spread over the places, of {PLACEMENTS}."}
+        default="uniform",
+        metadata={"help": f"How the external share is distributed over the places, one of {PLACEMENTS}."},
     )
     external_modules: list[str] | str | set[str] | None = field(
-        default=None, metadata={"help": "Leaves whose output gets an external adapter, instead of the known places."}
+        default=None,
+        metadata={"help": "Leaves whose output gets an external adapter, instead of `external_places`; [] for none."},
     )
     external_width: int | float | dict[str, int | float] | None = field(
-        default=None, metadata={"help": "Hidden size where no budget is given: a number, a fraction, or a dict."}
+        default=None,
+        metadata={
+            "help": "Width of external adapters if no budget is given: an int, a fraction, or a dict; 0 for none."
+        },
     )
     external_activation: str = field(
-        default="gelu", metadata={"help": f"Activation of external adapters, of {sorted(ACTIVATIONS)}."}
+        default="gelu", metadata={"help": f"Activation of external adapters, one of {sorted(ACTIVATIONS)}."}
     )
-    external_dropout: float = field(default=0.0, metadata={"help": "Dropout on hidden units, in [0, 1)."})
-    external_scale: float = field(default=1.0, metadata={"help": "Factor on what an external adapter adds."})
+    external_dropout: float = field(default=0.0, metadata={"help": "Dropout probability of hidden units, in [0, 1)."})
+    external_scale: float = field(default=1.0, metadata={"help": "Factor on the output of external adapters, not 0."})
     target_modules: list[str] | str | set[str] | None = field(
         default=None,
-        metadata={"help": "Modules whose parameters the ticket may choose from; None: the architecture's."},
+        metadata={"help": "Modules that the ticket may choose from; None: those of the architecture; [] for none."},
     )
     exclude_modules: list[str] | str | set[str] | None = field(
-        default=None, metadata={"help": "Modules that get neither kind of adapter: name endings or a regex."}
+        default=None,
+        metadata={"help": "Modules that get no adapter of any kind: name endings or a regular expression."},
     )
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Heads: trained whole and saved along, outside the budget."}
+        default=None, metadata={"help": "Heads: trained whole, saved with the adapter, not counted in the budget."}
     )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Indices of the layers that get adapters; None: all."}
     )
     layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name before the layer index, if `layers_to_transform` is given."}
+        default=None, metadata={"help": "Name before the layer index; needs `layers_to_transform`."}
     )
     internal_density: float | None = field(
-        default=None, metadata={"help": "Ticket density over the targets where no budget is given, in [0, 1]."}
+        default=None, metadata={"help": "Density of the ticket if no budget is given, in [0, 1]; 0 for none."}
     )
     internal_granularity: str = field(
-        default="element", metadata={"help": f"Unit of selection, of {sorted(GRANULARITIES)}."}
+        default="element", metadata={"help": f"Unit of selection, one of {sorted(GRANULARITIES)}."}
     )
     initial_ticket: str = field(
         default="magnitude",
-        metadata={"help": f"The data-free ticket installed at first, of {DATA_FREE}."},
+        metadata={"help": f"Criterion of the data-free ticket at injection, one of {DATA_FREE}."},
     )
     ticket_seed: int = field(default=0, metadata={"help": "Seed of a random initial ticket."})
-    init_weights: bool = field(default=True, metadata={"help": "Start as the identity."})
+    init_weights: bool = field(default=True, metadata={"help": "Whether to start with the base model's outputs."})
     target_heads: list[str] | None = field(
-        default=None, metadata={"help": "Pretrained heads whose leaves the ticket may choose from as well."}
+        default=None, metadata={"help": "Pretrained heads that the ticket may also choose from."}
     )
     values_dtype: str | None = field(
-        default=None, metadata={"help": f"Dtype of adapter values in a file, of {sorted(DTYPES)}; None: as trained."}
+        default=None,
+        metadata={"help": f"Dtype of adapter values in a file, one of {sorted(DTYPES)}; None: as trained."},
     )
     heads_dtype: str | None = field(
-        default=None, metadata={"help": f"Dtype of heads in a file, of {sorted(DTYPES)}; None: as trained."}
+        default=None, metadata={"help": f"Dtype of heads in a file, one of {sorted(DTYPES)}; None: as trained."}
     )
     external_widths: dict[str, dict[str, int]] | None = field(
         default=None, metadata={"help": "Filled in at injection: place -> module -> width."}
@@ -170,13 +200,13 @@ class SFAConfig(PeftConfig):
         default=None, metadata={"help": "Filled in at injection and by the search: parameter -> units in the ticket."}
     )
     base_fingerprint: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Filled in at injection: tells the base model's weights from others."}
+        default=None, metadata={"help": "Filled in at injection: identifies the base weights used in training."}
     )
     weights_digest: str | None = field(
-        default=None, metadata={"help": "Filled in by saving: the digest of the tensors saved along."}
+        default=None, metadata={"help": "Filled in when saving: the digest of the saved tensors."}
     )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the checkpoint format."})
-    internal_block_size: InitVar[Any] = None  # no field any more; what 0.1 saved has it, and PEFT warns of strangers
+    internal_block_size: InitVar[Any] = None  # not a field; files of 0.1 have it, and PEFT warns of unknown fields
 
     def __post_init__(self, internal_block_size: Any) -> None:
         super().__post_init__()
@@ -188,16 +218,17 @@ class SFAConfig(PeftConfig):
             if isinstance(value, list | tuple):
                 setattr(self, name, set(value))
         share: Any = self.external_share
-        if share == "auto" and self.ticket_sizes is not None:  # 0.1 had it; the sizes found are recorded
+        if share == "auto" and self.ticket_sizes is not None:  # files of 0.1 have it; the sizes are recorded
             self.external_share = DEFAULT_SHARE
         self._validate()
-        if self.budget is not None:  # a NumPy scalar is as good, but cannot be saved
+        if self.budget is not None:  # a NumPy scalar is valid, but cannot be saved as JSON
             self.budget = int(self.budget) if _is_int(self.budget) else float(self.budget)
         if self.budget is None and self.external_width is None and self.internal_density is None:
             self.budget = DEFAULT_BUDGET
 
     @property
     def uses_budget(self) -> bool:
+        """Whether the sizes follow from `budget`."""
         return self.budget is not None
 
     @property
@@ -206,7 +237,7 @@ class SFAConfig(PeftConfig):
         return GRANULARITIES[self.internal_granularity]
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, with sets as sorted lists, so that the same config is saved as the same bytes."""
+        """The fields as a dict. Sets become sorted lists, so that the same config always gives the same file."""
         fields = super().to_dict()
         return {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
 
@@ -215,12 +246,12 @@ class SFAConfig(PeftConfig):
         """Read the fields of an `adapter_config.json`.
 
         Raises:
-            CheckpointError: If it is no JSON object, or not of SFA.
+            CheckpointError: If it is not a JSON object, or not the config of an SFA adapter.
         """
         try:
             fields = super().from_json_file(path_json_file, **kwargs)
         except (ValueError, TypeError, RecursionError) as error:
-            raise CheckpointError(f"{str(path_json_file)!r} is no JSON file, or damaged: {error}") from error
+            raise CheckpointError(f"{str(path_json_file)!r} is not a JSON file, or damaged: {error}") from error
         if not isinstance(fields, dict) or fields.get("peft_type") != PeftType("SFA"):
             raise CheckpointError(f"{str(path_json_file)!r} is not the config of an SFA adapter, or damaged.")
         return fields
@@ -229,12 +260,12 @@ class SFAConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
     ) -> SFAConfig:
-        """Load the config of a saved adapter, and check the weights that lie beside it, if any do.
+        """Load the config of a saved adapter, and check the weights beside it, if there are any.
 
         Args:
-            pretrained_model_name_or_path: A folder, or a repository on the Hub.
-            subfolder: A folder in it.
-            kwargs: `revision`, `token`, `cache_dir` and others of `huggingface_hub.hf_hub_download`.
+            pretrained_model_name_or_path (`str` or `Path`): A folder, or a repository on the Hub.
+            subfolder (`str`, *optional*, defaults to `None`): A subfolder of it.
+            kwargs: `revision`, `token`, `cache_dir` and other arguments of `huggingface_hub.hf_hub_download`.
 
         Raises:
             CheckpointError: If the config or the weights are damaged, or do not belong together.
@@ -250,7 +281,7 @@ class SFAConfig(PeftConfig):
             raise
         except (ValueError, TypeError, AttributeError, OverflowError) as error:
             if isinstance(error, ValueError) and error.__cause__ is not None:
-                raise  # PEFT could not find the config
+                raise  # PEFT has not found the config
             raise CheckpointError(f"{CONFIG} of {name!r} is not valid: {error}") from error
         weights = weights_of(name, subfolder, **kwargs)
         if weights is not None:
@@ -260,7 +291,10 @@ class SFAConfig(PeftConfig):
             return saved.config
         folder = Path(name, subfolder or "")
         if not folder.is_dir() or (folder / PICKLE).exists():
-            raise CheckpointError(f"{name!r} has no {WEIGHTS}. SFA reads nothing else: a pickle can run code.")
+            raise CheckpointError(
+                f"{name!r} has no {WEIGHTS}. SFA reads only this file, since a pickle can run code; save the adapter "
+                f"with save_pretrained."
+            )
         return config
 
     def _fail(self, name: str, allowed: str) -> None:
@@ -275,8 +309,8 @@ class SFAConfig(PeftConfig):
             given = [n for n in ("external_width", "internal_density") if getattr(self, n) is not None]
             if given:
                 raise ValueError(
-                    f"SFAConfig.budget={self.budget!r} and {given[0]}={getattr(self, given[0])!r} are both given; "
-                    f"the budget decides widths and density itself. Leave out one of them."
+                    f"SFAConfig.budget={self.budget!r} and {given[0]}={getattr(self, given[0])!r} are both given, but "
+                    f"the budget decides the widths and the density. Leave out one of them."
                 )
             in_range = self.budget >= 1 if _is_int(self.budget) else _is_number(self.budget) and 0 < self.budget < 1
             self._check("budget", in_range, "use an int of at least 1, or a float in (0, 1)")
@@ -284,7 +318,10 @@ class SFAConfig(PeftConfig):
         if self.external_placement == "auto" and (
             self.external_width is not None or self.internal_density is not None or self.external_share == 0
         ):
-            self._fail("external_placement", "it spreads the external share of a `budget`, and there is none")
+            self._fail(
+                "external_placement",
+                "it distributes the external share of a `budget`; set `budget` and an `external_share` above 0",
+            )
         self._check_width()
         self._check_places()
         share = self.external_share
@@ -298,7 +335,8 @@ class SFAConfig(PeftConfig):
         scale = self.external_scale
         self._check("external_scale", _is_number(scale) and scale != 0, "use a finite number other than 0")
         self._check("ticket_seed", _is_int(self.ticket_seed), "use an int")
-        if self.internal_granularity == "block":  # said by an adapter of 0.1, which transformers may be reading
+        # A CheckpointError, since the value comes from an adapter of 0.1, which transformers may be reading.
+        if self.internal_granularity == "block":
             raise CheckpointError(f"SFAConfig.internal_granularity='block' is not valid; {NO_BLOCKS}.")
         self._check("init_weights", isinstance(self.init_weights, bool), "use True or False")
         for name, choices in (
@@ -313,7 +351,9 @@ class SFAConfig(PeftConfig):
             value = getattr(self, name)
             self._check(name, value is None or isinstance(value, str), "use a string or None")
         self._check("inference_mode", isinstance(self.inference_mode, bool), "use True or False")
-        self._check("auto_mapping", isinstance(self.auto_mapping, dict | None), "saving fills it in")
+        self._check(
+            "auto_mapping", isinstance(self.auto_mapping, dict | None), "it is filled in when saving; leave it out"
+        )
         for name in ("values_dtype", "heads_dtype"):
             value = getattr(self, name)
             self._check(
@@ -327,7 +367,7 @@ class SFAConfig(PeftConfig):
         are_names = isinstance(targets, list | tuple) and all(isinstance(t, str) and t for t in targets)
         self._check("target_heads", targets is None or are_names, "use a list of module names")
         if targets and self.target_modules is not None:
-            self._fail("target_heads", "it adds to the architecture's targets; with `target_modules`, name all there")
+            self._fail("target_heads", "it needs `target_modules=None`; name the head's modules in `target_modules`")
         heads = self.modules_to_save
         is_list = isinstance(heads, list | tuple | set) and all(isinstance(h, str) and h for h in heads)
         self._check("modules_to_save", heads is None or is_list, "use a list of module names")
@@ -335,7 +375,7 @@ class SFAConfig(PeftConfig):
             try:
                 re.compile(head)
             except re.error:
-                self._fail("modules_to_save", f"{head!r} is not a module name")
+                self._fail("modules_to_save", f"{head!r} is not a module name; use a list of module names")
         layers = self.layers_to_transform
         indices = layers if isinstance(layers, list | tuple) else [layers]
         self._check(
@@ -346,13 +386,13 @@ class SFAConfig(PeftConfig):
         are_names = pattern is None or all(isinstance(p, str) for p in patterns)
         self._check("layers_pattern", are_names, "use a name or a list of names")
         if self.layers_pattern and self.layers_to_transform is None:
-            self._fail("layers_pattern", "it needs `layers_to_transform`")
+            self._fail("layers_pattern", "it needs `layers_to_transform`; set that, or leave this out")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            self._fail("layers_to_transform", "it does not go with `target_modules` as a regular expression")
+            self._fail("layers_to_transform", "it needs `target_modules` as a list of names, not a regular expression")
         self._check_sizes()
 
     def _check_width(self) -> None:
-        allowed = "use an int >= 0, a float in [0, 1], or a dict from name patterns to these"
+        allowed = "use an int >= 0, a float in [0, 1], or a dict from name patterns to these values"
 
         def is_width(width: Any) -> bool:
             return width >= 0 if _is_int(width) else (_is_number(width) and 0 <= width <= 1)
@@ -381,7 +421,7 @@ class SFAConfig(PeftConfig):
             try:
                 re.compile(value)
             except re.error as error:
-                self._fail(name, f"it is not a regular expression ({error})")
+                self._fail(name, f"it is not a regular expression ({error}); correct it, or use a list of names")
         elif value is not None:
             is_valid = isinstance(value, set) and all(isinstance(item, str) and item for item in value)
             self._check(name, is_valid, "use a list of module names or a regular expression")
@@ -389,14 +429,17 @@ class SFAConfig(PeftConfig):
     def _check_sizes(self) -> None:
         if self.format_version != FORMAT_VERSION:
             self._fail(
-                "format_version", f"this version of sfa_peft reads {FORMAT_VERSION}; install the one that wrote it"
+                "format_version",
+                f"this version of sfa_peft reads version {FORMAT_VERSION}; install the version that wrote the file",
             )
         sizes = self.ticket_sizes
         if sizes is not None:
             is_valid = isinstance(sizes, dict) and all(
                 isinstance(name, str) and _is_int(size) and size >= 0 for name, size in sizes.items()
             )
-            self._check("ticket_sizes", is_valid, "it maps parameter names to ints >= 0; injection fills it in")
+            self._check(
+                "ticket_sizes", is_valid, "it must map parameter names to ints >= 0; it is filled in at injection"
+            )
         widths = self.external_widths
         if widths is not None:
             is_valid = isinstance(widths, dict) and all(
@@ -405,17 +448,21 @@ class SFAConfig(PeftConfig):
                 and all(isinstance(name, str) and _is_int(width) and width >= 1 for name, width in modules.items())
                 for place, modules in widths.items()
             )
-            self._check("external_widths", is_valid, "it maps places to {module: width}; injection fills it in")
+            self._check(
+                "external_widths", is_valid, "it must map places to {module: width}; it is filled in at injection"
+            )
         self._check(
-            "weights_digest", self.weights_digest is None or isinstance(self.weights_digest, str), "saving fills it in"
+            "weights_digest",
+            self.weights_digest is None or isinstance(self.weights_digest, str),
+            "it is filled in when saving",
         )
         if self.base_fingerprint is not None:
             try:
                 Fingerprint.from_dict(self.base_fingerprint)
             except ValueError as error:
-                self._fail("base_fingerprint", f"injection fills it in ({error})")
+                self._fail("base_fingerprint", f"it is filled in at injection ({error})")
         if (sizes is None) != (widths is None):
             raise ValueError(
-                "SFAConfig.ticket_sizes and SFAConfig.external_widths go together: injection fills in both. "
-                "Leave out both, or load the whole adapter_config.json."
+                "SFAConfig.ticket_sizes and SFAConfig.external_widths must be given together; both are filled in at "
+                "injection. Leave out both, or load the whole adapter_config.json."
             )
