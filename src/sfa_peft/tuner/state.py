@@ -62,8 +62,13 @@ def decoded(model: nn.Module, adapter_name: str, remapped: dict[str, Tensor]) ->
                 f"model; build the base model with the head that the adapter was trained with (num_labels)."
             )
         check_finite(key, tensor)
-        heads[key] = tensor.to(own[key].dtype) if key in own else tensor
+        heads[key] = _like(tensor, own[key]) if key in own else tensor
     return {key: _own(tensor) for key, tensor in (adapter | heads).items()}
+
+
+def _like(tensor: Tensor, present: Tensor) -> Tensor:
+    """A tensor in the dtype and on the device of the one that it replaces, which may have no device yet."""
+    return tensor.to(present.dtype) if present.is_meta else tensor.to(present)
 
 
 def _own(tensor: Tensor) -> Tensor:
