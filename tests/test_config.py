@@ -101,18 +101,18 @@ def refused(model, match, **options):
 @pytest.mark.parametrize(
     ("match", "options"),
     [
-        (r"one unit of the cheapest costs 17", {"budget": 20, "external_share": 0.5}),
+        (r"one hidden unit of the cheapest costs 17", {"budget": 20, "external_share": 0.5}),
         (r"budget=10\*\*9|larger than the backbone", {"budget": 10**9}),
         (r"less than one parameter", {"budget": 1e-9}),
         (r"targets have only", {"budget": 0.99, "external_share": 0.0}),
         (r"target_modules=\['nothing'\] matches no module", {"target_modules": ["nothing"]}),
         (
-            r"modules_to_save.*take all of them away",
+            r"modules_to_save.*exclude all of them",
             {"target_modules": ["classifier"], "modules_to_save": ["decode_head"]},
         ),
         (r"external_modules=\['nothing'\] matches no module", {"external_modules": ["nothing"]}),
         (r"external_modules matches '.*mlp', a SwinMLP with submodules", {"external_modules": ["mlp"]}),
-        (r"its channel width cannot be told", {"external_modules": ["activation_fn"]}),
+        (r"its channel width is not known", {"external_modules": ["activation_fn"]}),
         (r"target_modules matches '.*mlp', a SwinMLP", {"target_modules": ["blocks.0.mlp"]}),
         (r"the pattern 'fc9' matches no place", {"external_width": {"fc9": 4}}),
         (r"leaves no place", {"budget": 0.1, "exclude_modules": ["o_proj", "fc2"]}),

@@ -1,11 +1,11 @@
-"""What is known of the architectures: which modules are blocks, where their places are, what a ticket may change.
+"""The known architectures: their blocks, the places in a block, and the leaves that a ticket may choose from.
 
-The table is keyed by the class name of a module in transformers, and found by walking the model: a backbone nested in
-a dense model is found as well as one alone, and decoder layers, whose leaves have the same names, are not.
+The keys of the table are class names of modules in transformers. They are looked up for every module of a model, so a
+backbone inside a dense model is found too. Decoder layers are not, although their leaves have the same names.
 
-A place is a leaf, on whose output the external adapter acts. Where the architecture scales (LayerScale in DINOv2 and
-DINOv3) or normalises (Swinv2) a sub-layer's output before the residual sum, the place is behind that: in front of it
-the adapter would be damped or renormalised. Behind it, the adapter adds to the residual stream itself everywhere.
+The place of an external adapter is a leaf, and the adapter acts on its output. Some architectures scale (LayerScale in
+DINOv2 and DINOv3) or normalize (Swinv2) the output of a sub-layer before the residual sum. There the place is after
+the scale or the norm, which would otherwise damp or rescale the adapter's output.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Known:
-    """Names of leaves, relative to the module of the class that this describes.
+    """The description of a class of modules. All names are relative to the module.
 
     Attributes:
-        targets: What the ticket may choose from. Leaves that a variant lacks are passed over.
+        targets: The leaves that the ticket may choose from. Leaves that a variant does not have are skipped.
         places: For each place, the leaf whose output the external adapter acts on.
         mlp_input: The module whose input is the MLP's input, for the parallel place.
     """
@@ -74,7 +74,7 @@ KNOWN: dict[str, Known] = {
 
 
 class Place(NamedTuple):
-    """A place for an external adapter, by full module names."""
+    """A place of an external adapter, with full module names."""
 
     place: str
     module: str
@@ -94,7 +94,7 @@ def has_known_blocks(model: nn.Module) -> bool:
 
 
 def known_prefixes(model: nn.Module) -> tuple[str, ...]:
-    """What the names of all modules in known blocks begin with."""
+    """The prefixes of the names of all modules in known blocks."""
     return tuple(prefix for prefix, _, _ in _known_modules(model))
 
 

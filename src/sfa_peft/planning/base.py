@@ -1,4 +1,4 @@
-"""The base model under the adapters: which parameters are its own, and whether they are those of the training."""
+"""The base model under the adapters: its parameters, and the check of its fingerprint."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..layers.quantized import numel
 
 
 def in_module(name: str, modules: Iterable[str]) -> bool:
-    """Whether `name` is, or lies in, a module that `modules` names by its full name or its ending."""
+    """Whether `name` is in one of `modules`, which are full names or endings of names."""
     return any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in modules)
 
 
 def modules_outside_adapters(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The base model's modules by their own names; tuner layers stand for what they wrap, without their insides."""
+    """The base model's modules by their names in the base model. The modules inside tuner layers are left out."""
     found: list[tuple[str, nn.Module]] = []
     inside = None
     for name, module in model.named_modules():
@@ -30,15 +30,15 @@ def modules_outside_adapters(model: nn.Module) -> list[tuple[str, nn.Module]]:
             continue
         found.append((name, module))
         if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
-            inside = f"{name}."  # what is in it comes next
+            inside = f"{name}."  # `named_modules` yields the modules inside next
     return found
 
 
 def head_modules(model: nn.Module, config: SFAConfig) -> list[str]:
-    """The full names of the modules that `modules_to_save` means, in model order.
+    """The full names of the modules in `modules_to_save`, in model order.
 
-    A module's full name means that module alone. What is no full name means every module whose name ends with it, as
-    in PEFT, where RF-DETR's `class_embed` could not be named, since `model.enc_out_class_embed` ends with it.
+    A full name matches only that module. Any other string matches all modules whose names end with it, as in PEFT.
+    PEFT takes every string as an ending, so RF-DETR's `class_embed` would also match `model.enc_out_class_embed`.
     """
     names = [name for name, _ in modules_outside_adapters(model)]
     wanted = config.modules_to_save or ()
@@ -49,21 +49,21 @@ def head_modules(model: nn.Module, config: SFAConfig) -> list[str]:
 
 
 def in_heads(name: str, heads: Iterable[str]) -> bool:
-    """Whether `name` is, or lies in, one of the modules with the full names `heads`."""
+    """Whether `name` is in one of `heads`, which are full names."""
     return any(name == head or name.startswith(f"{head}.") for head in heads)
 
 
 def base_parameters(model: nn.Module, roots: Sequence[str], config: SFAConfig) -> list[tuple[str, Tensor]]:
-    """The base's parameters in the modules `roots`, outside the heads, by their own names and in model order."""
+    """The base's parameters in the modules `roots`, outside the heads, by their names in the base, in model order."""
     heads = head_modules(model, config)
     found: dict[int, tuple[str, Tensor]] = {}
     for name, module in modules_outside_adapters(model):
         if isinstance(module, ModulesToSaveWrapper):
-            own = module.original_module.named_parameters()
+            parameters = module.original_module.named_parameters()
         else:
             base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-            own = base.named_parameters(recurse=False)
-        for parameter, tensor in own:
+            parameters = base.named_parameters(recurse=False)
+        for parameter, tensor in parameters:
             full = f"{name}.{parameter}" if name else parameter
             is_inside = any(not root or full.startswith(f"{root}.") for root in roots)
             if is_inside and not in_heads(full, heads):
@@ -72,36 +72,36 @@ def base_parameters(model: nn.Module, roots: Sequence[str], config: SFAConfig) -
 
 
 def backbone_parameters(model: nn.Module, config: SFAConfig) -> int:
-    """Parameters of the base model outside the heads (`modules_to_save`); tied ones count once, adapters not."""
+    """The number of parameters of the backbone. Tied parameters count once, and adapters do not count."""
     return sum(numel(tensor) for _, tensor in base_parameters(model, [""], config))
 
 
 def shared_parameters(model: nn.Module) -> dict[int, list[str]]:
-    """The names of each parameter that has several: tied parameters, or a module that stands in two positions."""
+    """All names of each parameter with several names, by `id`: tied parameters, or a module that is used twice."""
     names: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(p), []).append(name)
-    return {key: own for key, own in names.items() if len(own) > 1}
+    return {key: same for key, same in names.items() if len(same) > 1}
 
 
 def check_base(model: nn.Module, adapter_name: str, config: SFAConfig, adapted: Iterable[str]) -> None:
-    """Warn if a recorded adapter was trained on other base weights; give a new one this base's fingerprint.
+    """Warn if an adapter was trained on other base weights. A new adapter gets the fingerprint of this base.
 
     Args:
         model: The base model, before the adapter is injected.
         adapter_name: The adapter.
-        config: Its config; a missing fingerprint is filled in.
-        adapted: The modules that the adapter is going to be on.
+        config: The adapter's config. A missing fingerprint is filled in.
+        adapted: The modules that will be adapted.
 
     Raises:
-        BaseMismatchWarning: If warnings of that kind are errors.
+        BaseMismatchWarning: If the user has turned this warning into an error.
     """
     if any(layer.merged for _, layer in sfa_layers(model)):
-        return  # what is in the weights is not the base
+        return  # merged weights are not those of the base
     if config.base_fingerprint is None:
         roots = _roots(adapted, config)
-        own = Fingerprint.of(roots, base_parameters(model, roots, config))
-        config.base_fingerprint = None if own is None else own.to_dict()
+        fingerprint = Fingerprint.of(roots, base_parameters(model, roots, config))
+        config.base_fingerprint = None if fingerprint is None else fingerprint.to_dict()
         return
     recorded = Fingerprint.from_dict(config.base_fingerprint)
     parameters = base_parameters(model, recorded.roots, config)
@@ -115,20 +115,20 @@ def check_base(model: nn.Module, adapter_name: str, config: SFAConfig, adapted: 
     )
     trained_on = f" ({config.base_model_name_or_path})" if config.base_model_name_or_path else ""
     warnings.warn(
-        f"adapter {adapter_name!r} was trained on another base model than this {type(model).__name__}: {what}. Load "
-        f"the base model that it was trained on{trained_on}; with this one its outputs are not to be trusted.",
+        f"adapter {adapter_name!r} was trained on a base model that differs from this {type(model).__name__}: {what}. "
+        f"Load the base model that it was trained on{trained_on}; with this one its outputs are not reliable.",
         BaseMismatchWarning,
         stacklevel=2,
     )
-    if not config.inference_mode:  # it is going to be trained on this base
-        own = Fingerprint.of(recorded.roots, parameters)
-        config.base_fingerprint = None if own is None else own.to_dict()
+    if not config.inference_mode:  # the adapter will be trained on this base
+        fingerprint = Fingerprint.of(recorded.roots, parameters)
+        config.base_fingerprint = None if fingerprint is None else fingerprint.to_dict()
 
 
 def _roots(adapted: Iterable[str], config: SFAConfig) -> list[str]:
-    """The modules whose parameters matter: the deepest that holds all adapted ones, and `target_heads` by themselves.
+    """The modules that the fingerprint covers: the smallest one with all adapted modules, and the `target_heads`.
 
-    Not the whole model, where a head that the adapter has nothing to do with may be fresh each time.
+    The whole model may have a head without adapters that is newly initialized at every start.
     """
     heads = config.target_heads or ()
     roots, common = set(), None

@@ -1,4 +1,4 @@
-"""From a budget of trainable parameters to the widths of the external adapters and the size of the ticket."""
+"""Computes the widths of the external adapters from a budget of trainable parameters."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 
 def external_cost(channels: int, width: int) -> int:
-    """Trainable parameters of one external adapter: ``width * (2 * channels + 1)``.
+    """The trainable parameters of one external adapter: ``width * (2 * channels + 1)``.
 
-    ``channels * width`` for the down projection, ``width`` for its bias, ``width * channels`` for the up projection.
-    A width of 0 is no adapter and costs nothing.
+    These are ``channels * width`` for the down projection, ``width`` for its bias, and ``width * channels`` for the up
+    projection. A width of 0 means no adapter.
     """
     return width * (2 * channels + 1)
 
 
 @dataclass(frozen=True)
 class External:
-    """An external adapter to be made: by `place` on `module`, read from `mlp_input` if it is parallel."""
+    """A planned external adapter: at `place`, on the leaf `module`. A parallel one reads the input of `mlp_input`."""
 
     place: str
     module: str
@@ -28,18 +28,19 @@ class External:
 
     @property
     def cost(self) -> int:
+        """Its trainable parameters."""
         return external_cost(self.channels, self.width)
 
 
 def absolute_budget(budget: int | float, backbone_parameters: int) -> int:
-    """Turn a budget into a number of parameters.
+    """Convert a budget to a number of parameters.
 
     Args:
         budget: A number of parameters, or a fraction of the backbone in (0, 1).
-        backbone_parameters: Parameters of the base model outside `modules_to_save`.
+        backbone_parameters: The number of parameters of the base model outside `modules_to_save`.
 
     Raises:
-        ValueError: If the budget comes out at less than one parameter or at more than the backbone has.
+        ValueError: If the result is less than one parameter, or more than the backbone has.
     """
     parameters = int(budget * backbone_parameters) if isinstance(budget, float) else budget
     if parameters < 1:
@@ -50,33 +51,34 @@ def absolute_budget(budget: int | float, backbone_parameters: int) -> int:
     if parameters > backbone_parameters:
         raise ValueError(
             f"budget={budget!r} is larger than the backbone ({backbone_parameters:,} parameters); "
-            f"use at most that, or a fraction in (0, 1)."
+            f"use at most this number, or a fraction in (0, 1)."
         )
     return parameters
 
 
 def widths_within(channels: Sequence[int], allowance: int) -> list[int]:
-    """The widths of external adapters that together cost at most `allowance` parameters.
+    """The widths of external adapters that together have at most `allowance` parameters.
 
-    Every adapter gets the same fraction of its channel width, rounded down, and what rounding leaves goes to the
-    adapters that lost most by it, one unit each (largest remainder method). Deterministic; ties go to the first.
+    Every adapter gets the same fraction of its channel width, rounded down. The rest of the allowance goes to the
+    adapters that lost most by rounding, one hidden unit each (largest remainder method). Deterministic; ties go to the
+    first.
 
     Args:
         channels: The channel width of each place, in model order.
-        allowance: Parameters that the external adapters may take together.
+        allowance: The largest number of parameters of all external adapters together.
 
     Returns:
-        One width per place; some may be 0 when the allowance is small.
+        One width per place. Some may be 0 if the allowance is small.
 
     Raises:
-        ValueError: If the allowance does not pay for one unit of the cheapest adapter.
+        ValueError: If the allowance is too small for one hidden unit of the cheapest adapter.
     """
     if not channels:
         return []
     cheapest = external_cost(min(channels), 1)
     if allowance < cheapest:
         raise ValueError(
-            f"the external adapters may take {allowance:,} parameters of the budget, but one unit of the cheapest "
+            f"the external adapters get {allowance:,} parameters of the budget, but one hidden unit of the cheapest "
             f"costs {cheapest:,} (2 * {min(channels)} channels + 1); raise `budget` or `external_share`, or set "
             f"`external_share=0` for internal adapters only."
         )

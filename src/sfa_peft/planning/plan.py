@@ -1,4 +1,4 @@
-"""The plan of an injection: what a config means for a model, decided and checked before the model is touched."""
+"""The plan of an injection: what a config means for a model, decided and checked before the model is changed."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ from .architectures import KNOWN, has_known_blocks, known_places, known_targets
 from .base import backbone_parameters, head_modules, in_heads, in_module, modules_outside_adapters, shared_parameters
 from .budget import External, absolute_budget, widths_within
 
-# The heads that PEFT adds to `modules_to_save` for a task, whether a model has them or not.
+# The heads that PEFT adds to `modules_to_save` for a task, even if the model does not have them.
 TASK_HEADS: dict[str, tuple[str, ...]] = {
     TaskType.SEQ_CLS: ("classifier", "score"),
     TaskType.TOKEN_CLS: ("classifier", "score"),
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
 
-COMPILED = "_orig_mod"  # what torch.compile puts into the names of the modules in what it wraps
+COMPILED = "_orig_mod"  # torch.compile adds it to the names of the modules that it wraps
 
 
 @dataclass
 class Plan:
-    """Everything an injection does, decided and checked before the model is touched."""
+    """The external adapters and the positions of an injection, by module."""
 
     externals: dict[str, list[External]] = field(default_factory=dict)
     positions: Positions = field(default_factory=dict)
 
     @classmethod
     def of(cls, positions: Positions, externals: Iterable[External]) -> Plan:
-        """The plan of what is not empty."""
+        """A plan without empty parameters and without external adapters of width 0."""
         plan = cls(positions=without_empty(positions))
         for external in externals:
             if external.width:
@@ -59,11 +59,11 @@ class Plan:
 
     @property
     def all_externals(self) -> list[External]:
-        return [external for own in self.externals.values() for external in own]
+        return [external for externals in self.externals.values() for external in externals]
 
     @property
     def external_cost(self) -> int:
-        """Parameters of the external adapters."""
+        """The number of parameters of the external adapters."""
         return sum(external.cost for external in self.all_externals)
 
     @property
@@ -75,19 +75,19 @@ class Plan:
 
 
 def ticket_sizes(positions: Positions) -> dict[str, int]:
-    """For each parameter that has any, the number of its units in the ticket."""
-    return {f"{module}.{name}": len(p) for module, own in positions.items() for name, p in own.items() if len(p)}
+    """The number of units in the ticket, for each parameter that has any."""
+    return {f"{module}.{name}": len(p) for module, named in positions.items() for name, p in named.items() if len(p)}
 
 
 def without_empty(positions: Positions) -> Positions:
-    kept = {m: {n: p for n, p in own.items() if len(p)} for m, own in positions.items()}
-    return {m: own for m, own in kept.items() if own}
+    kept = {m: {n: p for n, p in named.items() if len(p)} for m, named in positions.items()}
+    return {m: named for m, named in kept.items() if named}
 
 
 def peft_verdict(config: SFAConfig, name: str, heads: Iterable[str] = ()) -> object:
-    """Whether PEFT's own rules leave a module to the adapter: excluded modules, heads and layer indices.
+    """Whether PEFT's rules allow an adapter on a module: excluded modules, heads and layer indices.
 
-    True if they do. Something false otherwise, which tells PEFT whether the module was excluded by name.
+    True if they do. Otherwise a false value, in which PEFT stores whether the module was excluded by name.
     """
     question = SimpleNamespace(
         target_modules=[name.rpartition(".")[2]] if "." in name else [name],
@@ -100,12 +100,12 @@ def peft_verdict(config: SFAConfig, name: str, heads: Iterable[str] = ()) -> obj
 
 
 class Planner:
-    """Decides what an injection does. Reads the model, changes nothing."""
+    """Plans an injection. Reads the model, and does not change it."""
 
     def __init__(self, model: nn.Module, config: SFAConfig) -> None:
         self.model, self.config = model, config
         self.heads = head_modules(model, config)
-        # Leaves inside an SFA layer belong to it; other tuners' layers are not adapted.
+        # A tuner layer counts as one leaf. Layers of other tuners are refused later, with a message that names them.
         self.leaves = {
             name: module
             for name, module in modules_outside_adapters(model)
@@ -113,6 +113,12 @@ class Planner:
         }
 
     def plan(self) -> Plan:
+        """The plan for the model and the config.
+
+        Raises:
+            ValueError: If the config does not fit the model.
+            CheckpointError: If the config is that of a saved adapter, and does not fit the model.
+        """
         self._refuse_compiled()
         self._check_heads()
         if self.config.ticket_sizes is not None:
@@ -120,14 +126,14 @@ class Planner:
         places, candidates = self.places(), self.candidates()
         if not places and not candidates:
             raise ValueError(
-                "SFAConfig leaves nothing to adapt: neither external adapters nor internal targets. Give "
-                "`external_modules` or `target_modules`."
+                "SFAConfig leaves nothing to adapt: there are no places for external adapters and no targets for "
+                "internal ones. Give `external_modules` or `target_modules`."
             )
         if self.config.uses_budget:
             if candidates and self._lacks_places and self.config.external_places:
                 warnings.warn(
                     f"{type(self.model).__name__} has no block of a known architecture, so this adapter is internal "
-                    f"only. Name modules in SFAConfig.external_modules for external adapters, or use [] for none.",
+                    f"only. Name modules in SFAConfig.external_modules to get external adapters, or use [] for none.",
                     stacklevel=2,
                 )
             externals, size = self._sizes_from_budget(places, candidates)
@@ -136,10 +142,10 @@ class Planner:
         self._tell_shared(candidates)
         self._tell_tied_heads()
         positions = self._initial_ticket(candidates, size)
-        if not externals and not any(len(p) for own in positions.values() for p in own.values()):
+        if not externals and not any(len(p) for named in positions.values() for p in named.values()):
             raise ValueError(
-                "SFAConfig makes an adapter without any parameter: every width and the density are 0, or too small "
-                "for one unit of `internal_granularity`. Raise `external_width`, `internal_density` or `budget`."
+                "SFAConfig gives an adapter without parameters: every width and the density are 0, or too small for "
+                "one unit of `internal_granularity`. Raise `external_width`, `internal_density` or `budget`."
             )
         return Plan.of(positions, externals)
 
@@ -147,9 +153,9 @@ class Planner:
         compiled = next((name for name in self.leaves if COMPILED in name.split(".")), None)
         if compiled is not None:
             raise ValueError(
-                f"{type(self.model).__name__} is compiled, which renames its modules ({compiled!r}), so that an "
-                f"adapter would fit compiled models only. Compile last: torch.compile(get_peft_model(model, config)), "
-                f"or model.compile(), which renames nothing."
+                f"{type(self.model).__name__} is compiled. This renames its modules ({compiled!r}), so an adapter "
+                f"would fit compiled models only. Compile last: torch.compile(get_peft_model(model, config)), or use "
+                f"model.compile(), which renames nothing."
             )
 
     def _tell_shared(self, candidates: Iterable[str]) -> None:
@@ -157,20 +163,20 @@ class Planner:
         for module in candidates:
             for p in self.leaves[module].parameters():
                 if id(p) in names:
-                    own = " and ".join(map(repr, names[id(p)]))
+                    shared = " and ".join(map(repr, names[id(p)]))
                     warnings.warn(
-                        f"{module!r} shares its parameter: it is {own}. Its internal adapter acts in {module!r} "
-                        f"alone, and cannot be merged.",
+                        f"{module!r} shares its parameter with another module: its names are {shared}. The internal "
+                        f"adapter acts only in {module!r}, and cannot be merged.",
                         stacklevel=2,
                     )
 
     def _tell_tied_heads(self) -> None:
         names = shared_parameters(self.model)
         for head in self.heads:
-            own = {f"{head}.{name}": name for name, p in self.model.get_submodule(head).named_parameters()}
+            parameters = {f"{head}.{name}": name for name, p in self.model.get_submodule(head).named_parameters()}
             elsewhere = {
-                other.removesuffix(f".{own[name]}")
-                for name in own
+                other.removesuffix(f".{parameters[name]}")
+                for name in parameters
                 for other in names.get(id(self.model.get_parameter(name)), ())
                 if not in_heads(other, [head])
             }
@@ -178,8 +184,8 @@ class Planner:
                 others = " and ".join(map(repr, sorted(elsewhere)))
                 warnings.warn(
                     f"SFAConfig.modules_to_save names {head!r}, which is tied to {others}. The head is trained as a "
-                    f"copy: {others} will not follow it, and keeps its own weights. Leave the head out, or untie the "
-                    f"model first if that is meant.",
+                    f"copy, so {others} keeps its weights, and the two are no longer tied. Leave the head out, or, if "
+                    f"this is intended, untie the model first.",
                     stacklevel=2,
                 )
 
@@ -195,14 +201,18 @@ class Planner:
             module = self.model.get_submodule(name)
             if isinstance(module, nn.ModuleList | nn.ModuleDict):
                 raise ValueError(
-                    f"SFAConfig.modules_to_save names {name!r}, a {type(module).__name__}, which is called by its "
-                    f"items: name those, such as {f'{name}.{next(iter(module._modules), 0)}'!r}."
+                    f"SFAConfig.modules_to_save names {name!r}, a {type(module).__name__}. The model calls its items, "
+                    f"not the container: name the items, such as {f'{name}.{next(iter(module._modules), 0)}'!r}."
                 )
 
     # Where
 
     def places(self) -> list[External]:
-        """Where external adapters may sit, in model order, of width 0."""
+        """The possible external adapters in model order, with width 0.
+
+        Raises:
+            ValueError: If the config names no usable place.
+        """
         config = self.config
         if self._share == 0 or (not config.uses_budget and not config.external_width):
             return []
@@ -212,15 +222,15 @@ class Planner:
                 if name not in self.leaves:
                     raise ValueError(
                         f"SFAConfig.external_modules matches {name!r}, a "
-                        f"{type(self.model.get_submodule(name)).__name__} with submodules; name the leaf that makes "
-                        f"its output (such as its last nn.Linear)."
+                        f"{type(self.model.get_submodule(name)).__name__} with submodules; name the leaf that "
+                        f"computes its output (such as its last nn.Linear)."
                     )
             return [self._external("module", name, None) for name in names]
         if not config.external_places:
             return []
         if not has_known_blocks(self.model):
             if config.target_modules is None or self._share is not None:
-                return []  # candidates tells the user what to name
+                return []  # the error of `candidates` says what to name
             raise ValueError(
                 f"{type(self.model).__name__} has no block of a known architecture ({', '.join(KNOWN)}), so "
                 f"the places of external adapters are not known: give `external_modules`, or `[]` for none."
@@ -233,7 +243,8 @@ class Planner:
         if not found:
             raise ValueError(
                 f"SFAConfig.external_places={config.external_places!r} leaves no place: `exclude_modules`, "
-                f"`modules_to_save` or `layers_to_transform` take all away. Set `external_places=()` if that is meant."
+                f"`modules_to_save` or `layers_to_transform` exclude all of them. Change these fields, or set "
+                f"`external_places=()` for no external adapters."
             )
         return found
 
@@ -244,13 +255,18 @@ class Planner:
         if channels is None:
             kind = type(self.model.get_submodule(name)).__name__
             raise ValueError(
-                f"an external adapter cannot sit on {name!r}, a {kind}: its channel width cannot be told. Name an "
+                f"an external adapter cannot be added to {name!r}, a {kind}: its channel width is not known. Name an "
                 f"nn.Linear, nn.Conv2d or nn.LayerNorm in `external_modules`."
             )
         self._refuse_foreign(name, "external_modules")
         return External(place, name, mlp_input, *channels)
 
     def candidates(self) -> dict[str, dict[str, nn.Parameter]]:
+        """For each module, the parameters that the ticket may choose from.
+
+        Raises:
+            ValueError: If the config names no usable module.
+        """
         config = self.config
         if config.internal_density == 0 or (not config.uses_budget and config.internal_density is None):
             return {}
@@ -261,8 +277,8 @@ class Planner:
             if not names:
                 raise ValueError(
                     f"{type(self.model).__name__} has no block of a known architecture ({', '.join(KNOWN)})"
-                    f" outside `modules_to_save` and `exclude_modules`: give `target_modules`, and `external_modules` "
-                    f"for external adapters (`[]` for none of a kind)."
+                    f" outside `modules_to_save` and `exclude_modules`: give `target_modules` for internal adapters "
+                    f"and `external_modules` for external ones (`[]` for none)."
                 )
         else:
             names = self._match("target_modules")
@@ -283,7 +299,7 @@ class Planner:
         if names and not candidates:
             raise ValueError(
                 f"SFAConfig.internal_granularity={config.internal_granularity!r} finds no unit in the weights of "
-                f"{names[:3]}{'...' if len(names) > 3 else ''}: what has one dimension has no columns. "
+                f"{names[:3]}{'...' if len(names) > 3 else ''}: parameters with one dimension have no columns. "
                 f"Use `element` or `row`."
             )
         return candidates
@@ -292,19 +308,19 @@ class Planner:
         """The leaves in `target_heads` that a ticket may choose from, in model order."""
         leaves = []
         for head in self.config.target_heads or ():
-            own = [n for n, m in self.leaves.items() if internal_parameters(m) and in_module(n, [head])]
-            if not any(self._is_allowed(n) for n in own):
+            found = [n for n, m in self.leaves.items() if internal_parameters(m) and in_module(n, [head])]
+            if not any(self._is_allowed(n) for n in found):
                 raise ValueError(
-                    f"SFAConfig.target_heads: no nn.Linear, nn.Conv2d or nn.LayerNorm of {type(self.model).__name__} "
-                    f"lies in a module {head!r} outside `modules_to_save`."
+                    f"SFAConfig.target_heads: {type(self.model).__name__} has no nn.Linear, nn.Conv2d or nn.LayerNorm "
+                    f"in a module {head!r} outside `modules_to_save`. Check the name."
                 )
-            leaves += own
+            leaves += found
         added = set(leaves) - set(known_targets(self.model))
         return [name for name in self.leaves if name in added]
 
     @property
     def _share(self) -> float | None:
-        """`external_share` where it decides; 0 or 1 where one kind is switched off."""
+        """`external_share`; 0 or 1 if one kind of adapter is switched off; None without a budget."""
         config = self.config
         if not config.uses_budget:
             return None
@@ -319,27 +335,27 @@ class Planner:
 
     @property
     def _lacks_places(self) -> bool:
-        """Whether external adapters are wanted wherever the architecture has its places, and it is not known."""
+        """Whether the places should come from the architecture, but the architecture is not known."""
         return self.config.external_modules is None and not has_known_blocks(self.model)
 
     def _refuse_foreign(self, name: str, field_name: str) -> None:
         module = self.leaves.get(name)
         if isinstance(module, BaseTunerLayer) and not isinstance(module, SFALayer):
             raise ValueError(
-                f"SFAConfig.{field_name} reaches {name!r}, which another PEFT method has adapted already "
+                f"SFAConfig.{field_name} includes {name!r}, which another PEFT method has already adapted "
                 f"({type(module).__name__}); name other modules."
             )
         parent = self.model.get_submodule(name.rpartition(".")[0])
         if isinstance(parent, nn.MultiheadAttention):
             raise ValueError(
-                f"SFAConfig.{field_name} reaches {name!r}: nn.MultiheadAttention uses its parameters without calling "
-                f"that module, so an adapter on it would do nothing. Name a module behind the attention."
+                f"SFAConfig.{field_name} includes {name!r}: nn.MultiheadAttention uses its parameters without calling "
+                f"that module, so an adapter on it would do nothing. Name a module after the attention."
             )
 
     def _refuse_merged(self, name: str) -> None:
         if any(isinstance(hook, AddExternals) for hook in self.model.get_submodule(name)._forward_hooks.values()):
             raise ValueError(
-                f"{name!r} carries external adapters of an earlier merge_and_unload; adapt the original base model "
+                f"{name!r} has external adapters of an earlier merge_and_unload; adapt the original base model "
                 f"instead, where several adapters can be active together."
             )
 
@@ -357,7 +373,7 @@ class Planner:
             shown = sorted(patterns) if isinstance(patterns, set) else patterns
             why = (
                 f"matches {matched[0]!r}{' and others' if len(matched) > 1 else ''}, but `modules_to_save`, "
-                f"`exclude_modules` or `layers_to_transform` take all of them away"
+                f"`exclude_modules` or `layers_to_transform` exclude all of them"
                 if matched
                 else f"matches no module of {type(self.model).__name__}"
             )
@@ -414,15 +430,17 @@ class Planner:
         return externals, self.density_size(candidates)
 
     def external_allowance(self) -> int:
-        """How many parameters of the budget external adapters may take."""
+        """The largest number of parameters of the external adapters."""
         assert self._share is not None
         return int(self._share * self.budget())
 
     def budget(self) -> int:
+        """The budget as a number of parameters."""
         assert self.config.budget is not None
         return absolute_budget(self.config.budget, backbone_parameters(self.model, self.config))
 
     def density_size(self, candidates: dict[str, dict[str, nn.Parameter]]) -> int:
+        """The size of the ticket from `internal_density`, in elements."""
         return int((self.config.internal_density or 0) * count_elements(candidates))
 
     # Which
@@ -432,8 +450,8 @@ class Planner:
             return {}
         if any(self._is_without_values(module) for module in candidates):
             warnings.warn(
-                f"{type(self.model).__name__} has no values yet (meta device), so the ticket is chosen at random, and "
-                f"has its sizes alone: load the base model's weights before get_peft_model, or an adapter's "
+                f"{type(self.model).__name__} has no values yet (meta device), so the ticket is random, and only its "
+                f"sizes are as configured: load the base model's weights before get_peft_model, or load an adapter "
                 f"afterwards.",
                 stacklevel=2,
             )
@@ -443,15 +461,15 @@ class Planner:
         return any(p.is_meta for p in self.leaves[module].parameters())
 
     def _score(self, name: str, parameter: Tensor) -> Tensor:
-        module, _, own = name.rpartition(".")
+        module, _, parameter_name = name.rpartition(".")
         base = base_layer_of(self.leaves[module])
-        if own == "weight" and is_quantized(base):
+        if parameter_name == "weight" and is_quantized(base):
             parameter = dequantized(base)
         criterion = "random" if parameter.is_meta else self.config.initial_ticket
         return CRITERIA[criterion].score(Evidence(name, parameter, seed=self.config.ticket_seed))
 
     def _recorded_plan(self) -> Plan:
-        """The plan of a config that an earlier injection filled in: its sizes, with the data-free ticket in them."""
+        """The plan for a config with recorded sizes. The positions are those of a data-free ticket of these sizes."""
         config = self.config
         assert config.ticket_sizes is not None
         load = LOAD.get()
@@ -468,14 +486,14 @@ class Planner:
             sealed = shapes.get(full_name)
             if sealed is not None and sealed != tuple(parameter.shape):
                 raise CheckpointError(
-                    f"{full_name!r} has shape {tuple(parameter.shape)} in this model, and had {sealed} where the "
-                    f"adapter was trained; load it into the model it was trained on."
+                    f"{full_name!r} has shape {tuple(parameter.shape)} in this model, and had {sealed} in the model "
+                    f"that the adapter was trained on; load the adapter into that model."
                 )
             units = config.granularity.count(parameter.shape)
             if size > units:
                 raise CheckpointError(
                     f"the adapter's ticket has {size:,} units in {full_name!r}, which has only {units:,} in this "
-                    f"model; load it into the model it was trained on."
+                    f"model; load the adapter into the model that it was trained on."
                 )
             plan.positions.setdefault(module, {})[name] = self._recorded_positions(module, name, parameter, size)
         return plan
@@ -495,7 +513,7 @@ class Planner:
     def _recorded_positions(self, module: str, name: str, parameter: Tensor, size: int) -> Tensor:
         is_elsewhere = parameter.is_meta and not is_quantized(base_layer_of(self.leaves[module]))
         if is_elsewhere or LOAD.get():
-            return torch.arange(size, dtype=torch.int32)  # a placeholder; the loaded positions replace it
+            return torch.arange(size, dtype=torch.int32)  # placeholders, which the loaded positions replace
         granularity = self.config.granularity
         amount = size * granularity.size(parameter.shape)
         chosen = choose({module: {name: parameter}}, self._score, granularity, amount)
@@ -511,7 +529,7 @@ class Planner:
 
 _OTHER_ARCHITECTURE = (
     "the adapter was saved for another architecture: it adapts {name!r}, which this {model} does not have in that "
-    "form. Load it into the model it was trained on."
+    "form. Load it into the model that it was trained on."
 )
 
 
