@@ -188,7 +188,7 @@ def interrupt(model, batch):
     ("match", "options"),
     [
         ("gave no batch", {"data": []}),
-        ("cannot be begun again, but steps=4", {"data": iter(BATCHES)}),
+        ("cannot be started again, but 4 steps are needed", {"data": iter(BATCHES)}),
         ("no loss for a batch with .'pixel_values'.", {"data": [{"pixel_values": tiny.pixels()}]}),
         ("batch of type list", {"data": [[1, 2]]}),
         ("the loss was nan at step 2", {"loss_fn": nan_after(2)}),
@@ -653,9 +653,9 @@ def test_progress_of_another_search_is_refused(tmp_path):
     file = tmp_path / "search.safetensors"
     with pytest.raises(KeyboardInterrupt):
         search(adapted(), checkpoint=file, checkpoint_every=1, loss_fn=interrupted_at(2))
-    failing("learning_rate was 0.0005 and is 0.1", error=ValueError, checkpoint=file, learning_rate=0.1)
+    failing("learning_rate was 0.0005 and is now 0.1", error=ValueError, checkpoint=file, learning_rate=0.1)
     failing("target_modules was None", error=ValueError, checkpoint=file, model=adapted(target_modules=["fc1"]))
-    failing("budget was 0.1 and is 0.2", error=ValueError, checkpoint=file, model=adapted(budget=0.2))
+    failing("budget was 0.1 and is now 0.2", error=ValueError, checkpoint=file, model=adapted(budget=0.2))
     failing("placement was 'uniform'", error=ValueError, checkpoint=file, model=auto(external_share=0.25, budget=0.1))
     failing("is a folder", error=ValueError, checkpoint=tmp_path)
     file.write_bytes(file.read_bytes()[:200])
@@ -778,7 +778,7 @@ def test_external_adapters_alone_have_no_density():
 @pytest.mark.parametrize(
     ("match", "error", "options"),
     [
-        ("must be a sfa_peft.Quotas", TypeError, {"quotas": {"per": "layer"}}),
+        ("must be an sfa_peft.Quotas", TypeError, {"quotas": {"per": "layer"}}),
         ("learning_rate='1e-3'", ValueError, {"learning_rate": "1e-3"}),
         ("dataloader=5 must give batches", TypeError, {"data": 5}),
         ("steps=True", ValueError, {"steps": True}),

@@ -1,4 +1,4 @@
-"""The search: trains the candidates of an adapter, and gives it the ticket that this finds."""
+"""The ticket search: trains the candidates of an adapter, chooses its ticket and installs it."""
 
 from .install import install_ticket, ticket_of
 from .search import search_ticket

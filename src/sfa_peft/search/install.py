@@ -1,4 +1,4 @@
-"""Which adapters can be given a ticket, and giving them one from elsewhere."""
+"""Installs a ticket in an adapter, and checks which adapters can get one."""
 
 from __future__ import annotations
 
@@ -15,31 +15,32 @@ from ..tuner.optimizers import tell_left_behind
 
 
 def install_ticket(model: nn.Module, ticket: Ticket, adapter_name: str | None = None) -> None:
-    """Give an SFA adapter the ticket of another run: its positions, and its external adapters' places and widths.
+    """Install a ticket in an SFA adapter: its positions, and the places and widths of its external adapters.
 
-    All values start without effect, as after a search: create the optimizer afterwards.
+    As after a search, the new adapter does not change the model's outputs yet. The parameters are new, so create the
+    optimizer afterwards.
 
     Args:
-        model: What `get_peft_model` returned for an `SFAConfig`.
-        ticket: Of the same base model; `TicketReport.ticket`, or `Ticket.load`.
-        adapter_name: The adapter; the active one unless given.
+        model (`nn.Module`): The model that `get_peft_model` returned for an `SFAConfig`.
+        ticket (`Ticket`): A ticket for the same base model, from `TicketReport.ticket` or `Ticket.load`.
+        adapter_name (`str`, *optional*, defaults to `None`): The adapter. None means the active one.
 
     Raises:
-        TypeError: If `model` is not what `get_peft_model` returned for an `SFAConfig`.
-        ValueError: If the ticket does not fit the model, the config or its budget, or the adapter has been trained.
+        TypeError: If `model` was not returned by `get_peft_model` for an `SFAConfig`.
+        ValueError: If the ticket does not fit the model, the config or the budget, or the adapter has been trained.
     """
     tuner, adapter_name = searchable(model, adapter_name, replaces_externals=True)
     config = tuner.peft_config[adapter_name]
     shapes = shapes_of(tuner.candidates(adapter_name))
     if ticket.granularity != config.granularity:
         raise ValueError(
-            f"the ticket is of granularity {ticket.granularity}, and adapter {adapter_name!r} of "
+            f"the ticket has granularity {ticket.granularity}, but adapter {adapter_name!r} has "
             f"{config.granularity}; set `internal_granularity` as in the search."
         )
     for name in ticket.shapes.keys() | shapes.keys():
         if ticket.shapes.get(name) != shapes.get(name):
             raise ValueError(
-                f"the ticket does not fit: {name!r} has the shape {ticket.shapes.get(name)} in the ticket's model and "
+                f"the ticket does not fit: {name!r} has shape {ticket.shapes.get(name)} in the ticket's model, but "
                 f"{shapes.get(name)} among this adapter's candidates; use the same base model and `target_modules`."
             )
     places = {(p.place, p.module): p for p in tuner.places(adapter_name)}
@@ -56,7 +57,7 @@ def install_ticket(model: nn.Module, ticket: Ticket, adapter_name: str | None = 
         cost = ticket.size + sum(e.cost for e in externals)
         if cost > tuner.budget(adapter_name):
             raise ValueError(
-                f"the ticket with its external adapters takes {cost:,} parameters, but the budget of adapter "
+                f"the ticket with its external adapters has {cost:,} parameters, but the budget of adapter "
                 f"{adapter_name!r} is {tuner.budget(adapter_name):,}; raise `budget`."
             )
     before = tuner.parameters_of(adapter_name)
@@ -65,35 +66,47 @@ def install_ticket(model: nn.Module, ticket: Ticket, adapter_name: str | None = 
 
 
 def ticket_of(model: nn.Module, adapter_name: str | None = None) -> Ticket:
-    """The ticket that an adapter has, however it came by it: to be saved, drawn, or compared with another.
+    """The ticket of an adapter, from a search, an installation, a file or `get_peft_model`. It is a copy on the CPU.
 
     Args:
-        model: What `get_peft_model` returned for an `SFAConfig`, or what `PeftModel.from_pretrained` loaded.
-        adapter_name: The adapter; the active one unless given.
+        model (`nn.Module`):
+            A model with an SFA adapter, from `get_peft_model` or `PeftModel.from_pretrained`.
+        adapter_name (`str`, *optional*, defaults to `None`): The adapter. None means the active one.
+
+    Returns:
+        A `Ticket`, which can be saved, compared with another, or installed in another model. Its `criterion` is empty.
 
     Raises:
-        TypeError: If `model` is none of these.
-        ValueError: If there is no such adapter.
+        TypeError: If `model` has no SFA adapters.
+        ValueError: If there is no such adapter, or it is offloaded or on the meta device.
     """
     tuner, adapter_name = adapter_of(model, adapter_name)
     config = tuner.peft_config[adapter_name]
-    own, widths = tuner.positions(adapter_name), copy.deepcopy(config.external_widths or {})
-    if any(p.is_meta for parameters in own.values() for p in parameters.values()):
-        raise ValueError(f"adapter {adapter_name!r} has no positions here: on the meta device, or offloaded.")
-    # A ticket is the same wherever its model is, and does not change with it.
-    positions = {m: {n: p.to("cpu", copy=True) for n, p in parameters.items()} for m, parameters in own.items()}
+    installed, widths = tuner.positions(adapter_name), copy.deepcopy(config.external_widths or {})
+    if any(p.is_meta for parameters in installed.values() for p in parameters.values()):
+        raise ValueError(
+            f"adapter {adapter_name!r} has no positions here: it is on the meta device, or offloaded by Accelerate. "
+            f"Load its weights first."
+        )
+    # A copy on the CPU, so that the ticket does not depend on the device, and does not change with the model.
+    positions = {m: {n: p.to("cpu", copy=True) for n, p in parameters.items()} for m, parameters in installed.items()}
     shapes = shapes_of(tuner.candidates(adapter_name))
-    for module, layer in sfa_layers(tuner.model):  # what a config names no more that was changed since
+    for module, layer in sfa_layers(tuner.model):  # the config may have changed and not include all of them any more
         for name in positions.get(module, ()):
             shapes.setdefault(f"{module}.{name}", tuple(getattr(layer.changeable, name).shape))
     return Ticket(positions, shapes, config.granularity, widths)
 
 
 def searchable(model: nn.Module, adapter_name: str | None, replaces_externals: bool = False) -> tuple[SFAModel, str]:
-    """The tuner and the name of an adapter that can be given a ticket, and other external adapters.
+    """The tuner and the name of an adapter, after a check that it can get a new ticket.
+
+    Args:
+        model: The model.
+        adapter_name: The adapter. None means the active one.
+        replaces_externals: Whether its external adapters will be replaced too.
 
     Raises:
-        TypeError, ValueError: If it cannot; see `search_ticket`.
+        TypeError, ValueError: If the adapter cannot get a new ticket; see `search_ticket`.
     """
     tuner, adapter_name = adapter_of(model, adapter_name)
     config = tuner.peft_config[adapter_name]
@@ -110,8 +123,8 @@ def searchable(model: nn.Module, adapter_name: str | None, replaces_externals: b
             raise ValueError(f"the model's adapters are {state} before the search.")
         if any(p.is_meta for p in layer.parameters_of(adapter_name)):
             raise ValueError(
-                f"adapter {adapter_name!r} has no weights here: made with low_cpu_mem_usage=True or on the meta "
-                f"device, or offloaded by Accelerate. Search with all weights in place."
+                f"adapter {adapter_name!r} has no weights here: it was created with low_cpu_mem_usage=True or on the "
+                f"meta device, or is offloaded by Accelerate. Load all weights before the search."
             )
         if adapter_name in layer.sfa_internal and any(p.any() for p in layer.sfa_internal[adapter_name].parameters()):
             raise ValueError(
@@ -127,10 +140,10 @@ def searchable(model: nn.Module, adapter_name: str | None, replaces_externals: b
 
 
 def adapter_of(model: nn.Module, adapter_name: str | None) -> tuple[SFAModel, str]:
-    """The tuner and the name of an adapter; the active one unless named.
+    """The tuner and the name of an adapter. If `adapter_name` is None, it is the active adapter.
 
     Raises:
-        TypeError: If `model` is not what `get_peft_model` returned for an `SFAConfig`.
+        TypeError: If `model` was not returned by `get_peft_model` for an `SFAConfig`.
         ValueError: If there is no such adapter.
     """
     tuner = _tuner_of(model)
@@ -138,7 +151,7 @@ def adapter_of(model: nn.Module, adapter_name: str | None) -> tuple[SFAModel, st
         active = tuner.active_adapters
         if len(active) != 1:
             raise ValueError(
-                f"adapter_name: {len(active)} adapters are active ({active}); name the one that is meant."
+                f"adapter_name=None, but {len(active)} adapters are active ({active}); give the name of one."
             )
         adapter_name = active[0]
     if adapter_name not in tuner.peft_config:
@@ -149,8 +162,8 @@ def adapter_of(model: nn.Module, adapter_name: str | None) -> tuple[SFAModel, st
 def _tuner_of(model: nn.Module) -> SFAModel:
     if hasattr(model, "module") and not isinstance(model, PeftModel):
         raise TypeError(
-            f"a {type(model).__name__} is no adapted model: search before the model is wrapped for distributed "
-            f"training (before `accelerator.prepare(model)`); the search averages gradients over processes itself."
+            f"a {type(model).__name__} is not an adapted model: search before the model is wrapped for distributed "
+            f"training (before `accelerator.prepare(model)`). The search itself averages gradients over processes."
         )
     tuner = model.base_model if isinstance(model, PeftModel) else model
     if not isinstance(tuner, SFAModel):

@@ -1,9 +1,9 @@
-"""External selection: which places deserve an external adapter, and how wide. Experimental: no gain was measured.
+"""Chooses the places and widths of external adapters. Experimental: no gain was measured.
 
-Wide adapters, the probes, are trained at every place beside the search. Each of their hidden units is scored by the
-part of the loss's decrease that is credited to its parameters, and the units with the most for what they cost are
-kept, as many as the external share of the budget pays for. A place may end up with none. The units that are kept begin
-with the weights that their probe began with, as a winning ticket does.
+During the search, wide adapters, the probes, are trained at every place. The score of a hidden unit is the credit of
+its parameters: the decrease of the loss that is due to them. The units with the highest credit per parameter are kept,
+as many as the external share of the budget allows. A place may get none. The kept units start again with the initial
+weights of their probe, as a winning ticket does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..ticket.selection import top_units
 from ..tuner.model import SFAModel
 from .training import DenseTraining, Slot
 
-PROBE_BUDGET = 3  # how many times the parameters of the adapters to be chosen the probes have
+PROBE_BUDGET = 3  # the parameters of the probes, as a multiple of the external share of the budget
 STATISTIC = "credit"
 
 
@@ -30,7 +30,7 @@ class Placement:
     """The probes of one search.
 
     Attributes:
-        probes: For each place, the adapter that is tried there.
+        probes: For each place, its probe.
     """
 
     def __init__(self, tuner: SFAModel, adapter_name: str, places: list[External]) -> None:
@@ -41,7 +41,7 @@ class Placement:
     @classmethod
     @contextmanager
     def probing(cls, tuner: SFAModel, adapter_name: str) -> Iterator[Placement]:
-        """Put probes at every place for a while: together `PROBE_BUDGET` times as wide as the budget pays for."""
+        """Install probes at every place, and remove them at the end."""
         places = tuner.places(adapter_name)
         channels = [place.channels for place in places]
         widths = widths_within(channels, PROBE_BUDGET * tuner.external_allowance(adapter_name))
@@ -50,7 +50,7 @@ class Placement:
             yield cls(tuner, adapter_name, tried)
 
     def statistics(self) -> dict[nn.Parameter, tuple[str, ...]]:
-        """What training has to sum up, and for which parameters."""
+        """The statistics that training sums for the probes' parameters."""
         return {p: (STATISTIC,) for _, probe in self.probes for p in probe.parameters()}
 
     def score(
@@ -59,9 +59,12 @@ class Placement:
         agree: Callable[[Tensor], Tensor] | None = None,
         left_out: Collection[str] = (),
     ) -> None:
-        """Score the units of the probes that `training` has trained, but for those on the modules `left_out`.
+        """Score the units of the trained probes.
 
-        `agree` makes all processes score alike.
+        Args:
+            training: The training of the probes.
+            agree: Gives all processes the same scores.
+            left_out: Modules whose probes are not scored.
         """
         self.left_out = {str(i) for i, (place, _) in enumerate(self.probes) if place.module in left_out}
         slots: dict[Tensor, Slot] = {slot.parameter: slot for slot in training.slots}
@@ -69,15 +72,15 @@ class Placement:
         self.credit: dict[str, Tensor] = {}
         self.values: list[tuple[Tensor, Tensor, Tensor]] = []
         for i, (_, probe) in enumerate(self.probes):
-            own = [slots[p] for p in (probe.down.weight, probe.down.bias, probe.up.weight)]
-            down, bias, up = (slot.sums[STATISTIC].float() for slot in own)
+            trained = [slots[p] for p in (probe.down.weight, probe.down.bias, probe.up.weight)]
+            down, bias, up = (slot.sums[STATISTIC].float() for slot in trained)
             credit = (down.sum(1) + bias + up.sum(0)).to(probe.down.weight.device)
             self.credit[str(i)] = (agree(credit) if agree else credit).cpu()
-            down, bias, up = (slot.begin for slot in own)
+            down, bias, up = (slot.begin for slot in trained)
             self.values.append((down, bias, up))
 
     def select(self, allowance: int) -> Chosen:
-        """The best units that `allowance` parameters pay for."""
+        """The units with the highest credit per parameter that fit in `allowance` parameters."""
         scored = {name: credit for name, credit in self.credit.items() if name not in self.left_out}
         per_parameter = {name: credit / self.costs[name] for name, credit in scored.items()}
         units = top_units(per_parameter, self.costs, allowance)
@@ -95,8 +98,8 @@ class Chosen:
     """The external adapters that a placement chose.
 
     Attributes:
-        externals: One for each place, maybe of width 0.
-        values: The weights and biases that they begin with: down, bias and up.
+        externals: One for each place; its width may be 0.
+        values: Their initial values: the down projection, its bias and the up projection.
     """
 
     def __init__(self) -> None:
@@ -109,7 +112,7 @@ class Chosen:
 
     @torch.no_grad()
     def begin(self, tuner: SFAModel, adapter_name: str) -> None:
-        """Give the installed adapters the values that their units began with."""
+        """Set the installed adapters to the initial values of their units."""
         layers = dict(sfa_layers(tuner.model))
         for external, values in zip(self.externals, self.values, strict=True):
             if external.width:

@@ -1,4 +1,4 @@
-"""A search's progress on disk, so that a search that was stopped goes on where it was."""
+"""Saves the progress of a search, so that a stopped search can resume."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ FORMAT = "sfa_peft search 3"
 
 @dataclass
 class Progress:
-    """Where a search is.
+    """The progress of a search.
 
     Attributes:
-        losses: The loss of each step done, over all rounds.
-        tensors: What training holds, by names of its own.
+        losses: The loss of each completed step, over all rounds.
+        tensors: The state of the training, by name.
     """
 
     losses: list[float]
@@ -30,18 +30,18 @@ class Progress:
 
 @dataclass(frozen=True)
 class SearchCheckpoint:
-    """A file that holds the progress of one search.
+    """A file with the progress of a search.
 
     Attributes:
         path: The file.
-        settings: Everything that decides what the search does; a file with other settings is not resumed.
+        settings: All settings that affect the search. A file with other settings cannot be resumed.
     """
 
     path: Path
     settings: dict[str, Any]
 
     def save(self, progress: Progress) -> None:
-        """Write the progress; the old file is replaced as a whole."""
+        """Write the progress. An existing file is replaced atomically."""
         metadata = {
             "format": FORMAT,
             "settings": json.dumps(self.settings),
@@ -53,7 +53,7 @@ class SearchCheckpoint:
         """Read the progress, or None if there is no file.
 
         Raises:
-            ValueError: If the file is of another search, or damaged; says which setting differs.
+            ValueError: If the file belongs to another search, or is damaged. The message names the differing setting.
         """
         if not self.path.exists():
             return None
@@ -61,19 +61,22 @@ class SearchCheckpoint:
             with safe_open(self.path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
-                    raise ValueError(f"checkpoint={str(self.path)!r} is no search that this version can resume.")
+                    raise ValueError(
+                        f"checkpoint={str(self.path)!r} is not a search that this version can resume. Delete the file "
+                        f"to start again, or name another one."
+                    )
                 settings = json.loads(metadata["settings"])
                 for name, value in self.settings.items():
                     if settings.get(name) != value:
                         raise ValueError(
-                            f"checkpoint={str(self.path)!r} is of another search: {name} was {settings.get(name)!r} "
-                            f"and is {value!r}. Delete the file to start anew."
+                            f"checkpoint={str(self.path)!r} belongs to another search: {name} was "
+                            f"{settings.get(name)!r} and is now {value!r}. Delete the file to start again."
                         )
                 losses = json.loads(metadata["losses"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(
-                f"checkpoint={str(self.path)!r} is damaged ({error}). Delete the file to start anew."
+                f"checkpoint={str(self.path)!r} is damaged ({error}). Delete the file to start again."
             ) from error
         return Progress(losses, tensors)
 

@@ -1,4 +1,4 @@
-"""The rounds of a search: from evidence to scores, from scores to what is kept for the next round, to the ticket."""
+"""The rounds of a search: computes scores, and chooses the survivors of each round and the ticket."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from .training import DenseTraining, Slot
 
 
 class Rounds:
-    """Chooses among an adapter's candidates, round by round.
+    """Chooses positions from an adapter's candidates, round by round.
 
     Args:
-        candidates: For each module, its parameters by name.
+        candidates: For each module, its candidate parameters by name.
         granularity: The unit of selection.
-        size: Elements in the ticket.
-        criterion: Scores the positions.
-        quotas: Limits on the spread of what is chosen.
-        count: How many rounds there are.
-        seed: Of the search.
-        finds_size: Whether `size` is the most that a ticket may have, and the search finds out how many.
-        agree: Makes all processes choose alike.
+        size: The number of elements in the ticket.
+        criterion: The criterion that scores the positions.
+        quotas: Limits on the part of the ticket that each group gets.
+        count: The number of rounds.
+        seed: The seed of the search.
+        finds_size: Whether `size` is only an upper limit, because the search decides the size.
+        agree: Gives all processes the same positions.
     """
 
     def __init__(
@@ -46,47 +46,47 @@ class Rounds:
         self.total = count_elements(candidates)
         self.size, self.finds_size = size, finds_size
         self.criterion, self.quotas, self.count, self.seed = criterion, quotas, count, seed
-        self.sizes = {m: sum(p.numel() for p in own.values()) for m, own in self.candidates.items()}
+        self.sizes = {m: sum(p.numel() for p in named.values()) for m, named in self.candidates.items()}
         self.agree = agree
         if quotas:
             quotas.check(self.sizes, size)
         self.slots: dict[str, Slot] = {}
 
     def make_slots(self, rate: float) -> list[Slot]:
-        """A slot for each candidate, trained at `rate` if the criterion trains."""
+        """Make a slot for each candidate. Its learning rate is `rate` if the criterion needs training, otherwise 0."""
         rate = rate if self.criterion.trains else 0.0
         self.slots = {
             f"{module}.{name}": Slot(f"{module}.{name}", p, rate, self.criterion.statistics, True)
-            for module, own in self.candidates.items()
-            for name, p in own.items()
+            for module, parameters in self.candidates.items()
+            for name, p in parameters.items()
         }
         return list(self.slots.values())
 
     def leave_out(self, modules: Collection[str]) -> None:
-        """Choose from these modules no more.
+        """Remove modules from the candidates.
 
         Raises:
-            ValueError: If the others do not have enough.
+            ValueError: If the other candidates have too few parameters for the ticket.
         """
         left_out = [module for module in modules if module in self.candidates]
         if not left_out:
             return
-        self.candidates = {m: own for m, own in self.candidates.items() if m not in left_out}
+        self.candidates = {m: parameters for m, parameters in self.candidates.items() if m not in left_out}
         self.total = count_elements(self.candidates)
-        self.sizes = {m: sum(p.numel() for p in own.values()) for m, own in self.candidates.items()}
+        self.sizes = {m: sum(p.numel() for p in named.values()) for m, named in self.candidates.items()}
         which = f"{left_out[:3]}{' and others' if len(left_out) > 3 else ''}"
         if self.finds_size:
             self.size = min(self.size, self.total)
         if self.size > self.total:
             raise ValueError(
                 f"the model never calls {which}, so no adapter can act there, and the other targets have only "
-                f"{self.total:,} parameters for a ticket of {self.size:,}; lower `budget` or name more targets"
+                f"{self.total:,} parameters for a ticket of {self.size:,}; lower `budget` or name more modules."
             )
         if self.quotas:
             self.quotas.check(self.sizes, self.size)
         warnings.warn(
-            f"the model never calls {which}: it does not use them, or reads their weights past them. An adapter could "
-            f"not act there, so the ticket leaves them out.",
+            f"the model never calls {which}: it does not use them, or reads their weights without a call. An adapter "
+            f"would have no effect there, so the ticket does not include them.",
             stacklevel=3,
         )
 
@@ -94,10 +94,10 @@ class Rounds:
         return self.quotas.limits(self.sizes, size) if self.quotas else None
 
     def choose(self, training: DenseTraining, size: int) -> Positions:
-        """The best `size` elements, by the evidence so far.
+        """The `size` elements with the highest scores.
 
         Raises:
-            ValueError: If a score is not finite, or of another shape than its parameter.
+            ValueError: If a score is not finite, or the scores do not have the shape of their parameter.
         """
 
         def score(name: str, parameter: Tensor) -> Tensor:
@@ -108,27 +108,27 @@ class Rounds:
                     f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"type {type(scores).__name__}"
                 )
                 raise ValueError(
-                    f"criterion {self.criterion.name!r} gave scores of {given} for {name!r} of shape "
-                    f"{tuple(parameter.shape)}"
+                    f"criterion {self.criterion.name!r} gave scores of {given} for {name!r}; expected a tensor of "
+                    f"shape {tuple(parameter.shape)}."
                 )
             if slot.kept is None:
                 return scores
             require_finite(name, scores)
             scores = scores.to(slot.kept.device, torch.float32)
-            return torch.where(slot.kept, scores, torch.finfo(torch.float32).min)  # survivors before the rest
+            return torch.where(slot.kept, scores, torch.finfo(torch.float32).min)  # survivors come first
 
         group_of = self.quotas.group_of if self.quotas else lambda module: ""
         return self.agree(choose(self.candidates, score, self.granularity, size, group_of, self.limits(size)))
 
     def end(self, round_: int, training: DenseTraining) -> None:
-        """Keep what the next round may train after round `round_` (from 1), and rewind everything."""
+        """End round `round_` (from 1): choose the survivors that the next round trains, and rewind all parameters."""
         size = round(self.total * (self.size / self.total) ** (round_ / self.count))
         limits = self.limits(size)
-        if limits:  # a cap that the ticket keeps to may be too low for what a round keeps of small groups
+        if limits:  # caps that fit the ticket may be too low for the more numerous survivors of a round
             size = min(size, sum(limit.high for limit in limits.values()))
         chosen = self.choose(training, size)
-        for module, own in chosen.items():
-            for name, positions in own.items():
+        for module, survivors in chosen.items():
+            for name, positions in survivors.items():
                 slot = self.slots[f"{module}.{name}"]
                 kept = torch.zeros(slot.parameter.shape, dtype=torch.bool, device=slot.parameter.device)
                 at = positions.to(kept.device).long()
@@ -138,10 +138,10 @@ class Rounds:
         training.rewind()
 
     def early_values(self, positions: Positions) -> dict[str, Tensor]:
-        """How far each chosen position had come at the step that the search rewinds to."""
+        """The change of each chosen position at the step that the search rewinds to."""
         values = {}
-        for module, own in positions.items():
-            for name, at in own.items():
+        for module, chosen in positions.items():
+            for name, at in chosen.items():
                 slot = self.slots[f"{module}.{name}"]
                 if slot.early is not None and len(at):
                     moved = (slot.early.float() - slot.before.float()).to(slot.parameter.device)

@@ -1,4 +1,4 @@
-"""The ticket search: score the candidates, keep the best, rewind everything."""
+"""The ticket search: scores the candidates, installs the best as the ticket, and restores the model."""
 
 from __future__ import annotations
 
@@ -56,60 +56,69 @@ def search_ticket(
     seed: int = 0,
     progress: bool = True,
 ) -> TicketReport:
-    """Find the ticket of an SFA adapter and install it.
+    """Search the ticket of an SFA adapter and install it.
 
-    The candidate parameters (those of `target_modules`) are trained densely with Adam beside the external adapters and
-    the heads, or only their gradients are taken, as the criterion needs. The criterion scores each position, the exact
-    global top k are kept, and every parameter, buffer, `requires_grad` flag and training mode is put back to where it
-    was, bit for bit. Then the ticket's values, all zero, take the place of the old ones: **create the optimizer after
-    the search**, and wrap the model for distributed training after it.
+    The search trains the candidate parameters (those of `target_modules`) densely with Adam, together with the
+    external adapters and the heads. For a criterion that needs only gradients, the candidates are not changed. The
+    criterion scores each position, and the exact global top k become the ticket. Every parameter, buffer,
+    `requires_grad` flag and training mode of the model is restored bit for bit. The values of the new ticket are zero.
+    They are new parameters: **create the optimizer after the search**, and wrap the model for distributed training
+    after it.
 
-    With `external_placement="auto"` (experimental: no gain was measured) wide external adapters are trained at every
-    place meanwhile, their hidden units are scored, and the best that the budget pays for are kept, with the weights
-    they began with; see `sfa_peft.search.placement`.
+    With `external_placement="auto"` (experimental, no gain was measured), wide external adapters are trained at every
+    place during the search. Their hidden units are scored, and the best ones within the budget are kept, with their
+    initial weights.
 
-    With several processes, gradients are averaged over them, and all of them hold the ticket of the main process. The
+    With several processes, gradients are averaged over the processes, and all get the ticket of the main process. The
     same model, data, seed and settings give the same ticket.
 
     Args:
-        model: What `get_peft_model` returned.
-        dataloader: Gives batches for `loss_fn`; begun again when it ends before `steps`. A `DataLoader` that
-            Accelerate has not prepared is prepared here. None will do for criteria that need no data.
-        steps: Training steps of each round, at least 1.
-        criterion: A name in `sfa_peft.ticket.criteria.CRITERIA` (``lottery``, ``fisher``, ``gradient``, ``taylor``,
-            ``movement``, ``credit``, ``magnitude``, ``random``), or a function from `Evidence` to scores, which must
-            give the same scores each time it is called.
-        rounds: Experimental: no gain was measured. How often to train and select; more than 1 for criteria that train.
-            A round leaves to the next its survivors, fewer each time by the same factor, and only they are trained
-            again (Frankle & Carbin, 2019).
-        rewind_step: Experimental: no gain was measured. The step of the first round that everything is rewound to,
-            between rounds and at the end (Frankle et al., "Linear Mode Connectivity and the Lottery Ticket
-            Hypothesis", 2020). With 0 the model is the identity again; otherwise ticket, external adapters and heads
-            start with their values of that step.
-        quotas: Limits on how the ticket spreads over layers or types; by default the selection is global.
-        learning_rate: Of the candidate parameters.
-        adapter_learning_rate: Of the external adapters and the heads.
-        adapter_name: The adapter to search for; the active one unless given.
-        loss_fn: ``(model, batch) -> loss``; by default ``model(**batch).loss``.
-        accelerator: Gives the precision to run in (with fp16 the search runs without autocast, since it has no
-            gradient scaler). Unless given, no autocast. A model on the CPU is moved to the device that Accelerate
-            chooses, any model with several processes or with an accelerator; one on a GPU stays there otherwise.
-        optimizer_state: Where Adam's moments are kept; the original weights are in CPU memory always. ``device``:
-            float32 beside the parameters. ``cpu``: in CPU memory. ``bf16``: on the device in half of the memory.
-        checkpoint: A file to keep the progress in. If it is there, the search goes on from it, to the same ticket as
-            without the stop; after the search it is removed. `dataloader` must give the same batches again.
-        checkpoint_every: Steps between two writes.
-        seed: Seeds the search's own random state; the global one is put back afterwards.
-        progress: Whether to show a progress bar on the main process.
+        model (`nn.Module`): The model that `get_peft_model` returned for an `SFAConfig`.
+        dataloader (`Iterable`, *optional*, defaults to `None`):
+            The batches for `loss_fn`. It is started again if it ends before the last step. A `DataLoader` that
+            Accelerate has not prepared is prepared here. None is allowed for criteria that need no data.
+        steps (`int`, defaults to 200): The training steps of each round, at least 1.
+        criterion (`str`, `Criterion` or function, defaults to `"lottery"`):
+            A name (`lottery`, `fisher`, `gradient`, `taylor`, `movement`, `credit`, `magnitude` or `random`), or a
+            function that maps an `Evidence` to scores, see `sfa_peft.criterion`. It must return the same scores each
+            time it is called.
+        rounds (`int`, defaults to 1):
+            The number of rounds of training and selection. Experimental, no gain was measured. More than 1 needs a
+            criterion with dense training. Each round keeps a smaller set of survivors, reduced by the same factor, and
+            the next round trains only these (Frankle & Carbin, "The Lottery Ticket Hypothesis", 2019).
+        rewind_step (`int`, defaults to 0):
+            The step of the first round that parameters are rewound to, between rounds and at the end, in [0, steps)
+            (Frankle et al., "Linear Mode Connectivity and the Lottery Ticket Hypothesis", 2020). Experimental, no gain
+            was measured. With 0 the model has the base model's outputs after the search. Otherwise the ticket, the
+            external adapters and the heads start with their values of that step.
+        quotas (`Quotas`, *optional*, defaults to `None`):
+            Limits on the part of the ticket that each layer or type of module gets. None selects globally.
+        learning_rate (`float`, defaults to 5e-4): The learning rate of the candidate parameters.
+        adapter_learning_rate (`float`, defaults to 2e-3): The learning rate of the external adapters and the heads.
+        adapter_name (`str`, *optional*, defaults to `None`): The adapter. None means the active one.
+        loss_fn (`Callable`, *optional*, defaults to `None`):
+            ``(model, batch) -> loss``, a tensor of one element. None uses ``model(**batch).loss``.
+        accelerator (`Accelerator`, *optional*, defaults to `None`):
+            Its mixed precision is used, except fp16, since the search has no gradient scaler. Without it there is no
+            autocast. The model is moved to the device that Accelerate chooses, unless there is one process, no
+            accelerator is given, and the model is already on a GPU.
+        optimizer_state (`str`, defaults to `"device"`):
+            Where Adam's moments are kept. `device`: in float32 on the device of the parameters. `cpu`: in CPU memory.
+            `bf16`: in bfloat16 on the device. The original weights are always kept in CPU memory.
+        checkpoint (`str` or `Path`, *optional*, defaults to `None`):
+            A file for the progress. If it exists, the search resumes from it, and finds the same ticket as without the
+            interruption, if `dataloader` gives the same batches again. It is removed after the search.
+        checkpoint_every (`int`, defaults to 50): The steps between two writes of `checkpoint`.
+        seed (`int`, defaults to 0): The seed of the search. The global random state is restored afterwards.
+        progress (`bool`, defaults to `True`): Whether the main process shows a progress bar.
 
     Returns:
-        Where the ticket went; `report.ticket` is the ticket itself, to be saved or given to another model.
+        A `TicketReport`. Its attribute `ticket` can be saved or installed in another model.
 
     Raises:
-        TypeError: If `model` is not what `get_peft_model` returned for an `SFAConfig`, or an argument is of another
-            type.
-        ValueError: If an argument is not valid, the adapter has no internal targets, or has been trained already.
-        TicketSearchError: If the data gives no batch or no loss, or the loss is no longer finite.
+        TypeError: If `model` was not returned by `get_peft_model` for an `SFAConfig`, or an argument has a wrong type.
+        ValueError: If an argument is not valid, the adapter has no internal targets, or it has been trained already.
+        TicketSearchError: If the data gives no batch or no loss, a loss is not finite, or nothing can be chosen.
     """
     tuner, adapter_name = searchable(model, adapter_name)
     rule = as_criterion(criterion)
@@ -119,7 +128,7 @@ def search_ticket(
     learning_rate = _rate("learning_rate", learning_rate)
     adapter_learning_rate = _rate("adapter_learning_rate", adapter_learning_rate)
     if not (quotas is None or isinstance(quotas, Quotas)):
-        raise TypeError(f"quotas={quotas!r} must be a sfa_peft.Quotas, such as Quotas(per='layer', cap=0.5).")
+        raise TypeError(f"quotas={quotas!r} must be an sfa_peft.Quotas, such as Quotas(per='layer', cap=0.5).")
     if not (dataloader is None or isinstance(dataloader, Iterable)):
         raise TypeError(f"dataloader={dataloader!r} must give batches: a DataLoader, or a list of batches.")
     if checkpoint is not None and Path(checkpoint).is_dir():
@@ -127,19 +136,21 @@ def search_ticket(
     if optimizer_state not in STATES:
         raise ValueError(f"optimizer_state={optimizer_state!r} is not known; choose one of {STATES}.")
     if rounds > 1 and not rule.trains:
-        raise ValueError(f"rounds={rounds}: {rule.name!r} does not train the candidates; every round would be alike.")
+        raise ValueError(
+            f"rounds={rounds}: {rule.name!r} does not train the candidates, so every round would be the same; use 1."
+        )
     if rewind_step >= steps:
         raise ValueError(f"rewind_step={rewind_step!r} must be an int in [0, {steps}), the steps of a round.")
     config = tuner.peft_config[adapter_name]
     places_externals = config.external_placement == "auto"
     candidates = tuner.candidates(adapter_name)
     shared = tuner.shared_parameters()
-    for module, own in candidates.items():
-        for p in own.values():
+    for module, parameters in candidates.items():
+        for p in parameters.values():
             if p.is_meta and is_quantized(base_layer_of(tuner.model.get_submodule(module))):
                 raise ValueError(
                     f"{module!r} is quantized, and its weight cannot be trained or scored: search on the base model "
-                    f"as it was before, and give this model the ticket with install_ticket."
+                    f"before quantization, and install the ticket in this model with install_ticket."
                 )
             if p.is_meta:
                 raise ValueError(
@@ -149,27 +160,29 @@ def search_ticket(
             if id(p) in shared and (rule.trains or rule.needs_data):
                 raise ValueError(
                     f"{' and '.join(map(repr, shared[id(p)]))} are one shared parameter, and the criterion "
-                    f"{rule.name!r} cannot tell which of them matters; exclude it, or use a data-free criterion."
+                    f"{rule.name!r} cannot score them separately; exclude it, or use a data-free criterion."
                 )
     if rounds > 1 and not candidates:
         raise ValueError(f"rounds={rounds}, but adapter {adapter_name!r} has no internal targets to choose from.")
     needs_data = rule.needs_data or places_externals
     if needs_data and dataloader is None:
-        raise ValueError(f"dataloader=None, but the criterion {rule.name!r} or the placement needs data.")
+        raise ValueError(
+            f"dataloader=None, but the criterion {rule.name!r} or the placement needs data; pass batches."
+        )
     if rewind_step and not needs_data:
-        raise ValueError(f"rewind_step={rewind_step}: nothing is trained for the criterion {rule.name!r}.")
+        raise ValueError(f"rewind_step={rewind_step}: the criterion {rule.name!r} trains nothing; use 0.")
 
     data = dataloader if needs_data else None
-    # Not a new Accelerator: its precision would be fixed for the whole process, before the user says which.
+    # Not a new Accelerator, which would fix the precision for the whole process before the user chooses one.
     state = accelerator.state if accelerator is not None else PartialState()
     autocast = nullcontext if accelerator is None or accelerator.mixed_precision == "fp16" else accelerator.autocast
     several = state.num_processes > 1
     device = state.device
-    if accelerator is None and not several:  # where the user has put it, if that is on an accelerator
+    if accelerator is None and not several:  # a model that the user has moved to a GPU stays there
         device = next((p.device for p in model.parameters() if p.device.type != "cpu"), device)
     model.to(device)
     size = tuner.ticket_size(adapter_name)
-    if places_externals:  # what is left of the budget is known at the end
+    if places_externals:  # the ticket's part of the budget is known at the end
         size = min(tuner.budget(adapter_name), count_elements(candidates))
     selector = Rounds(
         candidates,
@@ -188,10 +201,10 @@ def search_ticket(
         stack.enter_context(seeded(seed, device))
         placement = stack.enter_context(Placement.probing(tuner, adapter_name)) if places_externals else None
         beside = _trained_beside(model, adapter_name)
-        for p in (*(p for own in selector.candidates.values() for p in own.values()), *beside):
+        for p in (*(p for named in selector.candidates.values() for p in named.values()), *beside):
             p.requires_grad_(True)
         if several:
-            for p in beside:  # heads and external adapters may have been made with another seed on each rank
+            for p in beside:  # heads and external adapters may have other initial values on each process
                 p.data.copy_(broadcast(p.data))
         probed = placement.statistics() if placement else {}
         others = [Slot(f"beside.{i}", p, adapter_learning_rate, probed.get(p, ())) for i, p in enumerate(beside)]
@@ -221,8 +234,8 @@ def search_ticket(
             run.through(batches, steps, rounds, selector, rewind_step, checkpoint_every, progress)
             if rule.needs_data and selector.slots and not training.has_evidence():
                 raise TicketSearchError(
-                    f"the criterion {rule.name!r} saw no change and no gradient in any candidate: the loss does not "
-                    f"depend on the backbone."
+                    f"the criterion {rule.name!r} saw no change and no gradient in any candidate, so the loss does "
+                    f"not depend on the backbone; check `loss_fn` and the model."
                 )
         chosen = None
         with choosing():
@@ -237,7 +250,7 @@ def search_ticket(
             else:
                 positions = selector.choose(training, selector.size)
         early = selector.early_values(positions)
-        # Probes are gone after the search; what they leave is in `chosen`.
+        # Without the probes, which are removed after the search; `chosen` has their values.
         moved = [slot for slot in others if slot.begin is not slot.before and slot.parameter not in probed]
         early_beside = [(slot.parameter, slot.begin) for slot in moved]
     with seeded(seed, device):
@@ -267,7 +280,7 @@ def _begin(
     early: Mapping[str, Tensor],
     early_beside: Iterable[tuple[nn.Parameter, Tensor]],
 ) -> None:
-    """Give what was installed the values to begin with: a placement's, and those of the step that is rewound to."""
+    """Set the initial values of the installed adapter: those of a placement, and those of the step to rewind to."""
     if chosen:
         chosen.begin(tuner, adapter_name)
     layers = dict(sfa_layers(tuner.model))
@@ -292,7 +305,7 @@ def _rate(name: str, value: float) -> float:
     return float(value)
 
 
-# Fields that say nothing of what a search does.
+# Fields that do not affect a search.
 OTHER_FIELDS = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -309,7 +322,7 @@ OTHER_FIELDS = {
 
 
 def _settings(config: SFAConfig) -> dict[str, Any]:
-    """The config's part of what decides a search, as JSON gives it back."""
+    """The config fields that affect a search, with values that do not change in JSON."""
     fields = {name: value for name, value in config.to_dict().items() if name not in OTHER_FIELDS}
     return {
         name: sorted(value) if isinstance(value, set) else list(value) if isinstance(value, tuple) else value
@@ -330,10 +343,10 @@ def _trained_beside(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
 
 @contextmanager
 def _rewound(tuner: SFAModel, adapter_name: str) -> Iterator[None]:
-    """Freeze everything for a search, and put back at the end, whatever happens, all but the trained parameters.
+    """Freeze all parameters for a search, and restore the model's state at the end, also after an error.
 
-    The adapter is the one active meanwhile, without its internal part. Put back are the active adapters, all buffers,
-    gradients, `requires_grad` flags and training modes.
+    During the search only this adapter is active, without its internal part. The active adapters, all buffers,
+    gradients, `requires_grad` flags and training modes are restored; the values of trained parameters are not.
     """
     model, active = tuner.model, tuner.active_adapter
     state = [(p, p.grad, p.requires_grad) for p in model.parameters()]
@@ -363,10 +376,10 @@ def _rewound(tuner: SFAModel, adapter_name: str) -> Iterator[None]:
 
 
 def _from_main_process(positions: Positions, device: torch.device) -> Positions:
-    """Every process takes the main process's ticket: reductions may differ in the last bit between ranks."""
+    """The ticket of the main process, on all processes. Their scores may differ in the last bit."""
     shared: Positions = {}
-    for module, own in positions.items():
-        for name, chosen in own.items():
+    for module, named in positions.items():
+        for name, chosen in named.items():
             length = broadcast(torch.tensor([len(chosen)], device=device))
             buffer = chosen.to(device)
             if len(buffer) != int(length):

@@ -1,4 +1,4 @@
-"""The steps of a search: batches, losses, updates, and where it is."""
+"""The training steps of a search: batches, losses, updates and progress."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from .training import DenseTraining
 
 
 class State(Protocol):
-    """What a search reads of Accelerate's `PartialState` or `AcceleratorState`; the library has no types."""
+    """The attributes that a search reads from Accelerate's `PartialState` or `AcceleratorState`, which are untyped."""
 
     num_processes: int
     is_main_process: bool
     device: torch.device
 
 
-# Steps between two looks at the losses on an accelerator: each look waits for all that is queued there.
+# Steps between two reads of the losses on an accelerator, since each read waits for all queued work.
 READ_EVERY = 10
 
 
 class TicketSearchError(RuntimeError):
-    """The search could not be finished. The model is as it was before it."""
+    """A ticket search failed. The model has been restored to its state before the search."""
 
 
 class Calls:
-    """Which modules of a model are called: an adapter acts where its module is called, and nowhere else.
+    """Records which modules a model calls, since an adapter only has an effect in a module that is called.
 
-    A model can read a module's weight and never call it, as timm's Swinv2 does with its ``qkv``.
+    A model can read a module's weight without a call, as timm's Swinv2 does with its ``qkv``.
 
     Args:
         modules: The modules, by name.
@@ -58,25 +58,25 @@ class Calls:
             handle.remove()
 
     def state(self) -> Tensor:
-        """One number for each module, 1 if it was called."""
+        """An int32 tensor with 1 for each called module, otherwise 0."""
         return torch.tensor([name in self.called for name in self.names], dtype=torch.int32)
 
     def load_state(self, state: Tensor) -> None:
         self.called |= {name for name, called in zip(self.names, state.tolist(), strict=True) if called}
 
     def never(self, device: torch.device) -> list[str]:
-        """The modules that were called on no process."""
+        """The modules that no process has called."""
         called = reduce(self.state().to(device), reduction="sum").tolist()
         return [name for name, count in zip(self.names, called, strict=True) if not count]
 
 
 class Run:
-    """The steps of one search, and where it is.
+    """Runs the steps of a search.
 
     Attributes:
-        losses: The loss of each step done, the mean over all processes.
-        calls: Which modules with adapters, or that the ticket may choose from, the model calls.
-        checkpoint: Where the progress is kept, if it is.
+        losses: The loss of each completed step, averaged over all processes.
+        calls: Records which adapted modules and candidates the model calls.
+        checkpoint: The file for the progress, or None.
     """
 
     def __init__(
@@ -95,12 +95,12 @@ class Run:
         self.calls = calls
         self.losses: list[float] = []
         self._unread: list[Tensor] = []
-        # Processes must learn of each other's failures at once, or they wait for each other.
+        # Several processes read at every step: without news of a failure they would wait for the failed process.
         self._read_every = READ_EVERY if device.type != "cpu" and state.num_processes == 1 else 1
         self.checkpoint: SearchCheckpoint | None = None
 
     def resume(self, checkpoint: SearchCheckpoint) -> None:
-        """Go on from the progress in a file, if there is any, and keep later progress there."""
+        """Resume from the progress in a file, if it exists, and save later progress there."""
         self.checkpoint = checkpoint
         progress = checkpoint.load()
         if progress is None:
@@ -113,7 +113,7 @@ class Run:
                 buffer.copy_(progress.tensors[f"buffer:{name}"])
 
     def _buffers(self) -> list[tuple[str, Tensor]]:
-        """All buffers but the positions of tickets, which play no part in a search."""
+        """All buffers except the positions of tickets, which a search does not use."""
         return [(name, b) for name, b in self.model.named_buffers() if ".sfa_internal." not in name]
 
     def _save(self) -> None:
@@ -133,11 +133,11 @@ class Run:
         checkpoint_every: int,
         progress: bool,
     ) -> None:
-        """All steps that are left of all rounds."""
+        """Run all remaining steps of all rounds."""
         start, total = len(self.losses), steps * rounds
         for _ in range(start):
             next(batches)
-        # Several processes average their gradients first, so they cannot use them inside backward.
+        # Several processes average their gradients after backward, so they cannot update inside backward.
         updating = self.training.inside_backward() if self.state.num_processes == 1 else nullcontext()
         with (
             updating,
@@ -170,8 +170,8 @@ class Run:
         data_stream = torch.get_rng_state()
         try:
             batch = send_to_device(next(batches), self.device)
-            # The model draws from a stream of its own for each step, so that the data's stream does not depend on it,
-            # and a search that goes on from a file sees the same batches and drops out the same units.
+            # The model has a separate random stream for each step. So the random numbers of the data do not depend on
+            # the model, and a resumed search sees the same batches and drops the same units.
             data_stream = torch.get_rng_state()
             torch.manual_seed((self.seed * 1_000_003 + step) % (1 << 63))
             with self.autocast():
@@ -182,7 +182,7 @@ class Run:
         except Exception as error:
             if not several:
                 raise
-            outcome = error  # the other processes wait for this one's loss: they get a NaN
+            outcome = error  # the other processes wait for this loss, and get a NaN
         if isinstance(outcome, Tensor):
             value = outcome.detach().float()
         else:
@@ -190,7 +190,7 @@ class Run:
         self._unread.append(reduce(value, reduction="mean"))
         if isinstance(outcome, Exception):
             raise outcome
-        if several:  # before gradients are exchanged, which the one that failed takes no part in
+        if several:  # before the gradients are exchanged, in which a failed process does not take part
             self._read_losses()
         outcome.backward()
         if several:
@@ -201,10 +201,10 @@ class Run:
         torch.set_rng_state(data_stream)
 
     def _read_losses(self) -> None:
-        """Take the losses of the last steps over from the device.
+        """Read the losses of the last steps from the device.
 
         Raises:
-            TicketSearchError: If one is not finite.
+            TicketSearchError: If a loss is not finite.
         """
         losses = torch.stack(self._unread).tolist() if self._unread else []
         self._unread.clear()
@@ -212,19 +212,19 @@ class Run:
             if not math.isfinite(loss):
                 where = " on a process" if self.state.num_processes > 1 else ""
                 raise TicketSearchError(
-                    f"the loss was {loss} at step {len(self.losses)} of the search{where}; the model is as it was "
-                    f"before. Lower `learning_rate`, or check the data."
+                    f"the loss was {loss} at step {len(self.losses)} of the search{where}; the model has been "
+                    f"restored. Lower `learning_rate`, or check the data."
                 )
             self.losses.append(loss)
 
 
 @contextmanager
 def choosing() -> Iterator[None]:
-    """Say that the search has failed where nothing can be chosen."""
+    """Turn an error of the selection into a `TicketSearchError`."""
     try:
         yield
     except NotFiniteError as error:
-        raise TicketSearchError(f"the search diverged: {error}. Lower `learning_rate`.") from error
+        raise TicketSearchError(f"the search diverged: {error} Lower `learning_rate`.") from error
     except ValueError as error:
         raise TicketSearchError(f"the search gave no ticket: {error}") from error
 
@@ -232,7 +232,7 @@ def choosing() -> Iterator[None]:
 def prepared(dataloader: Iterable[Any], device: torch.device) -> Iterable[Any]:
     ready = isinstance(dataloader, DataLoaderShard | DataLoaderDispatcher)
     if isinstance(dataloader, DataLoader) and not ready:
-        # Not accelerator.prepare: the caller's accelerator should not remember a loader that it was not given.
+        # Not accelerator.prepare, which would register the loader with the caller's accelerator.
         dataloader = prepare_data_loader(dataloader, device, put_on_device=True)
     return dataloader
 
@@ -245,19 +245,21 @@ def endless(loader: Iterable[Any], steps: int) -> Iterator[Any]:
             seen += 1
             yield batch
         if seen == 0:
-            raise TicketSearchError("dataloader gave no batch; is its dataset empty, or its drop_last set?")
+            raise TicketSearchError(
+                "dataloader gave no batch: its dataset is empty, or smaller than a batch with drop_last=True."
+            )
         if seen == before:
             raise TicketSearchError(
-                f"dataloader gave {seen} batches and cannot be begun again, but steps={steps}; pass a DataLoader or a "
-                f"list, or lower `steps` to {seen}."
+                f"dataloader gave {seen} batches and cannot be started again, but {steps} steps are needed; pass a "
+                f"DataLoader or a list, or use at most {seen} steps."
             )
 
 
 def default_loss(model: nn.Module, batch: Any) -> Tensor:
     if not isinstance(batch, Mapping):
         raise TicketSearchError(
-            f"dataloader gave a batch of type {type(batch).__name__}; model(**batch) needs a dict. Pass `loss_fn` for "
-            f"other batches."
+            f"dataloader gave a batch of type {type(batch).__name__}, but model(**batch) needs a dict. Pass `loss_fn` "
+            f"for other batches."
         )
     loss: Tensor | None = getattr(model(**batch), "loss", None)
     if loss is None:
@@ -270,7 +272,7 @@ def default_loss(model: nn.Module, batch: Any) -> Tensor:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """A random state of the search's own, also for the order in which a DataLoader shuffles."""
+    """Use a separate random state in the search, also for the shuffling of a DataLoader, and restore it at the end."""
     devices = [device] if device.type != "cpu" else []
     with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
         torch.manual_seed(seed)

@@ -1,9 +1,9 @@
-"""Dense training for a search: an optimizer with a small footprint that watches how parameters move.
+"""Dense training for a search: Adam with low memory use, which also sums the statistics of criteria.
 
-Full fine-tuning with AdamW holds four tensors of the model's size: weights, gradients, two moments. A search needs
-the original weights as well, which it keeps in CPU memory. Instead of all gradients it holds one: it updates each
-parameter inside backward, as soon as its gradient is there, and drops the gradient. Averaging gradients over several
-processes has to wait for the end of backward, as it does in distributed full fine-tuning.
+Full fine-tuning with AdamW holds four tensors of the model's size: weights, gradients and two moments. A search also
+needs the original weights, which it keeps in CPU memory. It holds only one gradient at a time: it updates each
+parameter inside backward, as soon as its gradient is computed, and drops the gradient. With several processes, the
+gradients are averaged after backward, as in distributed full fine-tuning.
 """
 
 from __future__ import annotations
@@ -24,19 +24,21 @@ STATES = ("device", "cpu", "bf16")
 
 @dataclass
 class Slot:
-    """One parameter in training, and what is kept for it.
+    """A trained parameter and its state.
 
     Attributes:
-        name: ``"module.parameter"`` of a candidate, a running name for what is trained beside.
-        parameter: The model's own, changed in place.
-        rate: Its learning rate; 0 leaves it where it is.
-        statistics: What is summed up for its criterion; empty for what is trained beside the candidates.
-        is_candidate: Whether the ticket may choose from it, or it is trained beside the candidates.
-        before: Its value when the search began.
-        master: A float32 copy to work on, for parameters in half precision: a step of 5e-4 would be rounded away.
-        kept: What earlier rounds chose, as a mask; None before the first has ended.
-        start: What a resumed search began with, for what is trained beside: a head may have been made anew since.
-        early: A copy of an early step to rewind to.
+        name: ``"module.parameter"`` for a candidate; a numbered name for parameters of external adapters and heads.
+        parameter: The parameter of the model. It is changed in place.
+        rate: The learning rate. With 0 the parameter is not changed.
+        statistics: The statistics that are summed for the criterion.
+        is_candidate: Whether the ticket may choose from the parameter.
+        before: The value before the search.
+        master: For parameters in half precision, a float32 copy that is trained, since half precision would lose small
+            updates.
+        kept: The mask of the survivors of earlier rounds; None in the first round.
+        start: In a resumed search, the value at the start of the original search. For external adapters and heads,
+            which may have been initialized again since.
+        early: The value at the step that the search rewinds to.
     """
 
     name: str
@@ -65,7 +67,7 @@ class Slot:
 
     @property
     def begin(self) -> Tensor:
-        """What the parameter is rewound to."""
+        """The value that the parameter is rewound to."""
         if self.early is not None:
             return self.early
         return self.before if self.start is None else self.start
@@ -76,7 +78,7 @@ class Slot:
             tensor.zero_()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that a resumed search needs of this slot."""
+        """The state of this slot, for a search that resumes."""
         named: dict[str, Tensor | None] = {"value": self.value, "kept": self.kept, "early": self.early}
         named["steps"] = torch.tensor(self.steps)
         if not self.is_candidate:
@@ -93,8 +95,8 @@ class Slot:
         if self.kept is not None:
             self.kept = self.kept.to(self.parameter.device)
         if self.moments:
-            for own, saved in zip(self.moments, (tensors["first"], tensors["second"]), strict=True):
-                own.copy_(saved)
+            for moment, saved in zip(self.moments, (tensors["first"], tensors["second"]), strict=True):
+                moment.copy_(saved)
         for name, total in self.sums.items():
             total.copy_(tensors[f"sum.{name}"])
 
@@ -103,17 +105,18 @@ class DenseTraining:
     """Adam (Kingma & Ba, 2015) over `Slot`s, one parameter at a time.
 
     Args:
-        slots: What is trained.
-        state: Where moments and sums are kept: ``device``, as float32 beside the parameters; ``cpu``; or
-            ``bf16``, on the device in half the memory, rounded stochastically so that small updates are not lost.
-        seed: Of the stochastic rounding.
+        slots: The parameters to train.
+        state: Where moments and sums are kept. ``device``: in float32 on the device of the parameters. ``cpu``: in
+            CPU memory. ``bf16``: in bfloat16 on the device, with stochastic rounding, so that small updates are not
+            lost.
+        seed: The seed of the stochastic rounding.
     """
 
     def __init__(self, slots: Sequence[Slot], state: str, seed: int) -> None:
         self.slots = list(slots)
         self.state = state
         self.dtype = torch.bfloat16 if state == "bf16" else torch.float32
-        # On the parameters' device: noise made elsewhere would have to be brought there for each of them.
+        # On the parameters' device, since noise from another device would have to be copied for each parameter.
         device = self.slots[0].parameter.device if self.slots else "cpu"
         self.rounding = torch.Generator(device).manual_seed(seed)
         for slot in self.slots:
@@ -129,7 +132,7 @@ class DenseTraining:
 
     @contextmanager
     def inside_backward(self) -> Iterator[None]:
-        """Update each parameter as soon as its gradient is there, and drop the gradient."""
+        """Update each parameter as soon as its gradient is computed, and drop the gradient."""
         handles = [
             slot.parameter.register_post_accumulate_grad_hook(lambda p, slot=slot: self.update(slot))
             for slot in self.slots
@@ -142,7 +145,7 @@ class DenseTraining:
 
     @torch.no_grad()
     def update(self, slot: Slot) -> None:
-        """One step of one parameter, from its gradient, which is dropped. No gradient is no step."""
+        """Update one parameter from its gradient, and drop the gradient. Without a gradient nothing happens."""
         gradient, slot.parameter.grad = slot.parameter.grad, None
         if gradient is None:
             return
@@ -166,8 +169,8 @@ class DenseTraining:
         slot.value.add_(self._move(slot, first, second))
         if slot.master is not None:
             slot.parameter.copy_(slot.master)
-        for own, new in zip(slot.moments, (first, second), strict=True):
-            self._write(own, new)
+        for moment, new in zip(slot.moments, (first, second), strict=True):
+            self._write(moment, new)
 
     @staticmethod
     def _move(slot: Slot, first: Tensor, second: Tensor) -> Tensor:
@@ -179,8 +182,8 @@ class DenseTraining:
         if kept is new:
             return
         if kept.dtype == torch.bfloat16:
-            # A bfloat16 is the upper half of a float32: adding a random lower half before cutting it off rounds up as
-            # often as the value is near to the next one. Rounding to nearest would lose every change under 0.4 %.
+            # Stochastic rounding: a bfloat16 is the upper half of a float32, so a random number is added to the lower
+            # half before it is cut off. Rounding to nearest would lose every change below 0.4 %.
             device = self.rounding.device
             noise = torch.randint(0, 1 << 16, new.shape, generator=self.rounding, dtype=torch.int32, device=device)
             noise = noise.to(new.device)
@@ -188,18 +191,22 @@ class DenseTraining:
         kept.copy_(new)
 
     def rewind(self, to_early: bool = True) -> None:
-        """Put every parameter back, and forget moments and sums: to where the search rewinds, or to what it was."""
+        """Reset all parameters, moments and sums.
+
+        Args:
+            to_early: Whether to reset parameters to the values that the search rewinds to, or to those before it.
+        """
         for slot in self.slots:
             slot.set(slot.begin if to_early else slot.before)
             slot.forget()
 
     def remember(self) -> None:
-        """Keep the present values to rewind to."""
+        """Keep the current values as those that the search rewinds to."""
         for slot in self.slots:
             slot.early = slot.value.to(slot.before.device, copy=True)
 
     def evidence(self, slot: Slot, criterion: Criterion, seed: int) -> Evidence:
-        """What is known of one parameter now, in copies: a criterion may work in place."""
+        """The evidence about a parameter. Its tensors are copies, since a criterion may work in place."""
         device = slot.parameter.device
         return Evidence(
             slot.name,
@@ -210,12 +217,12 @@ class DenseTraining:
         )
 
     def fingerprint(self) -> list[float]:
-        """Numbers that tell the candidates of one model from those of another."""
+        """Numbers that identify the candidates' values: their count, their elements, and the sum of magnitudes."""
         values = [slot.before.double() for slot in self.slots if slot.is_candidate]
         return [len(values), sum(v.numel() for v in values), float(sum(v.abs().sum() for v in values))]
 
     def has_evidence(self) -> bool:
-        """Whether any candidate has moved, or has had a gradient."""
+        """Whether any candidate has changed or has had a gradient."""
         return any(
             not torch.equal(slot.value, slot.before.to(slot.value)) or any(total.any() for total in slot.sums.values())
             for slot in self.slots
@@ -223,7 +230,7 @@ class DenseTraining:
         )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that a stopped training needs to go on, by slot."""
+        """The state of the training, for a search that resumes."""
         state = {f"{slot.name}:{key}": tensor for slot in self.slots for key, tensor in slot.tensors().items()}
         return state | {"rounding": self.rounding.get_state()}
 
