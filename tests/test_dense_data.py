@@ -70,7 +70,7 @@ def test_images_of_any_mode_and_size(mode, size):
         image = Image.fromarray(values)
     else:
         image = Image.new("RGB", size, (128, 128, 128)).convert(mode)
-    found = read_image(stored(image, {"CMYK": "TIFF", "YCbCr": "JPEG"}.get(mode, "PNG")))
+    found = read_image(stored(image, {"CMYK": "TIFF", "I": "TIFF", "YCbCr": "JPEG"}.get(mode, "PNG")))
     assert (found.mode, found.size) == ("RGB", size)
     if mode in ("I;16", "I", "L", "RGB", "RGBA"):
         assert np.asarray(found).max() == np.asarray(found).min() == 128

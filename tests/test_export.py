@@ -22,7 +22,9 @@ TOLERANCE = 1e-5
 
 # Deprecated by torch, and still used.
 torchscript = pytest.mark.filterwarnings(
-    "ignore:`torch.jit:DeprecationWarning", "ignore:You are using the legacy TorchScript:DeprecationWarning"
+    "ignore:`torch.jit:DeprecationWarning",
+    "ignore:You are using the legacy TorchScript:DeprecationWarning",
+    "ignore:The feature will be removed:DeprecationWarning",
 )
 
 
