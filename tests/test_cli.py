@@ -93,7 +93,7 @@ def test_verify(run, folder):
     code, text, errors = run("verify", "both", "--base", "other_base")
     assert code == 1
     assert text == ""
-    assert "trained on another base model" in errors
+    assert "trained on a base model that differs" in errors
     code, found, _ = run("verify", "both", "--base", "other_base", "--json")
     assert code == 1
     assert found["ok"] is False
@@ -136,7 +136,7 @@ def test_merge_gives_the_same_outputs(run, folder, tmp_path, name):
 def test_merge_into_another_base_is_refused(run, tmp_path):
     code, _, errors = run("merge", "both", "--base", "other_base", "--out", tmp_path / "out")
     assert code == 1
-    assert "trained on another base model" in errors
+    assert "trained on a base model that differs" in errors
     assert not (tmp_path / "out").exists()
 
 

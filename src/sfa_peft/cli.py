@@ -1,4 +1,4 @@
-"""The `sfa-peft` command: look at saved adapters, check them, fold them into their base, compare them."""
+"""The `sfa-peft` command: inspects, verifies, merges and compares saved adapters."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ EXTERNAL_FOLDER = "external"
 
 
 class RefusedError(Exception):
-    """What a command was asked for cannot be done; the text says why."""
+    """A command cannot be run. The message says why."""
 
 
 @dataclass
 class Saved:
-    """A saved adapter, read and checked."""
+    """A saved adapter that has been read and checked."""
 
     name: str
     config: SFAConfig
@@ -52,12 +52,12 @@ class Saved:
         config = SFAConfig.from_pretrained(name, **options)
         weights = weights_of(name, **options)
         if weights is None:
-            raise RefusedError(f"{name!r} has a config, but no weights.")
+            raise RefusedError(f"{name!r} has a config, but no weights; save the adapter with save_pretrained.")
         return cls(name, config, read(weights), weights.stat().st_size)
 
     @property
     def bytes(self) -> dict[str, int]:
-        """The file's bytes by what they are for."""
+        """The bytes of each part of the file."""
         counted: Counter[str] = Counter()
         for key, tensor in self.file.tensors.items():
             counted[_part(key)] += tensor.numel() * tensor.element_size()
@@ -66,7 +66,7 @@ class Saved:
 
     @property
     def parameters(self) -> dict[str, int]:
-        """The adapter's parameters by what they are for."""
+        """The number of parameters in each part of the adapter."""
         counted: Counter[str] = Counter()
         for key, tensor in self.file.tensors.items():
             if (part := _part(key)) != "positions":
@@ -75,7 +75,7 @@ class Saved:
 
     @property
     def adapted_heads(self) -> dict[str, dict[str, int]]:
-        """What internal values, and bytes of them, lie in each of `target_heads`."""
+        """The number of internal values, and their bytes, in each of `target_heads`."""
         values = {
             key.removeprefix(PREFIX): tensor
             for key, tensor in tensors_of(self.config, self.file).items()
@@ -93,12 +93,13 @@ class Saved:
     def ticket(self) -> Ticket:
         if not self.file.shapes and self.config.ticket_sizes:
             raise RefusedError(
-                f"{self.name!r} was not saved by sfa_peft itself, so the shapes of its base are not known."
+                f"{self.name!r} was not saved by sfa_peft, so the shapes of its base are not known; load it in Python "
+                f"and save it again."
             )
         positions: dict[str, dict[str, torch.Tensor]] = {}
-        for key, own in contents_of(self.config, self.file)[1].items():
+        for key, indices in contents_of(self.config, self.file)[1].items():
             module, _, parameter = key.removeprefix(PREFIX).removesuffix(POSITIONS).partition(INTERNAL)
-            positions.setdefault(module, {})[parameter] = own
+            positions.setdefault(module, {})[parameter] = indices
         return Ticket(positions, self.file.shapes, self.config.granularity, self.config.external_widths or {})
 
 
@@ -111,7 +112,7 @@ def _part(key: str) -> str:
 
 
 def inspect(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
-    """What is in an adapter: parameters, bytes, the ticket by layer, the base it was trained on."""
+    """Show the content of an adapter: parameters, bytes, the ticket by layer, and the base model."""
     saved = Saved.load(args.adapter, _options(args))
     config = saved.config
     has_shapes = bool(saved.file.shapes)
@@ -155,8 +156,8 @@ def inspect(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
             [
                 *((part, _count(saved.parameters.get(part)), f"{n:,}") for part, n in saved.bytes.items()),
                 *(
-                    (f"(internal in {head})", _count(own["parameters"]), f"{own['bytes']:,}")
-                    for head, own in found["adapted_heads"].items()
+                    (f"(internal in {head})", _count(counts["parameters"]), f"{counts['bytes']:,}")
+                    for head, counts in found["adapted_heads"].items()
                 ),
                 ("total", f"{sum(saved.parameters.values()):,}", f"{saved.size:,}"),
             ],
@@ -168,7 +169,7 @@ def inspect(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
 
 
 def verify(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
-    """Whether an adapter is whole, fits a base model, and was trained on these weights."""
+    """Check that an adapter is not damaged, fits the base model, and was trained on the base model's weights."""
     saved = Saved.load(args.adapter, _options(args))
     _load(args, saved.config)
     found = {
@@ -177,18 +178,18 @@ def verify(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
         "sealed": saved.file.config is not None,
         "fingerprint": saved.config.base_fingerprint is not None,
     }
-    text = f"{args.adapter}: whole, and fits {_base_name(args, saved.config)}"
+    text = f"{args.adapter}: not damaged, and fits {_base_name(args, saved.config)}"
     if not found["sealed"]:
-        text += "\nIt has no seal, as another program saved it: damage to single values cannot be seen."
+        text += "\nIt has no seal, since another program saved it, so damage to single values is not detected."
     if not found["fingerprint"]:
-        text += "\nIt has no fingerprint: whether the base has the weights of the training cannot be told."
+        text += "\nIt has no fingerprint, so it is not known whether the base has the weights used in training."
     return OK, found, text
 
 
 def merge(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
-    """Fold the ticket's values and the heads into the base, and save it.
+    """Merge the internal adapters and the heads into the base model, and save it.
 
-    External adapters cannot be folded into weights; they are saved beside it, as an adapter for the folded base.
+    External adapters cannot be merged into weights. They are saved in a subfolder, as an adapter for the merged model.
     """
     saved = Saved.load(args.adapter, _options(args))
     out = Path(args.out)
@@ -198,12 +199,12 @@ def merge(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     tensors = {k: t for k, t in get_peft_model_state_dict(model).items() if is_adapter_key(k) and INTERNAL not in k}
     for _, layer in sfa_layers(model):
         layer.remove_externals("default")
-    folded = model.merge_and_unload(safe_merge=True)
-    folded.save_pretrained(out)
-    text = f"folded into {out}"
+    merged = model.merge_and_unload(safe_merge=True)
+    merged.save_pretrained(out)
+    text = f"merged model: {out}"
     found: dict[str, Any] = {"out": str(out), "external": None}
     if tensors:
-        own = saved.config.to_dict() | {
+        fields = saved.config.to_dict() | {
             "ticket_sizes": {},
             "target_modules": [],
             "target_heads": None,
@@ -212,16 +213,16 @@ def merge(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
             "base_model_name_or_path": str(out),
             "external_share": 1.0,
         }
-        rest = PeftModel(folded, SFAConfig(**own))
+        rest = PeftModel(merged, SFAConfig(**fields))
         set_peft_model_state_dict(rest, tensors)
         rest.save_pretrained(str(out / EXTERNAL_FOLDER))
         found["external"] = str(out / EXTERNAL_FOLDER)
-        text += f"; the external adapters, for that base: {out / EXTERNAL_FOLDER}"
+        text += f"; its external adapters: {out / EXTERNAL_FOLDER}"
     return OK, found, text
 
 
 def diff(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
-    """What two adapters have in common: the overlap of their tickets by layer, and their widths."""
+    """Compare two adapters: the overlap of their tickets by layer, and their widths."""
     options = _options(args)
     a, b = (Saved.load(name, options) for name in (args.adapter, args.other))
     tickets = a.ticket, b.ticket
@@ -250,7 +251,7 @@ def diff(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
         f"a  {a.name}: {tickets[0].size:,} positions",
         f"b  {b.name}: {tickets[1].size:,} positions",
         f"overlap (IoU) {overlap:.3f}, {'the same' if same_base else 'not the same'} base"
-        + (", equal" if equal else f"; another {difference}" if difference else ""),
+        + (", equal" if equal else f"; they differ in {difference}" if difference else ""),
         "",
         _table(("layer", "overlap"), [(name, f"{value:.3f}") for name, value in layers.items()]),
     ]
@@ -268,7 +269,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _or_none(value: float) -> float | None:
-    """JSON has no NaN."""
+    """None for NaN, which JSON does not have."""
     return None if value != value else value
 
 
@@ -282,7 +283,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _load(args: argparse.Namespace, config: SFAConfig) -> PeftModel:
-    """The base with the adapter; a base with other weights is an error."""
+    """The base model with the adapter. A base with other weights is an error."""
     base = _base(args, config)
     with warnings.catch_warnings():
         warnings.simplefilter("error", BaseMismatchWarning)
@@ -295,22 +296,22 @@ def _load(args: argparse.Namespace, config: SFAConfig) -> PeftModel:
 def _base_name(args: argparse.Namespace, config: SFAConfig) -> str:
     name = args.base or config.base_model_name_or_path
     if not name:
-        raise RefusedError("the adapter does not name its base model: give --base MODEL.")
+        raise RefusedError("the adapter's config does not name its base model: give --base MODEL.")
     return name
 
 
 def _base(args: argparse.Namespace, config: SFAConfig) -> nn.Module:
-    """The base model, by the class that the adapter was trained with, or else the one that its config names."""
+    """The base model, in the class that the adapter was trained with, or otherwise in that of the model's config."""
     options = {} if args.num_labels is None else {"num_labels": args.num_labels, "ignore_mismatched_sizes": True}
     name = _base_name(args, config)
     if not args.base and config.revision:
         options["revision"] = config.revision
     try:
-        own = transformers.AutoConfig.from_pretrained(name, revision=options.get("revision"))
-        names = [(config.auto_mapping or {}).get("base_model_class"), *(own.architectures or ())]
+        base_config = transformers.AutoConfig.from_pretrained(name, revision=options.get("revision"))
+        names = [(config.auto_mapping or {}).get("base_model_class"), *(base_config.architectures or ())]
         cls = next((getattr(transformers, name) for name in names if name and hasattr(transformers, name)), None)
         if cls is None:
-            raise RefusedError(f"--base {name!r} is of a class that transformers does not have; load it in Python.")
+            raise RefusedError(f"--base {name!r} has a class that transformers does not have; load it in Python.")
         base: nn.Module = cls.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise RefusedError(f"--base {name!r} cannot be loaded: {error}") from error
@@ -323,37 +324,38 @@ Command = Callable[[argparse.Namespace], tuple[int, dict[str, Any], str]]
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sfa-peft",
-        description="Look at saved SFA adapters. Exit codes: 0 fine, 1 damaged, unfit or different, 2 could not run.",
+        description="Inspect, verify, merge and compare saved SFA adapters. Exit codes: 0 success; 1 the adapter is "
+        "damaged, does not fit the base model, or differs from the other one; 2 the command could not run.",
     )
     parser.add_argument("--version", action="version", version=f"sfa-peft {metadata.version('sfa-peft')}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     def command(run: Command) -> argparse.ArgumentParser:
         text = (run.__doc__ or "").strip()
-        own = commands.add_parser(run.__name__, help=text.splitlines()[0], description=text)
-        own.set_defaults(run=run)
-        own.add_argument("adapter", metavar="PATH_OR_REPO", help="a folder, or a repository on the Hub")
-        own.add_argument("--revision", help="of the repository")
-        own.add_argument("--subfolder", help="of the folder or repository")
-        own.add_argument("--token", help="for a private repository; the stored one unless given")
-        own.add_argument("--json", action="store_true", help="print JSON instead of tables")
-        return own
+        subparser = commands.add_parser(run.__name__, help=text.splitlines()[0], description=text)
+        subparser.set_defaults(run=run)
+        subparser.add_argument("adapter", metavar="PATH_OR_REPO", help="a folder, or a repository on the Hub")
+        subparser.add_argument("--revision", help="revision of the repository")
+        subparser.add_argument("--subfolder", help="subfolder of the folder or repository")
+        subparser.add_argument("--token", help="token for a private repository (default: the stored token)")
+        subparser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+        return subparser
 
     command(inspect)
     for run in (verify, merge):
-        own = command(run)
-        own.add_argument("--base", metavar="MODEL", help="the base model; the one that the adapter names unless given")
-        own.add_argument("--num-labels", type=int, help="classes of the head, where the base has other ones")
+        subparser = command(run)
+        subparser.add_argument("--base", metavar="MODEL", help="base model (default: the one in the adapter's config)")
+        subparser.add_argument("--num-labels", type=int, help="classes of the head, if they differ from the base's")
         if run is merge:
-            own.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+            subparser.add_argument("--out", required=True, metavar="DIR", help="a new folder for the merged model")
     command(diff).add_argument("other", metavar="OTHER", help="another adapter")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
+    """Run the command. Returns the exit code."""
     args = _parser().parse_args(argv)
-    warnings.simplefilter("ignore", FutureWarning)  # of transformers, for its developers
+    warnings.simplefilter("ignore", FutureWarning)  # from transformers; not relevant to users of the command
     try:
         run: Command = args.run
         code, found, text = run(args)

@@ -1,4 +1,4 @@
-"""The model card of an adapter: what every save writes of it."""
+"""The model card of an adapter. Every save writes or updates it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PICTURE = "ticket.png"
 BEGIN = "<!-- sfa_peft: begin {name}; what is between these lines is written anew by each save -->"
 END = "<!-- sfa_peft: end {name} -->"
 
-# The endings of transformers' class names, and the Hub's tasks.
+# Endings of class names in transformers, and the names of their tasks on the Hub.
 TASKS = {
     "ForSemanticSegmentation": "image-segmentation",
     "ForUniversalSegmentation": "image-segmentation",
@@ -45,7 +45,7 @@ TASKS = {
 
 @dataclass
 class Evaluation:
-    """What a card says of an adapter's training and quality; see `describe_adapter`."""
+    """The task, dataset and metrics in a model card; see `describe_adapter`."""
 
     task: str | None = None
     dataset: str | None = None
@@ -64,31 +64,36 @@ def describe_adapter(
     repo_id: str | None = None,
     adapter_name: str | None = None,
 ) -> None:
-    """Say what the model card of an adapter is to tell beside what the adapter itself tells.
+    """Set the task, dataset and metrics in the model card of an adapter. The next save or upload writes them.
 
     Args:
-        model: What `get_peft_model` returned for an `SFAConfig`.
-        task: The Hub's name of the task, such as ``image-segmentation``; found from the base model's class unless
-            given.
-        dataset: The dataset that it was trained and evaluated on, by its name on the Hub or any other.
-        split: The split that the metrics are of.
-        metrics: By the metric's name as on the Hub (such as ``mean_iou``), its value.
-        repo_id: The repository that the card's code is to load it from, where something other than
-            `model.push_to_hub` uploads it, such as `Trainer.push_to_hub`.
-        adapter_name: The adapter; the active one unless given.
+        model (`nn.Module`): The model that `get_peft_model` returned for an `SFAConfig`.
+        task (`str`, *optional*, defaults to `None`):
+            The name of the task on the Hub, such as `image-segmentation`. None uses that of the base model's class.
+        dataset (`str`, *optional*, defaults to `None`):
+            The dataset of the training and evaluation, by its name on the Hub or any other name.
+        split (`str`, *optional*, defaults to `None`): The split of the dataset that the metrics were measured on.
+        metrics (`Mapping[str, float]`, *optional*, defaults to `None`):
+            The values of metrics, by their names on the Hub (such as `mean_iou`). They need a `dataset`.
+        repo_id (`str`, *optional*, defaults to `None`):
+            The repository in the card's code example. Needed if another function than `model.push_to_hub` uploads the
+            adapter, such as `Trainer.push_to_hub`.
+        adapter_name (`str`, *optional*, defaults to `None`): The adapter. None means the active one.
 
     Raises:
-        TypeError: If `model` is something else, or a metric is no finite number.
-        ValueError: If there is no such adapter, metrics come without a dataset, or a name is not one line of text.
+        TypeError: If `model` was not returned by `get_peft_model` for an `SFAConfig`, or a metric is not a finite
+            number.
+        ValueError: If there is no such adapter, metrics are given without a dataset, or a name is not one line of text
+            without `|`.
     """
     tuner, name = adapter_of(model, adapter_name)
     for field_name, text in (("task", task), ("dataset", dataset), ("split", split), ("repo_id", repo_id)):
         if text is not None and (not isinstance(text, str) or not text.strip() or "\n" in text or "|" in text):
             raise ValueError(
-                f"{field_name}={text!r} must be a line of text without `|`, which ends a cell of a table."
+                f"{field_name}={text!r} must be one line of text without `|`, which would end a cell of a table."
             )
     if metrics and not dataset:
-        raise ValueError("metrics say nothing without `dataset`: name the one that they were measured on.")
+        raise ValueError(f"metrics={metrics!r} need a `dataset`: give the name of the one they were measured on.")
     try:
         values = {str(metric): float(value) for metric, value in (metrics or {}).items()}
     except (TypeError, ValueError) as error:
@@ -100,11 +105,11 @@ def describe_adapter(
 
 @dataclass
 class Notes:
-    """What is kept of an adapter for its model card.
+    """The data of an adapter that is kept for its model card.
 
     Attributes:
-        evaluation: What the user has said of it.
-        picture: The picture of its ticket, and the digest of that ticket: drawing takes longer than saving.
+        evaluation: The user's description.
+        picture: The digest of the ticket and its picture, which is cached, since drawing takes longer than saving.
     """
 
     evaluation: Evaluation = field(default_factory=Evaluation)
@@ -117,15 +122,15 @@ def notes_of(tuner: SFAModel, adapter_name: str) -> Notes:
 
 
 def folder_of(folder: Path, adapter_name: str) -> Path:
-    """Where PEFT saves an adapter in the folder of a model."""
+    """The folder of an adapter in the folder of a model, as in PEFT."""
     return folder if adapter_name == "default" else folder / adapter_name
 
 
 def check_card(folder: Path) -> None:
-    """Check that the model card in a folder, if there is one, can be updated.
+    """Check that the model card in a folder can be updated, if there is one.
 
     Raises:
-        ValueError: If it cannot be read.
+        ValueError: If the model card cannot be read.
     """
     path = folder / CARD
     if not path.exists():
@@ -134,12 +139,12 @@ def check_card(folder: Path) -> None:
         ModelCard.load(path)
     except (YAMLError, UnicodeError, ValueError, OSError) as error:
         raise ValueError(
-            f"the model card {str(path)!r} cannot be updated: {error}. Mend it, or take it away; nothing was saved."
+            f"the model card {str(path)!r} cannot be updated: {error}. Correct or remove it; nothing was saved."
         ) from error
 
 
 def begin_card(model: PeftModel, folder: Path) -> list[str]:
-    """Begin a model card where there is none, in place of PEFT's long form; give the tags of one that is there."""
+    """Create a model card if there is none, instead of PEFT's template. Returns the tags of an existing card."""
     path = folder / CARD
     if path.is_file():
         return list(ModelCard.load(path).data.tags or ())
@@ -157,25 +162,25 @@ def update_card(
     tags: Sequence[str] = (),
     tickets: Mapping[str, Ticket] = MappingProxyType({}),
 ) -> None:
-    """Write what is to be said of the adapters saved in `folder` into its model card; all other text stays.
+    """Update the model card in `folder` with the adapters that are saved there. Other text in the card is kept.
 
     Args:
-        model: The model that they were saved from.
-        folder: With one adapter in itself, or others in folders of their names.
-        source: What the adapters are going to be loaded from: a folder, or a repository.
-        is_repo: Whether it is a repository.
-        tags: More tags.
-        tickets: Those of adapters that are at hand.
+        model: The model that the adapters were saved from.
+        folder: The folder with the saved adapters: the default one in the folder itself, others in subfolders.
+        source: Where the adapters will be loaded from: a folder or a repository.
+        is_repo: Whether `source` is a repository.
+        tags: Additional tags.
+        tickets: Tickets of adapters that are already known, so that they are not made again.
     """
     folders = {name: folder_of(folder, name) for name in model.peft_config}
-    saved = {name: own for name, own in folders.items() if (own / CONFIG).is_file()}
+    saved = {name: path for name, path in folders.items() if (path / CONFIG).is_file()}
     card = ModelCard.load(folder / CARD)
     if not saved:
         card.data.tags = sorted({*(card.data.tags or ()), *tags})
         card.save(folder / CARD)
         return
     base = model.get_base_model()
-    first = next(iter(saved))  # the one that the metadata tell of
+    first = next(iter(saved))  # the metadata of a card can describe only one adapter
     tuner = tuner_of(model)
     evaluations = {name: notes_of(tuner, name).evaluation for name in saved}
     evaluations[first] = _with_earlier(evaluations[first], card)
@@ -185,11 +190,11 @@ def update_card(
     card.data.pipeline_tag = evaluations[first].task or card.data.pipeline_tag or task_of(base)
     _name_base(card, base_id, tags)
     _add_results(card, evaluations[first], source.rpartition("/")[2] if is_repo else None)
-    for name, own in saved.items():
+    for name, path in saved.items():
         ticket = tickets.get(name) or ticket_of(model, name)
-        picture = (own / PICTURE).relative_to(folder).as_posix()
-        drawn = _draw(ticket, notes_of(tuner, name), own / PICTURE)
-        size = (own / WEIGHTS).stat().st_size
+        picture = (path / PICTURE).relative_to(folder).as_posix()
+        drawn = _draw(ticket, notes_of(tuner, name), path / PICTURE)
+        size = (path / WEIGHTS).stat().st_size
         section = [
             _summary(model, name, ticket, evaluations[name], base_id, size),
             *([f"![Where the adapter sits in the backbone]({picture})"] if drawn else []),
@@ -200,11 +205,11 @@ def update_card(
 
 
 def _data(card: ModelCard) -> ModelCardData:
-    return cast(ModelCardData, card.data)  # its own type is what all kinds of card have
+    return cast(ModelCardData, card.data)  # its declared type is the base class of all kinds of card data
 
 
 def _with_earlier(said: Evaluation, card: ModelCard) -> Evaluation:
-    """What was said of an adapter now, and what its card says already of the same dataset."""
+    """The evaluation, with missing parts filled in from the results of the same dataset in the card."""
     earlier = [r for r in _data(card).eval_results or () if said.dataset in (None, r.dataset_name)]
     if not earlier or said.metrics:
         return said
@@ -223,17 +228,17 @@ def _name_base(card: ModelCard, base_id: str | None, tags: Sequence[str]) -> Non
     data = _data(card)
     if base_id:
         data.base_model = base_id
-    elif not hub_id(data.base_model):  # PEFT puts a folder's name there
+    elif not hub_id(data.base_model):  # PEFT may have written the name of a folder
         data.base_model = None
-    own = {"sfa", "peft", *tags, *([f"base_model:adapter:{base_id}"] if base_id else [])}
-    others = {t for t in data.tags or () if t in own or not t.startswith("base_model:adapter:")}
-    data.tags = sorted(others | own)
+    added = {"sfa", "peft", *tags, *([f"base_model:adapter:{base_id}"] if base_id else [])}
+    others = {t for t in data.tags or () if t in added or not t.startswith("base_model:adapter:")}
+    data.tags = sorted(others | added)
 
 
 def _add_results(card: ModelCard, evaluation: Evaluation, model_name: str | None) -> None:
-    """Put dataset and metrics into the metadata, the latter as a `model-index`; results of other datasets stay."""
+    """Add the dataset and metrics to the metadata, the metrics as a `model-index`. Results of other datasets stay."""
     data, dataset = _data(card), evaluation.dataset
-    if dataset is None:  # metrics come with one
+    if dataset is None:  # then there are no metrics either
         return
     if hub_id(dataset):
         data.datasets = sorted({*_as_list(data.datasets), dataset})
@@ -241,7 +246,7 @@ def _add_results(card: ModelCard, evaluation: Evaluation, model_name: str | None
         return
     data.metrics = sorted({*_as_list(data.metrics), *evaluation.metrics})
     data.model_name = model_name or data.model_name or "sfa-adapter"
-    own = [
+    results = [
         EvalResult(
             task_type=data.pipeline_tag or "other",
             dataset_type=dataset,
@@ -253,16 +258,16 @@ def _add_results(card: ModelCard, evaluation: Evaluation, model_name: str | None
         for name, value in evaluation.metrics.items()
     ]
     others = [r for r in data.eval_results or () if r.dataset_name != dataset]
-    data.eval_results = own + others
+    data.eval_results = results + others
 
 
 def task_of(base: nn.Module) -> str | None:
-    """The Hub's name of the task that a model of transformers is for."""
+    """The name on the Hub of the task of a transformers model; None if it is not known."""
     return next((task for ending, task in TASKS.items() if type(base).__name__.endswith(ending)), None)
 
 
 def hub_id(name: Any) -> str | None:
-    """The name, if it can be one on the Hub and is no folder here."""
+    """The name if it can be a repository on the Hub and is not a local folder, otherwise None."""
     if not isinstance(name, str) or not name or os.path.exists(name):
         return None
     try:
@@ -277,7 +282,7 @@ def _as_list(value: str | list[str] | None) -> list[str]:
 
 
 def _with_section(text: str, name: str, section: str) -> str:
-    """A card's text with the section of one adapter; a new one comes behind those of others."""
+    """The text of a card with the section of one adapter. A new section comes after those of other adapters."""
     begin, end = (mark.format(name=name.replace("--", "- -")) for mark in (BEGIN, END))
     section = f"{begin}\n\n{section}\n\n{end}"
     found = re.search(re.escape(begin) + ".*?" + re.escape(end), text, re.DOTALL)
@@ -327,7 +332,7 @@ def _number(budget: int | float) -> str:
 
 
 def parameter_counts(model: PeftModel, name: str) -> dict[str, int]:
-    """How many parameters an adapter has: `internal`, `external`, and in its `heads`."""
+    """The numbers of parameters of an adapter: `internal`, `external` and `heads`."""
     layers = [layer for _, layer in sfa_layers(model)]
     internal = sum(layer.sfa_internal[name].num_values for layer in layers if name in layer.sfa_internal)
     every = sum(p.numel() for layer in layers for p in layer.parameters_of(name))
@@ -336,7 +341,7 @@ def parameter_counts(model: PeftModel, name: str) -> dict[str, int]:
 
 
 def _draw(ticket: Ticket, notes: Notes, path: Path) -> bool:
-    """Draw the ticket's picture, if it has not been drawn; False where matplotlib is not installed."""
+    """Write the ticket's picture, from the cache if it is there. False if matplotlib is not installed."""
     key = digest_of(ticket.by_name()) + json.dumps(ticket.widths, sort_keys=True)
     drawn_of, drawn = notes.picture
     if drawn_of == key:
@@ -356,7 +361,7 @@ def _draw(ticket: Ticket, notes: Notes, path: Path) -> bool:
 
 
 def _snippet(model: PeftModel, name: str, source: str, is_repo: bool) -> str:
-    """Code that loads the adapter, to be pasted."""
+    """The code example that loads the adapter."""
     base = model.get_base_model()
     config = tuner_of(model).peft_config[name]
     options = ""
@@ -373,6 +378,6 @@ def _snippet(model: PeftModel, name: str, source: str, is_repo: bool) -> str:
         imports, make = "", f"base = ...  # the {cls.__name__} that the adapter was trained on"
     subfolder = "" if name == "default" else f", subfolder={json.dumps(name)}"
     return (
-        f"import sfa_peft  # makes SFA known to PEFT\nfrom peft import PeftModel\n{imports}\n{make}\n"
+        f"import sfa_peft  # registers SFA with PEFT\nfrom peft import PeftModel\n{imports}\n{make}\n"
         f"model = PeftModel.from_pretrained(base, {json.dumps(source)}{subfolder}).eval()"
     )

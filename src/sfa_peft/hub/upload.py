@@ -1,4 +1,4 @@
-"""The upload of a saved adapter to the Hub."""
+"""Uploads a saved adapter to the Hub."""
 
 from __future__ import annotations
 
@@ -26,9 +26,17 @@ def upload(
     create_pr: bool,
     tags: Sequence[str],
 ) -> CommitInfo:
-    """Upload a folder with adapters in one commit. What is written in the branch's card stays.
+    """Upload a folder with saved adapters in one commit. Text that users have added to the model card is kept.
 
-    The arguments are those of `push_to_hub`; `folder` is what was saved.
+    Args:
+        model: The model that the adapters were saved from.
+        folder: The folder with the saved adapters.
+        repo_id: The repository. It is created if it does not exist.
+        message, description: Of the commit.
+        private, token, revision, create_pr, tags: As in `push_to_hub`.
+
+    Raises:
+        ValueError: If the model card in the repository cannot be read.
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -36,7 +44,7 @@ def upload(
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     try:
         shutil.copyfile(api.hf_hub_download(repo_id, CARD, revision=revision), folder / CARD)
-    except (EntryNotFoundError, RevisionNotFoundError):  # a repository may have no commit yet
+    except (EntryNotFoundError, RevisionNotFoundError):  # the repository may be empty
         pass
     else:
         check_card(folder)
