@@ -215,7 +215,7 @@ def test_a_state_does_not_replace_what_was_learned():
     model, trained = searched(), in_eval()
     train_on(trained, BATCHES)
     before = trained_parameters(trained)
-    with pytest.raises(CheckpointError, match="it has learned something"):
+    with pytest.raises(CheckpointError, match="it has been trained"):
         trained.load_state_dict(model.state_dict())
     assert all(torch.equal(p, before[name]) for name, p in trained_parameters(trained).items())
 
@@ -246,7 +246,9 @@ def install_again(model):
 def test_an_optimizer_that_is_left_behind_is_told(replace):
     model = in_eval()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.warns(UserWarning, match=r"an optimizer \(SGD\) was made before adapter 'default' got another ticket"):
+    with pytest.warns(
+        UserWarning, match=r"an optimizer \(SGD\) was created before adapter 'default' got another ticket"
+    ):
         replace(model)
     assert optimizer
 

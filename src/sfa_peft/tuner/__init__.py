@@ -1,1 +1,1 @@
-"""`SFAModel`: injects a plan, installs tickets, combines and merges adapters."""
+"""`SFAModel`, the tuner: injects adapters, installs tickets, and combines and merges adapters."""

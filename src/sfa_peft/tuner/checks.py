@@ -1,4 +1,4 @@
-"""Whether an adapter's config still says what the adapter is."""
+"""Checks that an adapter's config still describes the adapter."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ..ticket.selection import Positions
 
 
 def check_config(model: nn.Module, adapter_name: str, config: SFAConfig, positions: Positions) -> None:
-    """Check that an adapter's config is valid, and says what the adapter is: fields can be set at any time.
+    """Check that an adapter's config is valid and describes the adapter, since fields can be set at any time.
 
     Raises:
-        ValueError: If it does not. Names the field.
+        ValueError: If it is not valid or does not match. The message names the field.
     """
     type(config)(**config.to_dict())
     widths = {}
@@ -24,7 +24,7 @@ def check_config(model: nn.Module, adapter_name: str, config: SFAConfig, positio
     for name, layer in sfa_layers(model):
         if any(p.is_meta for p in layer.parameters_of(adapter_name)):
             raise ValueError(
-                f"adapter {adapter_name!r} has no weights yet: it was made on the meta device, or with "
+                f"adapter {adapter_name!r} has no weights yet: it was created on the meta device, or with "
                 f"low_cpu_mem_usage=True. Load its weights first."
             )
         for external, container in layer.externals_of(adapter_name):
@@ -32,15 +32,15 @@ def check_config(model: nn.Module, adapter_name: str, config: SFAConfig, positio
             if (external.activation, external.scale) != expected:
                 raise ValueError(
                     f"the external adapters of {adapter_name!r} have external_activation={external.activation!r} "
-                    f"and external_scale={external.scale}, and its config says {expected[0]!r} and {expected[1]}: "
-                    f"set the config back; these are fixed when an adapter is made."
+                    f"and external_scale={external.scale}, but its config says {expected[0]!r} and {expected[1]}: "
+                    f"restore the fields; they cannot change after an adapter is created."
                 )
         if adapter_name in layer.sfa_internal:
             granularity = layer.sfa_internal[adapter_name].granularity
             if granularity != config.granularity:
                 raise ValueError(
-                    f"the ticket of {adapter_name!r} is of {granularity}, and its config says "
-                    f"{config.granularity}: set `internal_granularity` back."
+                    f"the ticket of {adapter_name!r} has granularity {granularity}, but its config says "
+                    f"{config.granularity}: restore `internal_granularity`."
                 )
     announced = {
         (module, place == "mlp_parallel"): width
@@ -59,6 +59,6 @@ def check_config(model: nn.Module, adapter_name: str, config: SFAConfig, positio
     ):
         if not is_right:
             raise ValueError(
-                f"SFAConfig.{field_name} of adapter {adapter_name!r} was changed after the adapter was made, and "
-                f"does not say what it is any more: set it back."
+                f"SFAConfig.{field_name} of adapter {adapter_name!r} was changed after the adapter was created, and "
+                f"no longer matches the adapter: restore the field."
             )

@@ -1,7 +1,8 @@
-"""Combining adapters into one: sparse task arithmetic (Ilharco et al., "Editing Models with Task Arithmetic", 2023).
+"""Combines adapters into one: sparse task arithmetic (Ilharco et al., "Editing Models with Task Arithmetic", 2023).
 
-Internal changes are a weighted sum on the union of the tickets. External adapters stand side by side in one of the sum
-of their widths, which computes the weighted sum of what each computes, exactly: ``sum_i w_i up_i(act(down_i(x)))``.
+The new internal change is the weighted sum of the changes, on the union of the tickets. The hidden units of external
+adapters are concatenated, so that the new width is the sum of the widths, and the new adapter computes exactly the
+weighted sum of their outputs: ``sum_i w_i up_i(act(down_i(x)))``.
 """
 
 from __future__ import annotations
@@ -29,31 +30,35 @@ def check_combinable(model: nn.Module, configs: dict[str, SFAConfig], adapters: 
     """Check that adapters can be combined.
 
     Raises:
-        ValueError: If there is no such adapter, their kinds differ, more than one has a certain head, or the numbers
-            of adapters and weights differ.
+        ValueError: If an adapter does not exist, the adapters' settings differ, two of them have the same head, or the
+            numbers of adapters and weights differ.
     """
     if not adapters or len(adapters) != len(weights):
-        raise ValueError(f"{len(adapters)} adapters need as many weights, at least one; got {len(weights)} weights.")
+        raise ValueError(
+            f"{len(adapters)} adapters and {len(weights)} weights: give at least one adapter, and as many weights."
+        )
     for weight in weights:
         if not isinstance(weight, Real) or not math.isfinite(weight):
             raise ValueError(f"weights={list(weights)!r} must be finite numbers.")
     if len(set(adapters)) < len(adapters):
-        raise ValueError(f"adapters={list(adapters)!r} names an adapter twice; add up its weights.")
+        raise ValueError(
+            f"adapters={list(adapters)!r} names an adapter twice; name it once, with the sum of its weights."
+        )
     for name in adapters:
         if name not in configs:
             raise ValueError(f"Adapter {name} does not exist")
     internal = [name for name in adapters if configs[name].ticket_sizes]
     external = [name for name in adapters if configs[name].external_widths]
-    for field, read, own in (
+    for field, read, names in (
         ("internal_granularity", attrgetter("granularity"), internal),
         ("external_activation", attrgetter("external_activation"), external),
         ("external_dropout", attrgetter("external_dropout"), external),
     ):
-        for name in own[1:]:
-            values = [read(configs[n]) for n in (own[0], name)]
+        for name in names[1:]:
+            values = [read(configs[n]) for n in (names[0], name)]
             if values[0] != values[1]:
                 raise ValueError(
-                    f"adapters {own[0]!r} and {name!r} cannot be combined: their {field} is {values[0]!r} and "
+                    f"adapters {names[0]!r} and {name!r} cannot be combined: their {field} is {values[0]!r} and "
                     f"{values[1]!r}."
                 )
     heads = [m for m in model.modules() if isinstance(m, Head)]
@@ -64,24 +69,24 @@ def check_combinable(model: nn.Module, configs: dict[str, SFAConfig], adapters: 
             f"{len(shared)} such instance(s)."
         )
     if any(layer.merged for _, layer in sfa_layers(model)):
-        raise ValueError("unmerge_adapter before adapters are combined: merged values are in the base.")
+        raise ValueError("merged adapters cannot be combined; call unmerge_adapter first.")
 
 
 def combined(model: nn.Module, configs: dict[str, SFAConfig], adapters: Sequence[str]) -> tuple[SFAConfig, Plan]:
-    """The config and the plan of an adapter that holds what several hold: all tickets, and all widths."""
+    """The config and the plan of the combined adapter: the union of the tickets, and the sums of the widths."""
     positions: Positions = {}
     for name, layer in sfa_layers(model):
         for adapter in adapters:
             if adapter in layer.sfa_internal:
                 delta = layer.sfa_internal[adapter]
                 for parameter in delta.changed:
-                    own = positions.setdefault(name, {})
-                    both = [t for t in (own.get(parameter), delta.positions(parameter)) if t is not None]
-                    own[parameter] = torch.cat(both).unique()
+                    union = positions.setdefault(name, {})
+                    both = [t for t in (union.get(parameter), delta.positions(parameter)) if t is not None]
+                    union[parameter] = torch.cat(both).unique()
     externals: dict[tuple[bool, str], External] = {}
     for adapter in adapters:
-        for own_externals in Planner(model, configs[adapter]).recorded_externals().values():
-            for external in own_externals:
+        for recorded in Planner(model, configs[adapter]).recorded_externals().values():
+            for external in recorded:
                 key = (external.mlp_input is not None, external.module)
                 width = external.width + (externals[key].width if key in externals else 0)
                 externals[key] = replace(externals.get(key, external), width=width)
@@ -93,7 +98,7 @@ def combined(model: nn.Module, configs: dict[str, SFAConfig], adapters: Sequence
     config = replace(
         first_internal,
         modules_to_save=list(dict.fromkeys(heads)) or None,
-        # The targets of all; what one of them leaves out is another's.
+        # The targets of all adapters. So no field of one adapter may exclude them.
         target_modules=set(plan.positions),
         target_heads=None,
         exclude_modules=None,
@@ -103,7 +108,7 @@ def combined(model: nn.Module, configs: dict[str, SFAConfig], adapters: Sequence
         base_fingerprint=None,
         external_activation=first_external.external_activation,
         external_dropout=first_external.external_dropout,
-        external_scale=1.0,  # each adapter's own is in the values
+        external_scale=1.0,  # the scales are in the values
         external_share=plan.external_cost / total,
         external_widths=plan.external_widths,
         ticket_sizes=ticket_sizes(plan.positions),
@@ -118,19 +123,19 @@ def combined(model: nn.Module, configs: dict[str, SFAConfig], adapters: Sequence
 def _parameters(model: nn.Module, plan: Plan, config: SFAConfig) -> int:
     base = {name: layer.changeable for name, layer in sfa_layers(model)}
     internal = sum(
-        len(own) * config.granularity.size(getattr(base[module], name).shape)
+        len(indices) * config.granularity.size(getattr(base[module], name).shape)
         for module, parameters in plan.positions.items()
-        for name, own in parameters.items()
+        for name, indices in parameters.items()
     )
     return internal + plan.external_cost
 
 
 def fill(model: nn.Module, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
-    """Give a combined adapter, injected without effect, its values and its heads."""
+    """Fill in the values and heads of a combined adapter after its injection."""
     for _, layer in sfa_layers(model):
         _fill_internal(layer, adapters, weights, adapter_name)
-        for own in (layer.sfa_external, layer.sfa_parallel):
-            _fill_external(own, adapters, weights, adapter_name)
+        for bottlenecks in (layer.sfa_external, layer.sfa_parallel):
+            _fill_external(bottlenecks, adapters, weights, adapter_name)
     for module in model.modules():
         if isinstance(module, Head) and adapter_name in module.modules_to_save:
             (source,) = [name for name in adapters if name in module.modules_to_save]
@@ -155,12 +160,12 @@ def _fill_internal(layer: SFALayer, adapters: Sequence[str], weights: Sequence[f
 
 @torch.no_grad()
 def _fill_external(
-    own: Adapters[ExternalAdapter], adapters: Sequence[str], weights: Sequence[float], adapter_name: str
+    bottlenecks: Adapters[ExternalAdapter], adapters: Sequence[str], weights: Sequence[float], adapter_name: str
 ) -> None:
-    if adapter_name not in own:
+    if adapter_name not in bottlenecks:
         return
-    new = own[adapter_name]
-    parts = [(own[a], w) for a, w in zip(adapters, weights, strict=True) if a in own]
+    new = bottlenecks[adapter_name]
+    parts = [(bottlenecks[a], w) for a, w in zip(adapters, weights, strict=True) if a in bottlenecks]
     new.down.weight.copy_(torch.cat([part.down.weight for part, _ in parts]))
     new.down.bias.copy_(torch.cat([part.down.bias for part, _ in parts]))
     new.up.weight.copy_(torch.cat([weight * part.scale * part.up.weight for part, weight in parts], dim=1))

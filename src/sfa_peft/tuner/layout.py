@@ -1,4 +1,4 @@
-"""What the state dict of a whole model says of an adapter: its ticket, and its external adapters' widths."""
+"""Reads an adapter's ticket and external widths from the state dict of a whole model."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def layout_in(state: Mapping[str, Tensor], prefix: str, adapter_name: str) -> tu
     """The positions and widths of one adapter.
 
     Args:
-        state: A state dict, with positions as the model has them.
-        prefix: What names in it begin with, in front of those of the base model.
+        state: A state dict with decoded positions.
+        prefix: The prefix of the base model's names in it.
         adapter_name: The adapter.
     """
     name = re.escape(adapter_name)
@@ -34,4 +34,4 @@ def layout_in(state: Mapping[str, Tensor], prefix: str, adapter_name: str) -> tu
 
 
 def lengths(positions: Positions) -> dict[tuple[str, str], int]:
-    return {(module, name): len(own) for module, parameters in positions.items() for name, own in parameters.items()}
+    return {(module, name): len(indices) for module, named in positions.items() for name, indices in named.items()}

@@ -1,4 +1,4 @@
-"""Mixed batches: hands each layer and head the adapter of each sample."""
+"""Mixed batches: passes the adapter of each sample to all layers and heads."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from ..planning.architectures import known_prefixes
 
 @contextmanager
 def mixing(model: nn.Module, adapter_names: Sequence[str], inputs: Iterable[Any]) -> Iterator[None]:
-    """Let each sample of a forward pass have its own adapter.
+    """Use one adapter per sample in a forward pass.
 
     Args:
         model: The base model.
         adapter_names: The adapter of each sample.
-        inputs: What the model is called with.
+        inputs: The model's arguments.
 
     Raises:
-        ValueError: If there are more or fewer inputs than adapters, or merged ones.
+        ValueError: If the number of inputs differs from that of the adapters, or an adapter is merged.
     """
     batch = next((len(v) for v in inputs if isinstance(v, Tensor) and v.dim()), None)
     if batch not in (None, len(adapter_names)):
@@ -42,9 +42,9 @@ def mixing(model: nn.Module, adapter_names: Sequence[str], inputs: Iterable[Any]
     handles = []
     mixtures = {has_windows: Mixture(tuple(adapter_names), has_windows) for has_windows in (False, True)}
     for name, module in modules:
-        own = mixtures[bool(blocks) and name.startswith(blocks)]
+        chosen = mixtures[bool(blocks) and name.startswith(blocks)]
 
-        def mix(module: nn.Module, args: Any, kwargs: dict[str, Any], mixture: Mixture = own) -> Any:
+        def mix(module: nn.Module, args: Any, kwargs: dict[str, Any], mixture: Mixture = chosen) -> Any:
             return args, kwargs | {"mixture": mixture}
 
         handles.append(module.register_forward_pre_hook(mix, with_kwargs=True))

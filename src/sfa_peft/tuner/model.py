@@ -1,4 +1,4 @@
-"""SFAModel: injects a plan, installs tickets and external adapters, merges and unloads."""
+"""SFAModel, the tuner: injects adapters, installs tickets and external adapters, merges and unloads."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ class SFAModel(BaseTuner):
     """A base model with Selective Feature Adapters (Deng et al., arXiv 2310.01843).
 
     Args:
-        model: The model to be adapted, in place.
-        peft_config: A `SFAConfig`, or a dict from adapter name to one.
-        adapter_name: The adapter's name, "default" unless given.
+        model (`nn.Module`): The model to adapt, in place.
+        peft_config (`SFAConfig` or `dict[str, SFAConfig]`): The config, or one config for each adapter name.
+        adapter_name (`str`): The adapter's name. `get_peft_model` uses `"default"`.
 
     Raises:
-        ValueError: If the config does not fit the model. The model is as it was then.
+        ValueError: If the config does not fit the model. Then the model is not changed.
 
     Example:
 
@@ -57,7 +57,7 @@ class SFAModel(BaseTuner):
         ```
     """
 
-    peft_config: dict[str, SFAConfig]  # type: ignore[assignment]  # PEFT says what is common to all methods
+    peft_config: dict[str, SFAConfig]  # type: ignore[assignment]  # PEFT declares the base class
     prefix = "sfa_"
     tuner_layer_cls = SFALayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (as PEFT declares it)
@@ -67,22 +67,32 @@ class SFAModel(BaseTuner):
         if load is not None:
             load.before_injection()
         super().__init__(*args, **kwargs)
-        self.card_notes: dict[str, Any] = {}  # by adapter, what is kept for its model card
+        self.card_notes: dict[str, Any] = {}  # for each adapter, the data for its model card
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, plan: Plan | None = None, **kwargs: Any
     ) -> None:
-        """Inject an adapter as `BaseTuner.inject_adapter` does, by its config, or by a plan that was made already."""
+        """Inject an adapter as `BaseTuner.inject_adapter` does.
+
+        Args:
+            model (`nn.Module`): The base model.
+            adapter_name (`str`): The adapter. Its config must be in `peft_config`.
+            plan (`Plan`, *optional*, defaults to `None`): What to inject. None makes the plan from the config.
+            args, kwargs: Passed to `BaseTuner.inject_adapter`.
+
+        Raises:
+            ValueError: If the config does not fit the model. Then the model is not changed.
+        """
         with self._unmerged():
             self._inject(model, adapter_name, plan, *args, **kwargs)
 
     def _inject(self, model: nn.Module, adapter_name: str, plan: Plan | None, *args: Any, **kwargs: Any) -> None:
-        # A copy, since injection fills in sizes, and the user may use the config object for another model. One that
-        # is loaded is of this adapter, and PEFT hands out the object that it was given.
+        # A copy, since injection fills in sizes, and the user may use the config object for another model. A loaded
+        # config is used only for this adapter, and PEFT keeps the same object.
         config = self.peft_config[adapter_name]
-        if config.task_type in TASK_HEADS:  # some of PEFT's classes for tasks name their heads too late
-            own = config.modules_to_save or ()
-            config.modules_to_save = list(dict.fromkeys((*own, *TASK_HEADS[config.task_type])))
+        if config.task_type in TASK_HEADS:  # some of PEFT's task classes add their heads after the injection
+            named = config.modules_to_save or ()
+            config.modules_to_save = list(dict.fromkeys((*named, *TASK_HEADS[config.task_type])))
         config = config if LOAD.get() else copy.deepcopy(config)
         planner = Planner(model, config)
         plan = planner.plan() if plan is None else plan
@@ -93,7 +103,7 @@ class SFAModel(BaseTuner):
         self.peft_config[adapter_name] = config
         self._plan = plan
         try:
-            # PEFT would wrap every module whose name ends as a head's does.
+            # PEFT would also wrap every module whose name ends with the name of a head.
             heads, config.modules_to_save = config.modules_to_save, None
             try:
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -109,7 +119,7 @@ class SFAModel(BaseTuner):
             del self._plan
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
-        # SFA adapts no embeddings, and some detectors (Deformable DETR, Grounding DINO) raise when PEFT asks for them.
+        # SFA adapts no embeddings, and in some detectors (Deformable DETR, Grounding DINO) PEFT's version fails.
         try:
             return super()._get_module_names_tied_with_embedding()
         except NotImplementedError:
@@ -118,7 +128,7 @@ class SFAModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config
 
-    # PEFT's is static, and cannot know the plan.
+    # PEFT's method is static, but the plan is needed here.
     def _check_target_module_exists(self, peft_config: SFAConfig, key: str) -> Any:  # type: ignore[override]
         if hasattr(self, "_plan"):
             adapted = self._plan.modules
@@ -126,7 +136,7 @@ class SFAModel(BaseTuner):
             widths = peft_config.external_widths or {}
             adapted = {name for modules in widths.values() for name in modules}
             adapted |= {name.rpartition(".")[0] for name in peft_config.ticket_sizes or {}}
-        # What is not adapted is False, or PEFT's false-like mark of an excluded module.
+        # For other modules: False, or PEFT's false value that marks an excluded module.
         return True if key in adapted else peft_verdict(peft_config, key) and False
 
     def _create_and_replace(
@@ -164,23 +174,29 @@ class SFAModel(BaseTuner):
         layer.finish_adapter(adapter_name, inference_mode=config.inference_mode)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's own copies `weight` from the replaced module as well, which a head without one does not have.
+        # PEFT's version also copies `weight` from the replaced module, which a head may not have.
         setattr(parent, child_name, new_module)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter. If it was active, what stays active, or else the first adapter left, is active.
+        """Delete an adapter. If no other adapter is active, the first remaining one becomes active.
 
-        PEFT asks the first layer which adapters are left, but SFA's adapters need not be on the same layers.
+        PEFT's version reads the remaining adapters from the first layer, but SFA adapters may be on different layers.
+
+        Args:
+            adapter_name (`str`): The adapter.
+
+        Raises:
+            ValueError: If there is no such adapter.
         """
         active = [name for name in self.active_adapters if name != adapter_name]
         super().delete_adapter(adapter_name)
         self.card_notes.pop(adapter_name, None)
         unwrap_empty_layers(self.model)
         names = active or list(self.peft_config)[:1]
-        # Setting the adapters that are active already would unmerge them.
+        # Without this check, adapters that are already active would be unmerged.
         if names and any(
-            own != names
-            for own in (self.active_adapters, *(layer.active_adapters for _, layer in sfa_layers(self.model)))
+            current != names
+            for current in (self.active_adapters, *(layer.active_adapters for _, layer in sfa_layers(self.model)))
         ):
             self.set_adapter(names[0] if len(names) == 1 else names)
 
@@ -188,7 +204,7 @@ class SFAModel(BaseTuner):
     def _enable_peft_forward_hooks(
         self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> Iterator[None]:
-        """Let each sample of the next forward pass have its own adapter, ``__base__`` for none."""
+        """Use one adapter per sample in the next forward pass; ``__base__`` means none."""
         if adapter_names is None:
             yield
             return
@@ -203,16 +219,18 @@ class SFAModel(BaseTuner):
     def add_weighted_adapter(
         self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "linear"
     ) -> None:
-        """Add an adapter that is a weighted sum of others: ``sum_i weights_i * adapter_i``, exactly.
+        """Add an adapter that is exactly the weighted sum of others: ``sum_i weights_i * adapter_i``.
 
-        The tickets are united, and the values of a position that several have are summed. External adapters stand side
-        by side: its width is the sum of theirs. The new adapter is not active, and frozen.
+        Its ticket is the union of the tickets, and the values at a common position are summed. At each place, its
+        width is the sum of the widths. The new adapter is frozen and not active. The method is task arithmetic
+        (Ilharco et al., "Editing Models with Task Arithmetic", 2023).
 
         Args:
-            adapters: The adapters; one head of each name at most among them, which the new adapter takes over.
-            weights: The weight of each.
-            adapter_name: The new adapter. If there is one of that name, nothing is done, as in PEFT.
-            combination_type: ``linear``, the only one.
+            adapters (`Sequence[str]`):
+                The adapters. At most one of them may have a certain head, which is copied to the new adapter.
+            weights (`Sequence[float]`): The weight of each adapter.
+            adapter_name (`str`): The name of the new adapter. If it exists already, nothing is done, as in PEFT.
+            combination_type (`str`, defaults to `"linear"`): Only `linear` is supported.
 
         Raises:
             ValueError: If the adapters cannot be combined.
@@ -235,7 +253,7 @@ class SFAModel(BaseTuner):
             p.requires_grad_(False)
 
     def _check_merge_allowed(self) -> None:
-        """Refuse what would change another module as well, or cannot be changed.
+        """Check that merging changes no other module, and that all weights can be changed.
 
         Raises:
             ValueError: If a parameter that an internal adapter changes is shared with another module, or quantized.
@@ -245,23 +263,29 @@ class SFAModel(BaseTuner):
         for name, layer in sfa_layers(self.model):
             if isinstance(layer, QuantizedLinear) and layer.sfa_internal:
                 raise ValueError(
-                    f"internal adapters on {name!r} cannot be merged: its weight is quantized, and would round them "
-                    f"away. Load the adapter into the base model as it was before, and merge it there."
+                    f"internal adapters on {name!r} cannot be merged: its weight is quantized, and rounding would "
+                    f"remove the changes. Load the adapter into the base model before quantization, and merge it."
                 )
             for parameter in {p for delta in layer.sfa_internal.values() for p in delta.changed}:
                 names = shared.get(id(getattr(layer.get_base_layer(), parameter)))
                 if names:
                     raise ValueError(
                         f"internal adapters on {name!r} cannot be merged: its `{parameter}` is shared "
-                        f"({', '.join(names)}), and would change there as well. Go on with the adapter unmerged."
+                        f"({', '.join(names)}), so the other module would change too. Use the adapter unmerged."
                     )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Fold internal adapters into the base, as `BaseTuner.merge_adapter` does; all of them, or none.
+        """Merge internal adapters into the base parameters. External adapters stay active as modules.
+
+        If one layer fails, no layer is merged. `unmerge_adapter` restores the base parameters bit for bit.
+
+        Args:
+            adapter_names (`list[str]`, *optional*, defaults to `None`): The adapters. None merges the active ones.
+            safe_merge (`bool`, defaults to `False`): Whether to check that the merged parameters are finite.
 
         Raises:
-            ValueError: If a parameter is shared with another module, or with `safe_merge` would not be finite; nothing
-                is changed then.
+            ValueError: If a parameter is shared with another module or quantized, or, with `safe_merge`, would not be
+                finite. Then nothing is changed.
         """
         merged = [(layer, len(layer.merged_adapters)) for _, layer in sfa_layers(self.model)]
         try:
@@ -272,7 +296,7 @@ class SFAModel(BaseTuner):
                     layer.unmerge(keep=count)
             raise
 
-    def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT's says None, and returns the model
+    def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT declares None, but returns the model
         self,
         merge: bool = True,
         progressbar: bool = False,
@@ -286,26 +310,26 @@ class SFAModel(BaseTuner):
         return model
 
     def unload(self) -> nn.Module:
-        """Give back the base model, its original heads included (PEFT's own `unload` leaves the trained heads in)."""
+        """Return the original base model, bit for bit, with its original heads. PEFT's version keeps trained heads."""
         for name, module in list(self.model.named_modules()):
             if isinstance(module, ModulesToSaveWrapper):
                 self.model.set_submodule(name, module.original_module)
         return super().unload()
 
     def candidates(self, adapter_name: str) -> dict[str, dict[str, nn.Parameter]]:
-        """What an adapter's ticket may choose from: for each module, its parameters by name, in model order."""
+        """The parameters that an adapter's ticket may choose from: for each module, by name, in model order."""
         return Planner(self.model, self.peft_config[adapter_name]).candidates()
 
     def shared_parameters(self) -> dict[int, list[str]]:
-        """By their `id`, the names of the parameters that have several."""
+        """For each parameter with several names, by its `id`, all its names."""
         return shared_parameters(self.model)
 
     def places(self, adapter_name: str) -> list[External]:
-        """Where an adapter may have external adapters, in model order, whatever their widths are."""
+        """The possible external adapters of an adapter in model order, with width 0."""
         return Planner(self.model, self.peft_config[adapter_name]).places()
 
     def positions(self, adapter_name: str) -> Positions:
-        """An adapter's ticket: for each module and parameter that it changes, the sorted positions."""
+        """The ticket of an adapter: for each module and parameter, the sorted positions."""
         return {
             name: {p: delta.positions(p) for p in delta.changed}
             for name, layer in sfa_layers(self.model)
@@ -314,26 +338,26 @@ class SFAModel(BaseTuner):
         }
 
     def budget(self, adapter_name: str) -> int:
-        """How many parameters an adapter may train."""
+        """The budget of an adapter, as a number of parameters."""
         return Planner(self.model, self.peft_config[adapter_name]).budget()
 
     def external_allowance(self, adapter_name: str) -> int:
-        """How many parameters of the budget an adapter's external adapters may take."""
+        """The largest number of parameters of an adapter's external adapters."""
         return Planner(self.model, self.peft_config[adapter_name]).external_allowance()
 
     def ticket_size(self, adapter_name: str) -> int:
-        """How many parameters an adapter's ticket may hold: what its external adapters leave of the budget."""
+        """The largest size of an adapter's ticket, in elements: the budget without the external adapters."""
         config = self.peft_config[adapter_name]
         planner = Planner(self.model, config)
         if not config.uses_budget and config.internal_granularity == "element":
             return sum((config.ticket_sizes or {}).values())
-        # Larger units seldom fill their part of the budget: another ticket may come closer to it.
+        # Larger units rarely fill their part of the budget, and another ticket may fill more of it.
         candidates = planner.candidates()
         if not candidates:
             return 0
         if not config.uses_budget:
             return planner.density_size(candidates)
-        externals = [e for own in planner.recorded_externals().values() for e in own]
+        externals = [e for recorded in planner.recorded_externals().values() for e in recorded]
         return planner.budget() - sum(e.cost for e in externals)
 
     def install(
@@ -342,21 +366,21 @@ class SFAModel(BaseTuner):
         positions: Positions | None = None,
         externals: Sequence[External] | None = None,
     ) -> None:
-        """Give an adapter another ticket, other external adapters, or both, all without effect at first.
+        """Replace the ticket or the external adapters of an adapter, or both.
 
-        What they replace is dropped, with its values.
+        The replaced parts are dropped with their values. The new ones are initialized as in an injection.
 
         Args:
             adapter_name: The adapter.
             positions: For each module and parameter, the sorted positions in the config's granularity. None keeps the
                 ticket.
-            externals: The external adapters; those of width 0 are left out. None keeps what is there.
+            externals: The new external adapters. Those of width 0 are left out. None keeps the present ones.
         """
         config = self.peft_config[adapter_name]
         flags = [(p, p.requires_grad) for p in self.model.parameters()]
-        own = self.parameters_of(adapter_name)
-        upcast = all(p.dtype == torch.float32 for p in own)
-        trainable = any(p.requires_grad for p in own)
+        replaced = self.parameters_of(adapter_name)
+        upcast = all(p.dtype == torch.float32 for p in replaced)
+        trainable = any(p.requires_grad for p in replaced)
         plan = Plan.of(positions or {}, externals or ())
         for _, layer in sfa_layers(self.model):
             if positions is not None:
@@ -387,40 +411,41 @@ class SFAModel(BaseTuner):
                     p.requires_grad_(trainable)
 
     def parameters_of(self, adapter_name: str) -> list[nn.Parameter]:
-        """All trainable parameters of an adapter outside its heads."""
+        """All parameters of an adapter outside its heads."""
         return [p for _, layer in sfa_layers(self.model) for p in layer.parameters_of(adapter_name)]
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # A whole state, as Accelerate saves it, may have been saved after another search than this process has run.
+        # The state of a whole model, as Accelerate saves it, may have the ticket of another search.
         for adapter_name in self.peft_config:
             self._take_layout(adapter_name, state_dict, f"{prefix}model.")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def check_config(self, adapter_name: str) -> None:
-        """Check that an adapter's config is valid, and says what the adapter is: fields can be set at any time.
+        """Check that an adapter's config is valid and describes the adapter, since fields can be set at any time.
 
         Raises:
-            ValueError: If it does not. Names the field.
+            ValueError: If it is not valid or does not match. The message names the field.
         """
         check_config(self.model, adapter_name, self.peft_config[adapter_name], self.positions(adapter_name))
 
     def _take_layout(self, adapter_name: str, state: dict[str, Tensor], prefix: str) -> None:
-        """Take over the ticket and the widths that a state has for an adapter, if this one has learned nothing yet.
+        """Install the ticket and the widths of a state dict in an adapter that has not been trained.
 
         Raises:
-            CheckpointError: If it has learned something, or an optimizer trains it already, or the positions are none.
+            CheckpointError: If the adapter has been trained, an optimizer has its parameters, or the positions or
+                places of the state dict are not valid.
         """
         positions, widths = layout_in(state, prefix, adapter_name)
-        own, own_widths = layout_in(self.model.state_dict(), "", adapter_name)
-        if not (positions or widths) or (lengths(positions), widths) == (lengths(own), own_widths):
+        present, present_widths = layout_in(self.model.state_dict(), "", adapter_name)
+        if not (positions or widths) or (lengths(positions), widths) == (lengths(present), present_widths):
             return
         is_fresh = not any(layer.is_changed_by(adapter_name) for _, layer in sfa_layers(self.model))
         if not is_fresh or holds_any(self.parameters_of(adapter_name)):
-            why = "an optimizer trains it already" if is_fresh else "it has learned something"
+            why = "an optimizer trains it already" if is_fresh else "it has been trained"
             raise CheckpointError(
                 f"the state has another ticket or other widths for adapter {adapter_name!r} than the model, and "
-                f"{why}. Give the adapter the ticket before the optimizer is made: install_ticket(model, ticket) with "
-                f"the search's `report.ticket`, or load this state into the model then."
+                f"{why}. Before the optimizer is created, install the ticket with install_ticket(model, ticket), "
+                f"where `ticket` is the search's `report.ticket`, or load this state into the model."
             )
         candidates = self.candidates(adapter_name)
         granularity = self.peft_config[adapter_name].granularity
@@ -435,20 +460,25 @@ class SFAModel(BaseTuner):
         if unknown:
             raise CheckpointError(
                 f"the state has an external adapter on {min(unknown)[0]!r}, where adapter {adapter_name!r} has no "
-                f"place; make the adapter with the config that the state was saved with."
+                f"place; create the adapter with the config that the state was saved with."
             )
         self.install(adapter_name, positions, [replace(places[key], width=width) for key, width in widths.items()])
 
     @contextmanager
     def other_externals(self, adapter_name: str, externals: Sequence[External]) -> Iterator[None]:
-        """Replace an adapter's external adapters for a while; afterwards its own are back, as they were."""
+        """Replace an adapter's external adapters, and restore the original ones at the end."""
         with self.restoring(adapter_name):
             self.install(adapter_name, externals=externals)
             yield
 
     @contextmanager
     def restoring(self, adapter_name: str, only_on_error: bool = False) -> Iterator[None]:
-        """Give an adapter back what it consists of, the very same modules, after something else was installed."""
+        """Restore the modules of an adapter at the end, after others were installed.
+
+        Args:
+            adapter_name: The adapter.
+            only_on_error: Whether to restore them only after an error.
+        """
         config = self.peft_config[adapter_name]
         sizes = config.ticket_sizes, config.external_widths
         kept = {
@@ -477,7 +507,7 @@ class SFAModel(BaseTuner):
 
     @contextmanager
     def _unmerged(self) -> Iterator[None]:
-        """The base as it is without its merged adapters; afterwards they are merged again."""
+        """Unmerge all adapters, and merge them again at the end."""
         merged = [(layer, list(layer.merged_adapters)) for _, layer in sfa_layers(self.model) if layer.merged]
         for layer, _ in merged:
             layer.unmerge()
@@ -503,8 +533,8 @@ class SFAModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return encoded(own)
+        tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return encoded(tensors)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -516,5 +546,5 @@ class SFAModel(BaseTuner):
 
 
 def tuner_of(model: PeftModel) -> SFAModel:
-    """The tuner of a model whose adapters are SFA's."""
+    """The tuner of a model with SFA adapters."""
     return cast(SFAModel, model.base_model)

@@ -1,4 +1,4 @@
-"""Wrapping leaves of a base model, and taking wrappers off again."""
+"""Wraps leaves of a base model in SFA layers, and removes the wrappers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..layers.statistics import release_statistics
 
 
 def wrap_leaf(model: nn.Module, name: str, adapter_name: str, active: list[str]) -> SFALayer:
-    """Put an `SFALayer` in the place of a leaf.
+    """Replace a leaf by an `SFALayer` around it.
 
     Args:
         model: The base model.
-        name: The leaf's name.
-        adapter_name: The first adapter that will be on it.
+        name: The name of the leaf.
+        adapter_name: The first adapter on the leaf.
         active: The adapters that are active.
     """
     leaf = model.get_submodule(name)
@@ -37,7 +37,7 @@ def _block_of(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def discard_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter out of the model, and the wrappers that have none left as well, back to the base's modules."""
+    """Remove an adapter from the model, and all wrappers that have no adapter left."""
     for _, layer in sfa_layers(model):
         layer.delete_adapter(adapter_name)
     unwrap_empty_layers(model)
