@@ -1,1 +1,1 @@
-"""Registration with PEFT, and every patch of PEFT and transformers: the folder to look through at each release."""
+"""Registration with PEFT, and all patches of PEFT and transformers. To be checked at each of their releases."""

@@ -1,6 +1,6 @@
-"""PEFT's `hotswap_adapter` for SFA: other values, and another ticket, in the place of an adapter that is loaded.
+"""PEFT's `hotswap_adapter` for SFA: replaces the values and the ticket of a loaded adapter.
 
-`peft.utils.hotswap` knows LoRA alone, and has no hook; the function that swaps is replaced by one that asks first.
+`peft.utils.hotswap` supports only LoRA and has no hook, so the function that swaps is patched.
 """
 
 from __future__ import annotations
@@ -26,20 +26,21 @@ from .registration import NAME, incompatible
 
 
 def swap(model: nn.Module, tensors: dict[str, Tensor], adapter_name: str, config: SFAConfig) -> None:
-    """Give an adapter what another was saved with; if that fails, it has its own again.
+    """Replace an adapter by a saved one. If this fails, the adapter is not changed.
 
-    With the same numbers of units in each parameter, values and positions are copied into the tensors that are there,
-    so that a compiled model goes on without compiling anew.
+    If the ticket has the same number of units in each parameter, values and positions are copied into the existing
+    tensors, so that a compiled model is not compiled again.
 
     Args:
-        model: A `PeftModel`, or what `torch.compile` made of one.
-        tensors: Of the other adapter's file, with the adapter's name in them.
-        adapter_name: The adapter.
-        config: The other adapter's.
+        model: A `PeftModel`, compiled or not.
+        tensors: The tensors of the saved adapter, with `adapter_name` in their names.
+        adapter_name: The adapter to replace.
+        config: The config of the saved adapter.
 
     Raises:
-        CheckpointError: If the file does not fit.
-        ValueError: If the adapter is merged, or the model is compiled and the ticket has other sizes.
+        CheckpointError: If the saved adapter does not fit the model.
+        ValueError: If the adapter is merged, the configs differ, or the model is compiled and the ticket has other
+            sizes.
     """
     compiled = getattr(model, "_orig_mod", None)
     peft_model = cast(PeftModel, model if compiled is None else compiled)
@@ -51,18 +52,20 @@ def swap(model: nn.Module, tensors: dict[str, Tensor], adapter_name: str, config
             f"unmerge_adapter() first."
         )
     tensors = {SFAModel._remove_adapter_name_from_key(key, adapter_name): tensor for key, tensor in tensors.items()}
-    own = tuner.peft_config[adapter_name]
-    difference = difference_of(own.to_dict() | {"ticket_sizes": config.ticket_sizes}, config.to_dict())
+    present = tuner.peft_config[adapter_name]
+    difference = difference_of(present.to_dict() | {"ticket_sizes": config.ticket_sizes}, config.to_dict())
     if difference:
-        raise ValueError(f"Configs are incompatible: the adapters have another {difference}.")
+        raise ValueError(
+            f"Configs are incompatible: the adapters differ in {difference}. Load the other one with load_adapter."
+        )
     check_base(tuner.model, adapter_name, config, [name for name, _ in layers])
-    if (own.ticket_sizes or {}) == (config.ticket_sizes or {}):
+    if (present.ticket_sizes or {}) == (config.ticket_sizes or {}):
         set_peft_model_state_dict(peft_model, tensors, adapter_name)
         return
     if compiled is not None:
         raise ValueError(
-            f"the ticket of the adapter to be swapped in has other sizes than that of {adapter_name!r}, for which the "
-            f"model is compiled; swap before torch.compile, or load it as an adapter of its own."
+            f"the ticket of the new adapter has other sizes than that of {adapter_name!r}, and the model is already "
+            f"compiled; swap before torch.compile, or load the new one as another adapter."
         )
     with resized(peft_model, adapter_name, config):
         set_peft_model_state_dict(peft_model, tensors, adapter_name)
@@ -70,18 +73,18 @@ def swap(model: nn.Module, tensors: dict[str, Tensor], adapter_name: str, config
 
 @contextmanager
 def resized(model: PeftModel, adapter_name: str, config: SFAConfig) -> Iterator[None]:
-    """Give an adapter the sizes of another, whose weights are loaded meanwhile; if that fails, it is as it was.
+    """Give an adapter the sizes of a saved one, whose weights are loaded inside. An error restores the adapter.
 
     Args:
         model: The model.
-        adapter_name: The adapter. What it has learned is dropped.
-        config: The other adapter's, as it was saved.
+        adapter_name: The adapter. Its values are dropped.
+        config: The config of the saved adapter.
 
     Raises:
-        CheckpointError: If the other adapter does not fit the model.
+        CheckpointError: If the saved adapter does not fit the model.
     """
     tuner = tuner_of(model)
-    token = LOAD.set(LOAD.get() or Load())  # positions come with the weights
+    token = LOAD.set(LOAD.get() or Load())  # the plan needs no positions, which are loaded with the weights
     try:
         plan = Planner(tuner.model, config).plan()
     finally:
@@ -95,7 +98,7 @@ def resized(model: PeftModel, adapter_name: str, config: SFAConfig) -> Iterator[
 
 @patch(hotswap, "hotswap_adapter_from_state_dict", "model", "state_dict", "adapter_name", "config")
 def hotswap_adapter_from_state_dict(original: Method, *args: Any, **kwargs: Any) -> Any:
-    """Swap an adapter as PEFT does; for one of SFA, see `swap`."""
+    """Swap an adapter as PEFT does. For SFA adapters, see `swap`."""
     given = arguments_of(original, args, kwargs)
     if not isinstance(given.get("config"), SFAConfig):
         return original(*args, **kwargs)
@@ -105,5 +108,5 @@ def hotswap_adapter_from_state_dict(original: Method, *args: Any, **kwargs: Any)
 
 if not hasattr(hotswap, "CONFIG_KEYS_TO_CHECK"):
     raise incompatible("there is no peft.utils.hotswap.CONFIG_KEYS_TO_CHECK")
-# Not more: PEFT compares with the active adapter, which need not be the one that is swapped.
+# No more fields, since PEFT compares the config with that of the active adapter, which may not be the swapped one.
 hotswap.CONFIG_KEYS_TO_CHECK[PeftType[NAME]] = ["peft_type"]

@@ -1,4 +1,4 @@
-"""A load of an adapter: how it is undone if it fails, and what is wrong with a file that PEFT trips over."""
+"""Loads of adapters: rolls back a failed load, and gives readable errors for damaged files."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from .registration import NAME
 
 
 class AdapterLoad(Load):
-    """One load of an adapter. If it fails, the adapter is taken out again, unless it was there before.
+    """A load of an adapter. If it fails, the adapter is removed again, unless it existed before.
 
-    It begins when a config of SFA is read for it, and before that does nothing: it may be another method's.
+    It does nothing until an SFA config is read, since the adapter may be one of another method.
     """
 
     def __init__(self, model: Any, adapter_name: Any, mapping: KeyMapping | None = None) -> None:
@@ -38,13 +38,13 @@ class AdapterLoad(Load):
         self.begun = False
 
     def begin(self) -> None:
-        if self.begun or not isinstance(self.model, nn.Module):  # PEFT has an error for that
+        if self.begun or not isinstance(self.model, nn.Module):  # PEFT raises an error for this
             return
         self.begun = True
         self.base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         self.flags = [(p, p.requires_grad) for p in self.base.parameters()]
         self.had_config = hasattr(self.base, "peft_config")
-        self.was_loaded = getattr(self.base, "_hf_peft_config_loaded", None)  # transformers' note that it has adapters
+        self.was_loaded = getattr(self.base, "_hf_peft_config_loaded", None)  # set by transformers
         self.had_adapter = self.adapter_name in getattr(self.base, "peft_config", {})
 
     def __enter__(self) -> AdapterLoad:
@@ -75,22 +75,23 @@ class AdapterLoad(Load):
 
 @contextmanager
 def readable_errors(load: AdapterLoad, model_id: Any, options: dict[str, Any]) -> Iterator[None]:
-    """Make what PEFT trips over in a damaged SFA adapter a `CheckpointError`."""
+    """Turn PEFT's errors about a damaged SFA adapter into a `CheckpointError`."""
     try:
         yield
     except (KeyError, TypeError, AttributeError, RecursionError, SafetensorError, JSONDecodeError, UnicodeError) as e:
         is_known = load.begun or _is_of_the_type(e)
         if is_known and isinstance(model_id, str | os.PathLike) and _is_saved_by_sfa(model_id, options):
-            SFAConfig.from_pretrained(model_id, **options)  # says what is wrong with it
-            if isinstance(e, KeyError):  # of a head, which that does not know
+            SFAConfig.from_pretrained(model_id, **options)  # its error says what is damaged
+            if isinstance(e, KeyError):  # from a head, which `from_pretrained` does not check
                 raise CheckpointError(
-                    f"the SFA adapter {str(model_id)!r} is incomplete: it lacks {e.args[0]!r}"
+                    f"the SFA adapter {str(model_id)!r} is incomplete: it lacks {e.args[0]!r}. Download or save it "
+                    f"again."
                 ) from e
         raise
 
 
 def _is_of_the_type(error: BaseException) -> bool:
-    """Whether PEFT could not read from a config whose adapter it is, so that it may be one of SFA."""
+    """Whether PEFT failed to read the method from a config, so that the adapter may be an SFA adapter."""
     frames = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
     return "_get_peft_type" in frames or frames[-1] in ("from_pretrained", "load_adapter")
 

@@ -1,4 +1,4 @@
-"""How functions of other libraries are made to ask SFA first: each patch is declared here, and checked at import."""
+"""Patches of functions of other libraries. Each patch is declared with `patch`, and checked when it is applied."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ F = TypeVar("F", bound=Method)
 
 @dataclass(frozen=True)
 class Patch:
-    """One function of another library, and what runs in its place where SFA is concerned.
+    """A function of another library, and SFA's replacement.
 
     Attributes:
-        owner: The class or module that has it.
-        name: Its name there.
-        needs: The parameters that SFA's own reads.
-        own: SFA's own. It is called with the other library's, bound to its object, then with the object (a class for
-            a class method, nothing for a function of a module), then with the arguments of the call.
-        applies: Whether SFA's own is to run for an object.
+        owner: The class or module of the function.
+        name: The name of the function.
+        needs: The parameters of the function that the replacement reads.
+        replacement: The replacement. Its first argument is the original function, bound to its object. The second one
+            is the object (the class for a class method; it is left out for a function of a module). Then follow the
+            arguments of the call.
+        applies: Whether the replacement runs for an object.
     """
 
     owner: type | ModuleType
     name: str
     needs: tuple[str, ...]
-    own: Method
+    replacement: Method
     applies: Callable[[Any], bool]
 
     @property
@@ -39,7 +40,7 @@ class Patch:
         return vars(self.owner).get(self.name, getattr(self.owner, self.name, None))
 
     def difference(self) -> str | None:
-        """What is not as SFA knows it; None if all is."""
+        """How the function differs from what the patch needs; None if it does not differ."""
         original = self.original
         what = f"{self.owner.__name__}.{self.name}"
         if original is None:
@@ -49,20 +50,20 @@ class Patch:
         return f"{what} has no {', '.join(missing)}" if missing else None
 
     def apply(self) -> None:
-        original, own, applies = self.original, self.own, self.applies
+        original, replacement, applies = self.original, self.replacement, self.applies
         if isinstance(original, classmethod):
             function = original.__func__
 
             @functools.wraps(function)
             def class_method(cls: type, *args: Any, **kwargs: Any) -> Any:
-                return own(functools.partial(function, cls), cls, *args, **kwargs)
+                return replacement(functools.partial(function, cls), cls, *args, **kwargs)
 
             setattr(self.owner, self.name, classmethod(class_method))
         elif isinstance(self.owner, ModuleType):
 
             @functools.wraps(original)
             def of_module(*args: Any, **kwargs: Any) -> Any:
-                return own(original, *args, **kwargs)
+                return replacement(original, *args, **kwargs)
 
             setattr(self.owner, self.name, of_module)
         else:
@@ -71,7 +72,7 @@ class Patch:
             def method(self: Any, *args: Any, **kwargs: Any) -> Any:
                 if not applies(self):
                     return original(self, *args, **kwargs)
-                return own(functools.partial(original, self), self, *args, **kwargs)
+                return replacement(functools.partial(original, self), self, *args, **kwargs)
 
             setattr(self.owner, self.name, method)
 
@@ -82,20 +83,20 @@ PATCHES: list[Patch] = []
 def patch(
     owner: type | ModuleType, name: str, *needs: str, applies: Callable[[Any], bool] = lambda _: True
 ) -> Callable[[F], F]:
-    """Declare the decorated function to be a `Patch`."""
+    """Declare the decorated function as the replacement of `owner.name`; see `Patch`."""
 
-    def declare(own: F) -> F:
-        PATCHES.append(Patch(owner, name, needs, own, applies))
-        return own
+    def declare(replacement: F) -> F:
+        PATCHES.append(Patch(owner, name, needs, replacement, applies))
+        return replacement
 
     return declare
 
 
 def apply_patches() -> None:
-    """Apply all patches that have been declared, or none.
+    """Apply all declared patches, or none.
 
     Raises:
-        PeftTooDifferentError: If a function is not as SFA knows it. Names all that differ.
+        PeftTooDifferentError: If a function differs from what its patch needs. The message names all of them.
     """
     differences = [difference for one in PATCHES if (difference := one.difference())]
     if differences:
@@ -105,7 +106,7 @@ def apply_patches() -> None:
 
 
 def arguments_of(function: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by their names; none if they do not fit, of which the function itself tells."""
+    """The arguments of a call by name. Empty if they do not fit, since then the function itself raises an error."""
     try:
         bound = inspect.signature(function).bind(*args, **kwargs)
     except TypeError:

@@ -1,7 +1,7 @@
-"""What PEFT does in another way where an adapter is SFA's: load, save, write a card, and push.
+"""Patches of `PeftModel` for SFA adapters: loading, saving, the model card and the upload.
 
-PEFT asks the tuner for the tensors of a checkpoint, but has no hook for how files are read and written, and for what a
-card says.
+PEFT asks the tuner for the tensors of a checkpoint, but has no hook for how files are read and written, and for the
+content of a card.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from .loads import AdapterLoad, readable_errors
 from .patching import Method, arguments_of, patch
 from .registration import NAME
 
-# Before it is patched: a save writes one card.
+# The original, since the patched version writes the whole card.
 _PEFT_CARD = PeftModel.create_or_update_model_card
 
 
@@ -49,12 +49,12 @@ def is_sfa(model: PeftModel) -> bool:
 
 
 def _brings_weights(method: Method) -> Method:
-    """Have the weights of adapters and heads in place that Accelerate has offloaded."""
+    """Load the adapter and head weights that Accelerate has offloaded, for the time of a call."""
 
     @functools.wraps(method)
     def bringing(original: Method, model: PeftModel, *args: Any, **kwargs: Any) -> Any:
-        own = [m for n, m in model.named_modules() if is_hooked(m) and (".sfa_" in n or ".modules_to_save." in n)]
-        with brought(*own):
+        hooked = [m for n, m in model.named_modules() if is_hooked(m) and (".sfa_" in n or ".modules_to_save." in n)]
+        with brought(*hooked):
             return method(original, model, *args, **kwargs)
 
     return bringing
@@ -72,14 +72,14 @@ def save_pretrained(
     is_main_process: bool = True,
     **kwargs: Any,
 ) -> None:
-    """Save adapters as `PeftModel.save_pretrained` does, whole or not at all, with a model card and its picture.
+    """Save adapters as `PeftModel.save_pretrained` does, atomically, with a model card and its picture.
 
-    A kill at any moment leaves the old checkpoint or the new one. Where torch.distributed runs, only rank 0 writes.
+    A process that is killed leaves the old checkpoint or the new one. With torch.distributed, only rank 0 writes.
 
     Raises:
-        ValueError: If `safe_serialization` is False: an SFA checkpoint is data, never a pickle. If a config was
-            changed so that it does not say what its adapter is. If a value is not finite, or does not fit
-            `values_dtype` or `heads_dtype`. If there is a model card that cannot be read. Nothing is written then.
+        ValueError: If `safe_serialization` is False, since an SFA checkpoint is never a pickle; if a config no longer
+            matches its adapter; if a value is not finite, or not in `values_dtype` or `heads_dtype`; or if an existing
+            model card cannot be read. Nothing is written then.
     """
     if not safe_serialization:
         raise ValueError(
@@ -88,13 +88,13 @@ def save_pretrained(
     names = list(model.peft_config) if selected_adapters is None else selected_adapters
     for name in names:
         if name not in model.peft_config:
-            raise ValueError(f"selected_adapters: there is no {name!r}; the model has {sorted(model.peft_config)}.")
+            raise ValueError(f"selected_adapters: {name!r} does not exist; the model has {sorted(model.peft_config)}.")
         tuner_of(model).check_config(name)
     if kwargs.get("path_initial_model_for_weight_conversion") is not None:
-        original(save_directory, selected_adapters=names, **kwargs)  # PEFT has an error for that
-    # "auto" asks the Hub for the base's vocabulary; an adapted layer is saved as its change, so there is none to save.
+        original(save_directory, selected_adapters=names, **kwargs)  # PEFT raises an error for this
+    # Not "auto", with which PEFT asks the Hub for the base's vocabulary. SFA saves no embedding layers.
     tensors = {
-        name: get_peft_model_state_dict(  # of every process, which collecting them may need
+        name: get_peft_model_state_dict(  # on every process, since it may be a collective operation
             model,
             state_dict=kwargs.get("state_dict"),
             adapter_name=name,
@@ -134,7 +134,7 @@ def _write(
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = vars(base).get("name_or_path") or None
     fields = config.to_dict() | {"inference_mode": True}
-    if config.task_type is None:  # how PEFT's Auto classes find the base's class
+    if config.task_type is None:  # PEFT's Auto classes read the base's class from it
         fields["auto_mapping"] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
     write_adapter(folder, tensors, fields, shapes, dtype_of)
 
@@ -146,7 +146,7 @@ def _writes(is_main_process: bool) -> bool:
 
 @patch(PeftModel, "from_pretrained", "model", "model_id", "adapter_name", "config", "key_mapping", "kwargs")
 def from_pretrained(original: Method, cls: type[PeftModel], *args: Any, **kwargs: Any) -> PeftModel:
-    """Load an adapter as `PeftModel.from_pretrained` does; one that fails to load leaves the model as it was.
+    """Load an adapter as `PeftModel.from_pretrained` does. A failed load does not change the model.
 
     Raises:
         CheckpointError: If the adapter is damaged, or does not fit the model.
@@ -156,7 +156,7 @@ def from_pretrained(original: Method, cls: type[PeftModel], *args: Any, **kwargs
     model_id: Any = given.get("model_id")
     mapping = given.get("key_mapping") or getattr(model, "_checkpoint_conversion_mapping", None)
     with AdapterLoad(model, given.get("adapter_name"), mapping) as load, readable_errors(load, model_id, options):
-        config = given.get("config")  # PEFT reads no config then
+        config = given.get("config")  # with it, PEFT does not read the saved config
         if isinstance(config, SFAConfig):
             load.begin()
             _check_same(SFAConfig.from_pretrained(model_id, **options), config)
@@ -166,7 +166,7 @@ def from_pretrained(original: Method, cls: type[PeftModel], *args: Any, **kwargs
 
 @patch(PeftModel, "load_adapter", "model_id", "adapter_name", "key_mapping", "kwargs", applies=is_sfa)
 def load_adapter(original: Method, model: PeftModel, *args: Any, **kwargs: Any) -> Any:
-    """Load one more adapter as `PeftModel.load_adapter` does; one that fails to load leaves the model as it was.
+    """Load another adapter as `PeftModel.load_adapter` does. A failed load does not change the model.
 
     Raises:
         CheckpointError: If the adapter is damaged, or does not fit the model.
@@ -181,46 +181,46 @@ def load_adapter(original: Method, model: PeftModel, *args: Any, **kwargs: Any) 
         load.begin()
         stack.enter_context(readable_errors(load, model_id, options))
         configs = tuner_of(model).peft_config
-        if adapter_name in configs:  # PEFT reads no config then
+        if adapter_name in configs:  # then PEFT does not read the saved config
             if any(adapter_name in layer.merged_adapters for _, layer in sfa_layers(model)):
-                raise ValueError(f"adapter {adapter_name!r} is merged: unmerge_adapter() before others are loaded.")
-            saved, own = SFAConfig.from_pretrained(model_id, **options), configs[adapter_name]
-            if _only_sizes_differ(saved, own) and _is_fresh(model, adapter_name):
+                raise ValueError(f"adapter {adapter_name!r} is merged: call unmerge_adapter() before loading into it.")
+            saved, present = SFAConfig.from_pretrained(model_id, **options), configs[adapter_name]
+            if _only_sizes_differ(saved, present) and _is_fresh(model, adapter_name):
                 stack.enter_context(resized(model, adapter_name, saved))
             else:
-                _check_same(saved, own)
+                _check_same(saved, present)
         return original(*args, **kwargs)
 
 
 @patch(peft_model, "load_peft_weights")
 def load_peft_weights(original: Method, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-    """The weights of the adapter that is being loaded; of SFA's, those that have been read already."""
+    """The weights of the adapter that is being loaded. Those of an SFA adapter have been read already."""
     load = LOAD.get()
     return original(*args, **kwargs) if load is None or load.saved is None else dict(load.saved.tensors)
 
 
-def _only_sizes_differ(saved: SFAConfig, own: SFAConfig) -> bool:
+def _only_sizes_differ(saved: SFAConfig, present: SFAConfig) -> bool:
     sizes = {"ticket_sizes": saved.ticket_sizes, "external_widths": saved.external_widths}
-    is_same = difference_of(own.to_dict(), saved.to_dict()) is None
-    return not is_same and difference_of(own.to_dict() | sizes, saved.to_dict()) is None
+    is_same = difference_of(present.to_dict(), saved.to_dict()) is None
+    return not is_same and difference_of(present.to_dict() | sizes, saved.to_dict()) is None
 
 
 def _is_fresh(model: PeftModel, adapter_name: str) -> bool:
-    """Whether an adapter has learned nothing yet, as one that a training is going to be resumed with."""
+    """Whether an adapter has not been trained, as before a training is resumed."""
     return not any(layer.is_changed_by(adapter_name) for _, layer in sfa_layers(model))
 
 
-def _check_same(saved: SFAConfig, own: SFAConfig) -> None:
-    """Check that weights saved with one config can be loaded with another.
+def _check_same(saved: SFAConfig, present: SFAConfig) -> None:
+    """Check that weights saved with the config `saved` fit an adapter with the config `present`.
 
     Raises:
-        CheckpointError: If not. Names the field.
+        CheckpointError: If they do not fit. The message names the field.
     """
-    difference = difference_of(own.to_dict(), saved.to_dict()) if own.ticket_sizes is not None else None
+    difference = difference_of(present.to_dict(), saved.to_dict()) if present.ticket_sizes is not None else None
     if difference:
         raise CheckpointError(
-            f"the weights to be loaded were saved with another {difference}. For another ticket or other widths use "
-            f"PeftModel.from_pretrained(base, path, is_trainable=True), or run the same search first."
+            f"the adapter and the weights to be loaded differ in {difference}. To load another ticket or other widths "
+            f"use PeftModel.from_pretrained(base, path, is_trainable=True), or run the same search first."
         )
 
 
@@ -253,28 +253,29 @@ def push_to_hub(
 ) -> CommitInfo | None:
     """Save adapters and upload them in one commit, with the card that `save_pretrained` writes.
 
-    transformers' own replaces the card by one of its own, and uploads the files of an interrupted push again.
+    transformers' version replaces the card, and also uploads files of an interrupted push.
 
     Args:
-        repo_id: The repository; made if need be.
-        commit_message: "Upload SFA adapter" unless given.
-        commit_description: The commit's longer text.
-        private: Whether a new repository is private.
-        token: The token; the stored one unless given.
-        revision: The branch; made if need be.
-        create_pr: Open a pull request instead.
-        tags: More tags for the card.
-        save_options: Of `save_pretrained`, such as `selected_adapters`. `max_shard_size` has no meaning here.
+        repo_id (`str`): The repository. It is created if it does not exist.
+        commit_message (`str`, *optional*, defaults to `None`): None means "Upload SFA adapter".
+        commit_description (`str`, *optional*, defaults to `None`): The description of the commit.
+        private (`bool`, *optional*, defaults to `None`): Whether a new repository is private.
+        token (`bool` or `str`, *optional*, defaults to `None`): The token. None uses the stored one.
+        revision (`str`, *optional*, defaults to `None`): The branch. It is created if it does not exist.
+        create_pr (`bool`, defaults to `False`): Whether to open a pull request instead of a commit on the branch.
+        tags (`list[str]`, *optional*, defaults to `None`): Additional tags for the card.
+        save_options: Arguments of `save_pretrained`, such as `selected_adapters`. `max_shard_size` is ignored.
 
     Returns:
-        The commit; None on processes that do not write.
+        The commit, or None on processes that do not write.
 
     Raises:
-        huggingface_hub.errors.HfHubHTTPError: If the Hub refuses.
+        ValueError: If an adapter cannot be saved.
+        huggingface_hub.errors.HfHubHTTPError: If the Hub refuses the upload.
     """
     save_options.pop("max_shard_size", None)
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder, **save_options)  # first: what cannot be saved needs no repository
+        model.save_pretrained(folder, **save_options)  # first, so that an error creates no repository
         if not _writes(save_options.get("is_main_process", True)):
             return None
         return upload(

@@ -1,4 +1,4 @@
-"""Makes SFA known to PEFT. The one place that reaches into other libraries beyond what they offer to extensions.
+"""Registers SFA with PEFT.
 
 `peft.utils.register_peft_method` is public, but takes only names that are in the `PeftType` enum, and there is no
 public way to add one; `aenum.extend_enum` does.
@@ -32,9 +32,9 @@ def add_peft_type() -> None:
     """Add `SFA` to `PeftType`.
 
     Raises:
-        PeftTooDifferentError: If the enum cannot be extended, or PEFT has a method of that name already.
+        PeftTooDifferentError: If the enum cannot be extended, or PEFT already has a method named SFA.
     """
-    owners: Mapping[Any, type] = PEFT_TYPE_TO_TUNER_MAPPING  # NAME is none of PEFT's types yet
+    owners: Mapping[Any, type] = PEFT_TYPE_TO_TUNER_MAPPING  # NAME is not in the enum yet
     owner = owners.get(NAME)
     if owner is not None:
         raise incompatible(f"it has a method {NAME} already ({owner.__module__})")
@@ -50,7 +50,7 @@ def register(config_cls: type, model_cls: type) -> None:
     """Register the method with PEFT.
 
     Raises:
-        PeftTooDifferentError: If PEFT refuses.
+        PeftTooDifferentError: If PEFT refuses the registration.
     """
     try:
         register_peft_method(name=NAME.lower(), config_cls=config_cls, model_cls=model_cls)

@@ -1,5 +1,6 @@
-"""What transformers does in another way where an adapter is SFA's: it reads an adapter's file by itself, and has no
-hook for what is coded in it.
+"""The patch of transformers' `load_adapter` for SFA adapters.
+
+transformers reads an adapter's file itself, and has no hook to decode it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "s
     "kwargs",
 )
 def load_adapter_in_transformers(original: Method, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    """Load an adapter as transformers' `load_adapter` does, with SFA's checks, and its positions decoded.
+    """Load an adapter as transformers' `load_adapter` does, with SFA's checks and decoded positions.
 
     Raises:
         CheckpointError: If the adapter is damaged, or does not fit the model.
@@ -43,7 +44,7 @@ def load_adapter_in_transformers(original: Method, model: PreTrainedModel, *args
     config = given.get("peft_config")
     if isinstance(config, SFAConfig):
         return _load_in_transformers(original, model, given)
-    # transformers reads the config. SFA is concerned only if it then makes an SFAModel.
+    # transformers reads the config. It is an SFA adapter only if transformers then creates an SFAModel.
     token = LOAD.set(_HandOver())
     try:
         return original(*args, **kwargs)
@@ -55,7 +56,7 @@ def load_adapter_in_transformers(original: Method, model: PreTrainedModel, *args
 
 
 class _HandedOverError(Exception):
-    """Leads out of transformers' `load_adapter`: it cannot read a file in which positions are coded."""
+    """Leaves transformers' `load_adapter`, which cannot read coded positions."""
 
 
 class _HandOver(Load):
@@ -75,21 +76,23 @@ def _load_in_transformers(original: Method, model: PreTrainedModel, given: dict[
     config: Any = given.get("peft_config")
     tensors = given.get("adapter_state_dict")
     if tensors is None and source is None:
-        raise ValueError("an SFA adapter needs `peft_model_id`, or `adapter_state_dict` beside `peft_config`.")
+        raise ValueError("an SFA adapter needs `peft_model_id`, or `adapter_state_dict` together with `peft_config`.")
     with AdapterLoad(model, given.get("adapter_name") or "default") as load:
         load.begin()
-        if tensors is None:
+        if config is None or tensors is None:
             saved = SFAConfig.from_pretrained(source, **options)
+            config = config or saved
+        if tensors is None:
             if load.saved is None:
-                raise CheckpointError(f"{source!r} has no {WEIGHTS}.")
-            config, tensors = config or saved, load.saved.tensors
+                raise CheckpointError(f"{source!r} has no {WEIGHTS}; save the adapter with save_pretrained.")
+            tensors = load.saved.tensors
         sizes, widths = config.ticket_sizes or {}, config.external_widths or {}
         parameters = base_parameters(model, [""], config)
         units = {name: config.granularity.count(p.shape) for name, p in parameters if name in sizes}
         dtype = position_dtype(max(units.values(), default=0))
         positions = {k: p.to(dtype) for k, p in check_sizes(tensors, sizes, widths, units).items()}
-        own = {"peft_model_id": None, "peft_config": config, "adapter_state_dict": tensors | positions}
+        replaced = {"peft_model_id": None, "peft_config": config, "adapter_state_dict": tensors | positions}
         try:
-            return original(**given | own)
-        except RuntimeError as error:  # tensors of other shapes
+            return original(**given | replaced)
+        except RuntimeError as error:  # from torch, about tensors of other shapes
             raise CheckpointError(f"the adapter does not fit this {type(model).__name__}: {error}") from error
