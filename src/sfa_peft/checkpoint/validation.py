@@ -118,10 +118,10 @@ def decode_state_dict(
 def checked_positions(codes: Mapping[str, Code]) -> dict[str, Tensor]:
     """The positions by the names of their tensors, decoded if they are coded, and checked."""
     positions = {key: code.code for key, code in codes.items()}
-    positions |= decoded({key: code for key, code in codes.items() if not _is_decoded(code.code)})
     for key, code in codes.items():
-        check_positions(key, positions[key], code.count, code.units)
-    return positions
+        if _is_decoded(code.code):
+            check_positions(key, code.code, code.count, code.units)
+    return positions | decoded({key: code for key, code in codes.items() if not _is_decoded(code.code)})
 
 
 def _is_decoded(tensor: Tensor) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, TypeVar
 
-from .registration import PeftTooDifferentError, incompatible
+from .registration import incompatible
 
 Method = Callable[..., Any]
 F = TypeVar("F", bound=Method)
@@ -113,6 +113,3 @@ def arguments_of(function: Method, args: tuple[Any, ...], kwargs: dict[str, Any]
         return {}
     bound.apply_defaults()
     return bound.arguments
-
-
-__all__ = ["PeftTooDifferentError", "apply_patches", "arguments_of", "patch"]

@@ -436,8 +436,13 @@ class SFAModel(BaseTuner):
                 places of the state dict are not valid.
         """
         positions, widths = layout_in(state, prefix, adapter_name)
-        present, present_widths = layout_in(self.model.state_dict(), "", adapter_name)
-        if not (positions or widths) or (lengths(positions), widths) == (lengths(present), present_widths):
+        present_widths = {
+            (name, "sfa_external" if container is None else "sfa_parallel"): external.width
+            for name, layer in sfa_layers(self.model)
+            for external, container in layer.externals_of(adapter_name)
+        }
+        present = lengths(self.positions(adapter_name)), present_widths
+        if not (positions or widths) or (lengths(positions), widths) == present:
             return
         is_fresh = not any(layer.is_changed_by(adapter_name) for _, layer in sfa_layers(self.model))
         if not is_fresh or holds_any(self.parameters_of(adapter_name)):
