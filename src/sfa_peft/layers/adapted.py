@@ -18,7 +18,7 @@ from .bottleneck import ExternalAdapter
 from .granularity import Granularity
 from .leaves import base_parameters_of, channels_of
 from .merged import AddExternals
-from .mixed import Mixture, joined
+from .mixed import Mixture, joined, mixture_of
 from .offloading import brought, is_hooked
 from .ops import Op
 from .parallel import ParallelInput
@@ -225,12 +225,11 @@ class SFALayer(nn.Module, BaseTunerLayer):
                 return sparse_forward(self.op, x.to(base.weight.device), base.weight, base.bias, deltas)
         return sparse_forward(self.op, x, base.weight, base.bias, deltas)
 
-    def forward(self, x: Tensor, *args: Any, mixture: Mixture | None = None, **kwargs: Any) -> Tensor:
-        """Run the leaf with its active adapters.
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the leaf with its active adapters; in a mixed batch, each sample with its adapter.
 
         Args:
             x (`Tensor`): The leaf's input, in any shape that the leaf takes.
-            mixture (`Mixture`, *optional*, defaults to `None`): The adapter of each sample, in a mixed batch.
             args, kwargs: Passed to the leaf. With an active internal adapter they are ignored.
 
         Returns:
@@ -245,6 +244,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
                 self.unmerge()
             self._forget_inputs()
             return self._base_forward(x, *args, **kwargs)
+        mixture = mixture_of(self)
         if mixture is not None:
             return self._mixed_forward(x, mixture, *args, **kwargs)
 

@@ -8,7 +8,7 @@ from typing import Any
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from .mixed import Mixture, run_each
+from .mixed import mixture_of, run_each
 from .statistics import release_statistics
 
 
@@ -19,12 +19,11 @@ class Head(ModulesToSaveWrapper):
     return several tensors.
     """
 
-    is_mixed = False
-
     def _get_name(self) -> str:
         return ModulesToSaveWrapper.__name__  # the name that users know from messages and printed models
 
-    def forward(self, *args: Any, mixture: Mixture | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        mixture = mixture_of(self)
         if mixture is None or self.disable_adapters:
             return super().forward(*args, **kwargs)
 
@@ -41,7 +40,7 @@ class Head(ModulesToSaveWrapper):
 
     def _getattr_wrapped(self, name: str, modules: dict[str, nn.Module]) -> Any:
         value = super()._getattr_wrapped(name, modules)
-        if self.is_mixed and isinstance(value, Tensor):
+        if isinstance(value, Tensor) and mixture_of(self) is not None:
             raise ValueError(
                 f"the model reads `{name}` of the head {type(self.original_module).__name__} without calling the "
                 f"head, so the samples of a batch cannot use different heads: group the samples by adapter, and use "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree  # transformers registers its output classes here only
 
 BASE = "__base__"  # PEFT's name for a sample without an adapter
@@ -51,6 +53,39 @@ class Mixture:
                 rows.setdefault(name, []).extend(range(sample * each, (sample + 1) * each))
             self._known[length, x.device] = {n: torch.tensor(indices, device=x.device) for n, indices in rows.items()}
         return self._known[length, x.device]
+
+
+class _Call(threading.local):
+    """The mixed batch that the present thread runs: the mixture of each module, or None.
+
+    It belongs to the thread and not to the modules, since several threads may run one model at the same time. It is
+    an attribute from the beginning, so that a compiled graph has a guard on it. (A `ContextVar` cannot be compiled.)
+    Neither reaches a thread that is started inside of a forward pass, nor a backward pass that computes activations
+    again. That is no loss: adapter names are refused in training, and `mixing` refuses a base that starts threads.
+    """
+
+    def __init__(self) -> None:
+        self.mixtures: Mapping[nn.Module, Mixture] | None = None
+
+
+_call = _Call()
+
+
+def mixture_of(module: nn.Module) -> Mixture | None:
+    """The mixture that a layer or head has to use now, in this thread. None outside of mixed batches."""
+    mixtures = _call.mixtures
+    return None if mixtures is None else mixtures.get(module)
+
+
+@contextmanager
+def using(mixtures: Mapping[nn.Module, Mixture]) -> Iterator[None]:
+    """Let the present thread run these modules with these mixtures. Other modules keep what they have."""
+    outer = _call.mixtures
+    _call.mixtures = {**(outer or {}), **mixtures}
+    try:
+        yield
+    finally:
+        _call.mixtures = outer
 
 
 def joined(parts: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
