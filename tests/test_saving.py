@@ -291,7 +291,7 @@ def test_transformers_leaves_a_model_as_it_was_when_a_head_does_not_fit(tmp_path
     get_peft_model(tiny.upernet(tiny.swin_config(), num_labels=5), config).save_pretrained(tmp_path)
     base = tiny.swin()
     before = tiny.state(base)
-    with pytest.raises(CheckpointError, match="does not fit"):
+    with pytest.raises(CheckpointError, match="num_labels"):
         base.load_adapter(str(tmp_path))
     assert tiny.same_state(tiny.state(base), before)
     base.save_pretrained(tmp_path / "base")

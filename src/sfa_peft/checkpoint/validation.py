@@ -82,7 +82,7 @@ def check_sizes(
 
 
 def decode_state_dict(
-    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], units: Mapping[str, int]
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], units: Mapping[str, int], finite: bool = False
 ) -> dict[str, Tensor]:
     """Check the tensors of a file against an injected adapter, and decode the positions. Changes nothing.
 
@@ -90,6 +90,7 @@ def decode_state_dict(
         found: The tensors of the file, by the model's keys.
         expected: The tensors of the injected adapter, by the same keys. Only shapes and dtypes are read.
         units: For each key of positions, the number of units of the parameter.
+        finite: Whether it is known that all values are finite.
 
     Returns:
         The tensors in the model's dtypes, with positions as sorted, unique indices.
@@ -112,7 +113,11 @@ def decode_state_dict(
         key: indices.to(dtype=expected[key].dtype, device=found[key].device)
         for key, indices in checked_positions(codes).items()
     }
-    return {key: positions[key] if key in units else _fitting(key, t, expected[key]) for key, t in found.items()}
+    fitting = {key: _fitting(key, tensor, expected[key]) for key, tensor in found.items() if key not in units}
+    if not finite:
+        for key, tensor in fitting.items():
+            check_finite(key, tensor)
+    return positions | fitting
 
 
 def checked_positions(codes: Mapping[str, Code]) -> dict[str, Tensor]:
@@ -151,7 +156,6 @@ def _fitting(key: str, tensor: Tensor, expected: Tensor) -> Tensor:
             f"{key!r} has dtype {tensor.dtype} in the checkpoint; expected a floating-point one such as "
             f"{expected.dtype}. The checkpoint is damaged; download or save it again."
         )
-    check_finite(key, tensor)
     return tensor.to(expected.dtype)
 
 

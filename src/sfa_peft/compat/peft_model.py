@@ -15,10 +15,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import torch.distributed as dist
 from huggingface_hub import CommitInfo
 from peft import PeftModel, get_peft_model_state_dict, peft_model
+from peft import utils as peft_utils
 from torch import Tensor
 
 from ..checkpoint import CheckpointError
@@ -197,6 +199,27 @@ def load_peft_weights(original: Method, *args: Any, **kwargs: Any) -> dict[str, 
     """The weights of the adapter that is being loaded. Those of an SFA adapter have been read already."""
     load = LOAD.get()
     return original(*args, **kwargs) if load is None or load.saved is None else dict(load.saved.tensors)
+
+
+@patch(peft, "set_peft_model_state_dict", "model", "peft_model_state_dict", "adapter_name")
+@patch(peft_model, "set_peft_model_state_dict", "model", "peft_model_state_dict", "adapter_name")
+@patch(peft_utils, "set_peft_model_state_dict", "model", "peft_model_state_dict", "adapter_name")
+def set_peft_model_state_dict(original: Method, *args: Any, **kwargs: Any) -> Any:
+    """Load a state dict as PEFT does. PEFT's version ends in a KeyError if a tensor of a head is missing.
+
+    Raises:
+        CheckpointError: If the tensors are damaged, or do not fit the adapter.
+    """
+    try:
+        return original(*args, **kwargs)
+    except KeyError as error:
+        given = arguments_of(original, args, kwargs)
+        key = error.args[0]
+        if not is_sfa(given["model"]) or key in given["peft_model_state_dict"]:
+            raise
+        raise CheckpointError(
+            f"the state dict lacks {key!r} of `modules_to_save`; take it from get_peft_model_state_dict(model)."
+        ) from error
 
 
 def _only_sizes_differ(saved: SFAConfig, present: SFAConfig) -> bool:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import PeftAdapterMixin
 
 from ..checkpoint import CheckpointError
-from ..checkpoint.reader import LOAD, Load
+from ..checkpoint.reader import LOAD, Load, SavedAdapter
 from ..checkpoint.seal import WEIGHTS
 from ..checkpoint.validation import check_sizes
 from ..config import SFAConfig
@@ -86,6 +86,8 @@ def _load_in_transformers(original: Method, model: PreTrainedModel, given: dict[
             if load.saved is None:
                 raise CheckpointError(f"{source!r} has no {WEIGHTS}; save the adapter with save_pretrained.")
             tensors = load.saved.tensors
+        else:
+            load.saved = SavedAdapter(config, tensors, {})
         sizes, widths = config.ticket_sizes or {}, config.external_widths or {}
         parameters = base_parameters(model, [""], config)
         units = {name: config.granularity.count(p.shape) for name, p in parameters if name in sizes}

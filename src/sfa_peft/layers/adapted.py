@@ -156,7 +156,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
     def finish_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Move a new adapter to the device and dtype of the leaf, and set which parameters are trainable."""
         device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        for adapter in self._modules_of(adapter_name):
+        for _, adapter in self.modules_of(adapter_name):
             self._move(adapter, device, dtype)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -175,7 +175,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
         base_device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         device = device or base_device
         if device is not None and device.type != "meta":
-            for adapter in self._modules_of(adapter_name):
+            for _, adapter in self.modules_of(adapter_name):
                 self._move(adapter, device, dtype)
 
     @staticmethod
@@ -196,11 +196,12 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     def parameters_of(self, adapter_name: str) -> list[nn.Parameter]:
         """All parameters of an adapter in this layer."""
-        return [p for adapter in self._modules_of(adapter_name) for p in adapter.parameters()]
+        return [p for _, adapter in self.modules_of(adapter_name) for p in adapter.parameters()]
 
-    def _modules_of(self, adapter_name: str) -> list[nn.Module]:
-        kinds = (getattr(self, name) for name in self.adapter_layer_names)
-        return [adapters[adapter_name] for adapters in kinds if adapter_name in adapters]
+    def modules_of(self, adapter_name: str) -> list[tuple[str, nn.Module]]:
+        """The modules of an adapter in this layer, each with its kind: the name of the dict that it is in."""
+        kinds = ((kind, getattr(self, kind)) for kind in self.adapter_layer_names)
+        return [(kind, adapters[adapter_name]) for kind, adapters in kinds if adapter_name in adapters]
 
     def is_changed_by(self, adapter_name: str) -> bool:
         """Whether an adapter changes the output of this layer: an internal value or an up projection is not zero."""

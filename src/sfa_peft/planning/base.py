@@ -48,6 +48,16 @@ def head_modules(model: nn.Module, config: SFAConfig) -> list[str]:
     return [name for name in found if not in_heads(name.rpartition(".")[0], found)]
 
 
+def head_tensors(model: nn.Module, heads: Iterable[str]) -> dict[str, Tensor]:
+    """The base's parameters and buffers in the modules `heads`, which are full names, by their names in the base."""
+    tensors: dict[str, Tensor] = {}
+    for name in heads:
+        head = model.get_submodule(name)
+        head = head.original_module if isinstance(head, ModulesToSaveWrapper) else head
+        tensors |= {f"{name}.{key}": tensor for key, tensor in head.state_dict().items()}
+    return tensors
+
+
 def in_heads(name: str, heads: Iterable[str]) -> bool:
     """Whether `name` is in one of `heads`, which are full names."""
     return any(name == head or name.startswith(f"{head}.") for head in heads)

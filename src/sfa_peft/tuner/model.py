@@ -15,6 +15,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..checkpoint import CheckpointError
+from ..checkpoint.names import PREFIX, is_adapter_key
 from ..checkpoint.reader import LOAD
 from ..checkpoint.validation import check_positions
 from ..config import SFAConfig
@@ -24,7 +25,7 @@ from ..layers.heads import wrap_heads
 from ..layers.kinds import QuantizedLinear
 from ..layers.mixed import BASE
 from ..layers.statistics import keep_statistics, release_statistics
-from ..planning.base import check_base, shared_parameters
+from ..planning.base import check_base, head_tensors, shared_parameters
 from ..planning.budget import External
 from ..planning.plan import TASK_HEADS, Plan, Planner, peft_verdict, ticket_sizes
 from ..ticket.selection import Positions
@@ -33,7 +34,7 @@ from .combining import check_combinable, combined, fill
 from .layout import layout_in, lengths
 from .mixing import mixing
 from .optimizers import holds_any
-from .state import decoded, encoded, unpacked, without_adapter_name
+from .state import check_heads, encoded, loadable, unpacked, without_adapter_name
 from .structure import discard_adapter, unwrap_empty_layers, wrap_leaf
 
 
@@ -96,6 +97,12 @@ class SFAModel(BaseTuner):
         config = config if LOAD.get() else copy.deepcopy(config)
         planner = Planner(model, config)
         plan = planner.plan() if plan is None else plan
+        load = LOAD.get()
+        if load is not None and load.saved is not None:
+            check_heads(
+                {k.removeprefix(PREFIX): t for k, t in load.saved.tensors.items() if not is_adapter_key(k)},
+                head_tensors(model, planner.heads),
+            )
         check_base(model, adapter_name, config, plan.modules)
         config.external_widths = plan.external_widths
         config.ticket_sizes = ticket_sizes(plan.positions)
@@ -415,9 +422,11 @@ class SFAModel(BaseTuner):
         return [p for _, layer in sfa_layers(self.model) for p in layer.parameters_of(adapter_name)]
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # The state of a whole model, as Accelerate saves it, may have the ticket of another search.
-        for adapter_name in self.peft_config:
-            self._take_layout(adapter_name, state_dict, f"{prefix}model.")
+        # The state of a whole model, as Accelerate saves it, may have the ticket of another search. An adapter that is
+        # being loaded has been checked.
+        if LOAD.get() is None:
+            for adapter_name in self.peft_config:
+                self._take_layout(adapter_name, state_dict, f"{prefix}model.")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def check_config(self, adapter_name: str) -> None:
@@ -539,15 +548,13 @@ class SFAModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return encoded(tensors)
+        return encoded(model, adapter_name, tensors)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        tensors = unpacked(model, adapter_name, state_dict)
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
-        return decoded(model, adapter_name, remapped)
+        return loadable(model, adapter_name, unpacked(model, adapter_name, state_dict))
 
 
 def tuner_of(model: PeftModel) -> SFAModel:

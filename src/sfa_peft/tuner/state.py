@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from weakref import WeakKeyDictionary
 
+import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..checkpoint import CheckpointError
 from ..checkpoint.coding import encode_all
 from ..checkpoint.names import INTERNAL, POSITIONS, PREFIX, is_adapter_key, is_positions_key
 from ..checkpoint.packing import unpack
+from ..checkpoint.reader import LOAD
 from ..checkpoint.validation import check_finite, decode_state_dict
-from ..layers.adapted import sfa_layers
+from ..layers.adapted import SFALayer
+from ..layers.sparse import SparseDelta
 
 ALIGNMENT = 64  # bytes, the alignment of torch's allocator
 
@@ -20,50 +26,122 @@ def without_adapter_name(key: str, adapter_name: str) -> str:
     return re.sub(rf"(\.sfa_(?:internal|external|parallel))\.{re.escape(adapter_name)}\.", r"\1.", key)
 
 
-def encoded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+# A ticket stays the same while its values are trained, so the codes of the last save are kept with their positions.
+_CODES: WeakKeyDictionary[SparseDelta, dict[str, tuple[Tensor, Tensor]]] = WeakKeyDictionary()
+
+
+def encoded(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of an adapter, with coded positions."""
-    positions = {key: tensor for key, tensor in tensors.items() if is_positions_key(key)}
-    return tensors | dict(zip(positions, encode_all(list(positions.values())), strict=True))
+    deltas = {
+        f"{name}{INTERNAL}{adapter_name}.{p}{POSITIONS}": _CODES.setdefault(delta, {})
+        for name, layer in _parts(model, adapter_name)[0]
+        for delta in (layer.internal_of(adapter_name),)
+        if delta is not None
+        for p in delta.changed
+    }
+    positions = {key: tensor.detach().cpu() for key, tensor in tensors.items() if is_positions_key(key)}
+    kept = {key: deltas[key][key] for key in positions if key in deltas and key in deltas[key]}
+    codes = {key: code for key, (indices, code) in kept.items() if torch.equal(indices, positions[key])}
+    new = [key for key in positions if key not in codes]
+    for key, code in zip(new, encode_all([positions[key] for key in new]), strict=True):
+        codes[key] = code
+        if key in deltas:
+            deltas[key][key] = positions[key].clone(), code
+    return tensors | codes
 
 
 def unpacked(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by their names in the model. In a file, the internal ones are packed."""
+    """The tensors of a checkpoint. In a file, the internal ones are packed."""
     sizes, shapes = {}, {}
-    for name, layer in sfa_layers(model):
-        if adapter_name in layer.sfa_internal:
-            delta = layer.sfa_internal[adapter_name]
-            for p in delta.changed:
-                full = f"{name.removeprefix(PREFIX)}.{p}"
-                sizes[full], shapes[full] = len(delta.positions(p)), tuple(getattr(delta, p).shape)
+    for name, layer in _parts(model, adapter_name)[0]:
+        delta = layer.internal_of(adapter_name)
+        for p in delta.changed if delta is not None else ():
+            full = f"{name.removeprefix(PREFIX)}.{p}"
+            sizes[full], shapes[full] = len(delta.positions(p)), tuple(delta.values(p).shape)
     return unpack(tensors, sizes, lambda name, count: shapes[name])
 
 
-def decoded(model: nn.Module, adapter_name: str, remapped: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint as the model needs them, after all checks."""
-    expected, units = {}, {}
-    for name, layer in sfa_layers(model):
-        for key, tensor in layer.state_dict(prefix=f"{name}.").items():
-            if without_adapter_name(key, adapter_name) != key:
-                expected[key] = tensor
-        if adapter_name in layer.sfa_internal:
-            delta = layer.sfa_internal[adapter_name]
-            for p in delta.changed:
-                count = delta.granularity.count(getattr(layer.changeable, p).shape)
-                units[f"{name}{INTERNAL}{adapter_name}.{p}{POSITIONS}"] = count
-    adapter = decode_state_dict({k: t for k, t in remapped.items() if is_adapter_key(k)}, expected, units)
-    present = model.state_dict()
-    heads = {}
-    for key, tensor in remapped.items():
-        if key in adapter:
-            continue
-        if key in present and present[key].shape != tensor.shape:
+def loadable(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by their names in the model, after all checks. Changes nothing.
+
+    Raises:
+        CheckpointError: If they are not exactly the tensors of the adapter and its heads.
+    """
+    layers, wrappers = _parts(model, adapter_name)
+    names: dict[str, str] = {}  # in a checkpoint, without PEFT's prefix -> in the model
+    expected: dict[str, Tensor] = {}
+    heads: dict[str, Tensor] = {}
+    units: dict[str, int] = {}
+    for name, layer in layers:
+        for kind, module in layer.modules_of(adapter_name):
+            for p, tensor in module.state_dict().items():
+                key = f"{name}.{kind}.{adapter_name}.{p}"
+                names[f"{name}.{kind}.{p}".removeprefix(PREFIX)], expected[key] = key, tensor
+        delta = layer.internal_of(adapter_name)
+        for p in delta.changed if delta is not None else ():
+            count = delta.granularity.count(getattr(layer.changeable, p).shape)
+            units[f"{name}{INTERNAL}{adapter_name}.{p}{POSITIONS}"] = count
+    for name, wrapper in wrappers:
+        for p, tensor in wrapper.modules_to_save[adapter_name].state_dict().items():
+            key = f"{name}.modules_to_save.{adapter_name}.{p}"
+            names[f"{name}.{p}".removeprefix(PREFIX)], heads[key] = key, tensor
+    found = {names.get(key.removeprefix(PREFIX), key): tensor for key, tensor in tensors.items()}
+
+    # What is read from a file during a load has been checked for finite values.
+    load = LOAD.get()
+    is_read = load is not None and load.saved is not None
+    adapter = {key: tensor for key, tensor in found.items() if key not in heads and is_adapter_key(key)}
+    result = decode_state_dict(adapter, expected, units, finite=is_read)
+    rest = {key: tensor for key, tensor in found.items() if key not in adapter}
+    check_heads(rest, heads)
+    for key, tensor in rest.items():
+        if not is_read:
+            check_finite(key, tensor)
+        result[key] = _like(tensor, heads[key])
+    return {key: _separate(tensor) for key, tensor in result.items()}
+
+
+def check_heads(found: Mapping[str, Tensor], heads: Mapping[str, Tensor]) -> None:
+    """Check the tensors of a checkpoint that are outside the adapter's layers: those of the heads, and no others.
+
+    Args:
+        found: The tensors by name.
+        heads: The tensors of the heads in the model.
+
+    Raises:
+        CheckpointError: If a tensor is missing, is in none of the heads, or has another shape.
+    """
+    for key, tensor in found.items():
+        if key not in heads:
             raise CheckpointError(
-                f"{key!r} has shape {tuple(tensor.shape)} in the checkpoint and {tuple(present[key].shape)} in the "
+                f"the checkpoint has {key!r}, which belongs neither to the adapter nor to its `modules_to_save`. "
+                f"Loading it would change the base model, so it is refused. Download or save the adapter again."
+            )
+        if heads[key].shape != tensor.shape:
+            raise CheckpointError(
+                f"{key!r} has shape {tuple(tensor.shape)} in the checkpoint and {tuple(heads[key].shape)} in the "
                 f"model; build the base model with the head that the adapter was trained with (num_labels)."
             )
-        check_finite(key, tensor)
-        heads[key] = _like(tensor, present[key]) if key in present else tensor
-    return {key: _own(tensor) for key, tensor in (adapter | heads).items()}
+    missing = heads.keys() - found.keys()
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint lacks {min(missing)!r} ({len(missing)} such) of `modules_to_save`; download or save the "
+            f"adapter again."
+        )
+
+
+def _parts(
+    model: nn.Module, adapter_name: str
+) -> tuple[list[tuple[str, SFALayer]], list[tuple[str, ModulesToSaveWrapper]]]:
+    """The layers and the heads that have an adapter, by name."""
+    layers, heads = [], []
+    for name, module in model.named_modules():
+        if isinstance(module, SFALayer):
+            if adapter_name in module.adapter_names:
+                layers.append((name, module))
+        elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            heads.append((name, module))
+    return layers, heads
 
 
 def _like(tensor: Tensor, present: Tensor) -> Tensor:
@@ -71,7 +149,7 @@ def _like(tensor: Tensor, present: Tensor) -> Tensor:
     return tensor.to(present.dtype) if present.is_meta else tensor.to(present)
 
 
-def _own(tensor: Tensor) -> Tensor:
+def _separate(tensor: Tensor) -> Tensor:
     """A tensor with a separate, aligned storage. A tensor in the memory of a file may have any address.
 
     With `low_cpu_mem_usage` a model uses tensors as they are, and sums over unaligned memory round differently.
