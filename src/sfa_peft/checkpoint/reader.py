@@ -20,7 +20,7 @@ from .error import CheckpointError
 from .packing import unpack
 from .renaming import KeyMapping, NamesModules, rename, rename_config, rename_key
 from .seal import CONFIG, DIGEST, WEIGHTS, AdapterFile, read
-from .validation import check_sizes
+from .validation import check_finite, check_sizes
 
 PICKLE = "adapter_model.bin"
 # These fields decide what the adapter computes, so they must be the same in the config and in the weights' seal.
@@ -180,6 +180,8 @@ def contents_of(config: Announces, file: AdapterFile) -> tuple[dict[str, Tensor]
     """
     try:
         units = {name: config.granularity.count(shape) for name, shape in file.shapes.items()}
+        for name, tensor in file.tensors.items():  # packed, and so a few large ones
+            check_finite(name, tensor)
         tensors = tensors_of(config, file)
     except (IndexError, TypeError, ZeroDivisionError, OverflowError) as error:
         raise CheckpointError(f"the shapes in the file's seal are not valid: {error}") from error

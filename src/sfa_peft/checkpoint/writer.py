@@ -37,7 +37,7 @@ def write_adapter(
     Raises:
         ValueError: If a value is not finite, or not in the dtype of the file. Nothing is written then.
     """
-    packed = pack({name: _cast(name, tensor, dtype_of(name)) for name, tensor in tensors.items()})
+    packed = {name: _cast(name, tensor, dtype_of(name), tensors) for name, tensor in pack(tensors).items()}
     fields = {**config, DIGEST: digest_of(packed)}
     sealed = {"config": fields, "shapes": {name: list(shape) for name, shape in shapes.items()}}
     seal = zlib.compress(json.dumps(sealed, sort_keys=True, separators=(",", ":")).encode(), 9)
@@ -46,8 +46,9 @@ def write_adapter(
     save_tensors(folder / WEIGHTS, packed, {"format": "pt", KEY: base64.b85encode(seal).decode()})
 
 
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None, tensors: Mapping[str, Tensor]) -> Tensor:
     if not is_sound(name, tensor):
+        name = next((part for part, values in tensors.items() if not is_sound(part, values)), name)
         raise ValueError(f"{name!r} holds values that are not finite: the training has diverged. Nothing was saved.")
     if not tensor.is_floating_point():
         return tensor

@@ -13,7 +13,7 @@ from transformers.integrations import PeftAdapterMixin
 from ..checkpoint import CheckpointError
 from ..checkpoint.reader import LOAD, Load, SavedAdapter
 from ..checkpoint.seal import WEIGHTS
-from ..checkpoint.validation import check_sizes
+from ..checkpoint.validation import check_finite, check_sizes
 from ..config import SFAConfig
 from ..layers.granularity import position_dtype
 from ..planning.base import base_parameters
@@ -87,6 +87,8 @@ def _load_in_transformers(original: Method, model: PreTrainedModel, given: dict[
                 raise CheckpointError(f"{source!r} has no {WEIGHTS}; save the adapter with save_pretrained.")
             tensors = load.saved.tensors
         else:
+            for key, tensor in tensors.items():
+                check_finite(key, tensor)
             load.saved = SavedAdapter(config, tensors, {})
         sizes, widths = config.ticket_sizes or {}, config.external_widths or {}
         parameters = base_parameters(model, [""], config)

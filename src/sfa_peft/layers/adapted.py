@@ -51,7 +51,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     Args:
         base_layer (`nn.Module`): The leaf.
-        adapter_name (`str`): The first adapter on the leaf.
+        active (`Sequence[str]`): The adapters of the model that are active.
         block (`nn.Module`, *optional*, defaults to `None`):
             For a leaf without parameters: the module around it, whose device and dtype the adapter gets.
     """
@@ -60,7 +60,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
     other_param_names = ("parallel_inputs",)
     takes_internal = False
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, block: nn.Module | None = None) -> None:
+    def __init__(self, base_layer: nn.Module, active: Sequence[str], block: nn.Module | None = None) -> None:
         super().__init__()
         self.base_layer = base_layer
         self._block = (block,)  # in a tuple, so that it does not become a submodule
@@ -71,7 +71,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._originals: list[dict[str, tuple[Granularity, Tensor, Tensor]]] = []
         self._disable_adapters = False
-        self._active_adapter = [adapter_name]
+        self._active_adapter = list(active)
         self.searching = False
 
     @property

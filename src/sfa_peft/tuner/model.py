@@ -62,6 +62,7 @@ class SFAModel(BaseTuner):
     prefix = "sfa_"
     tuner_layer_cls = SFALayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (as PEFT declares it)
+    _plan: Plan | None = None  # of the injection in progress, since PEFT's hooks have no parameter for it
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         load = LOAD.get()
@@ -108,12 +109,12 @@ class SFAModel(BaseTuner):
         config.ticket_sizes = ticket_sizes(plan.positions)
         config.weights_digest = None
         self.peft_config[adapter_name] = config
-        self._plan = plan
         try:
             # PEFT would also wrap every module whose name ends with the name of a head.
             heads, config.modules_to_save = config.modules_to_save, None
             try:
-                super().inject_adapter(model, adapter_name, *args, **kwargs)
+                with self._following(plan):
+                    super().inject_adapter(model, adapter_name, *args, **kwargs)
             finally:
                 config.modules_to_save = heads
             is_active = adapter_name in self.active_adapters
@@ -122,8 +123,14 @@ class SFAModel(BaseTuner):
         except BaseException:
             discard_adapter(model, adapter_name)
             raise
+
+    @contextmanager
+    def _following(self, plan: Plan) -> Iterator[None]:
+        self._plan = plan
+        try:
+            yield
         finally:
-            del self._plan
+            self._plan = None
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
         # SFA adapts no embeddings, and in some detectors (Deformable DETR, Grounding DINO) PEFT's version fails.
@@ -137,7 +144,7 @@ class SFAModel(BaseTuner):
 
     # PEFT's method is static, but the plan is needed here.
     def _check_target_module_exists(self, peft_config: SFAConfig, key: str) -> Any:  # type: ignore[override]
-        if hasattr(self, "_plan"):
+        if self._plan is not None:
             adapted = self._plan.modules
         else:
             widths = peft_config.external_widths or {}
@@ -159,8 +166,9 @@ class SFAModel(BaseTuner):
         layer = (
             target
             if isinstance(target, SFALayer)
-            else wrap_leaf(self.model, current_key, adapter_name, self.active_adapters)
+            else wrap_leaf(self.model, current_key, self.active_adapters)
         )
+        assert self._plan is not None
         config = self.peft_config[adapter_name]
         positions = self._plan.positions.get(current_key)
         if positions is not None:
@@ -394,15 +402,12 @@ class SFAModel(BaseTuner):
                 layer.remove_internal(adapter_name)
             if externals is not None:
                 layer.remove_externals(adapter_name)
-        self._plan = plan
-        try:
+        with self._following(plan):
             for name in sorted(plan.modules):
                 parent, _, child = name.rpartition(".")
                 self._create_and_replace(
                     config, adapter_name, self.model.get_submodule(name), child, self.model.get_submodule(parent), name
                 )
-        finally:
-            del self._plan
         unwrap_empty_layers(self.model)
         self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=upcast)
         if positions is not None:
@@ -511,7 +516,7 @@ class SFAModel(BaseTuner):
                     layer.remove_internal(adapter_name)
                     layer.remove_externals(adapter_name)
                 for name, (internal, externals) in kept.items():
-                    layer = layers.get(name) or self._wrap(name, adapter_name)
+                    layer = layers.get(name) or wrap_leaf(self.model, name, self.active_adapters)
                     if internal is not None:
                         layer.sfa_internal[adapter_name] = internal
                     for adapter, container in externals:
@@ -530,9 +535,6 @@ class SFAModel(BaseTuner):
         finally:
             for layer, names in merged:
                 layer.merge(adapter_names=names)
-
-    def _wrap(self, name: str, adapter_name: str) -> SFALayer:
-        return wrap_leaf(self.model, name, adapter_name, self.active_adapters)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

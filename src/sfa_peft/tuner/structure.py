@@ -11,20 +11,18 @@ from ..layers.leaves import base_parameters_of
 from ..layers.statistics import release_statistics
 
 
-def wrap_leaf(model: nn.Module, name: str, adapter_name: str, active: list[str]) -> SFALayer:
+def wrap_leaf(model: nn.Module, name: str, active: list[str]) -> SFALayer:
     """Replace a leaf by an `SFALayer` around it.
 
     Args:
         model: The base model.
         name: The name of the leaf.
-        adapter_name: The first adapter on the leaf.
         active: The adapters that are active.
     """
     leaf = model.get_submodule(name)
     block = _block_of(model, name) if next(leaf.parameters(), None) is None else None
-    layer = layer_class(leaf)(leaf, adapter_name, block)
-    layer.train(leaf.training)
-    layer.set_adapter(active)
+    layer = layer_class(leaf)(leaf, active, block)
+    layer.training = leaf.training
     model.set_submodule(name, layer)
     return layer
 
