@@ -55,7 +55,9 @@ def unpacked(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) ->
     sizes, shapes = {}, {}
     for name, layer in _parts(model, adapter_name)[0]:
         delta = layer.internal_of(adapter_name)
-        for p in delta.changed if delta is not None else ():
+        if delta is None:
+            continue
+        for p in delta.changed:
             full = f"{name.removeprefix(PREFIX)}.{p}"
             sizes[full], shapes[full] = len(delta.positions(p)), tuple(delta.values(p).shape)
     return unpack(tensors, sizes, lambda name, count: shapes[name])
@@ -78,7 +80,9 @@ def loadable(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) ->
                 key = f"{name}.{kind}.{adapter_name}.{p}"
                 names[f"{name}.{kind}.{p}".removeprefix(PREFIX)], expected[key] = key, tensor
         delta = layer.internal_of(adapter_name)
-        for p in delta.changed if delta is not None else ():
+        if delta is None:
+            continue
+        for p in delta.changed:
             count = delta.granularity.count(getattr(layer.changeable, p).shape)
             units[f"{name}{INTERNAL}{adapter_name}.{p}{POSITIONS}"] = count
     for name, wrapper in wrappers:
