@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -18,7 +17,7 @@ from ..layers.quantized import numel
 
 def in_module(name: str, modules: Iterable[str]) -> bool:
     """Whether `name` is in one of `modules`, which are full names or endings of names."""
-    return any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in modules)
+    return any(f".{module}." in f".{name}." for module in modules)
 
 
 def modules_outside_adapters(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -84,19 +84,18 @@ def without_empty(positions: Positions) -> Positions:
     return {m: named for m, named in kept.items() if named}
 
 
-def peft_verdict(config: SFAConfig, name: str, heads: Iterable[str] = ()) -> object:
-    """Whether PEFT's rules allow an adapter on a module: excluded modules, heads and layer indices.
-
-    True if they do. Otherwise a false value, in which PEFT stores whether the module was excluded by name.
-    """
+def is_in_layers(config: SFAConfig, name: str) -> bool:
+    """Whether a module is in a layer of `layers_to_transform`, by PEFT's rules."""
+    layers, patterns = config.layers_to_transform, config.layers_pattern
+    if layers is None:
+        return True
     question = SimpleNamespace(
-        target_modules=[name.rpartition(".")[2]] if "." in name else [name],
-        exclude_modules=config.exclude_modules,
-        modules_to_save=[re.escape(head) for head in heads],
-        layers_to_transform=config.layers_to_transform,
-        layers_pattern=config.layers_pattern,
+        target_modules=[name.rpartition(".")[2]],
+        layers_to_transform=layers if isinstance(layers, int) else set(layers),
+        # They are names, but PEFT takes them as regular expressions.
+        layers_pattern=[re.escape(p) for p in ([patterns] if isinstance(patterns, str) else patterns or ())],
     )
-    return check_target_module_exists(question, name)
+    return bool(check_target_module_exists(question, name))
 
 
 class Planner:
@@ -383,7 +382,10 @@ class Planner:
         return allowed
 
     def _is_allowed(self, name: str) -> bool:
-        return bool(peft_verdict(self.config, name, self.heads))
+        excluded = self.config.exclude_modules
+        if in_heads(name, self.heads) or (excluded and _matches(name, excluded)):
+            return False
+        return is_in_layers(self.config, name)
 
     # How much
 
@@ -536,4 +538,5 @@ _OTHER_ARCHITECTURE = (
 def _matches(name: str, patterns: set[str] | str) -> bool:
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
-    return any(name == p or name.endswith(f".{p}") for p in patterns)
+    parts = name.split(".")
+    return any(".".join(parts[i:]) in patterns for i in range(len(parts)))

@@ -27,7 +27,7 @@ from ..layers.mixed import BASE
 from ..layers.statistics import keep_statistics, release_statistics
 from ..planning.base import check_base, head_tensors, shared_parameters
 from ..planning.budget import External
-from ..planning.plan import TASK_HEADS, Plan, Planner, peft_verdict, ticket_sizes
+from ..planning.plan import TASK_HEADS, Plan, Planner, ticket_sizes
 from ..ticket.selection import Positions
 from .checks import check_config
 from .combining import check_combinable, combined, fill
@@ -110,13 +110,8 @@ class SFAModel(BaseTuner):
         config.weights_digest = None
         self.peft_config[adapter_name] = config
         try:
-            # PEFT would also wrap every module whose name ends with the name of a head.
-            heads, config.modules_to_save = config.modules_to_save, None
-            try:
-                with self._following(plan):
-                    super().inject_adapter(model, adapter_name, *args, **kwargs)
-            finally:
-                config.modules_to_save = heads
+            with self._following(plan, config):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
             is_active = adapter_name in self.active_adapters
             wrap_heads(model, planner.heads, adapter_name, is_active, config.inference_mode)
             keep_statistics(model)
@@ -125,12 +120,22 @@ class SFAModel(BaseTuner):
             raise
 
     @contextmanager
-    def _following(self, plan: Plan) -> Iterator[None]:
+    def _following(self, plan: Plan, config: SFAConfig) -> Iterator[None]:
+        """Let PEFT inject what is in the plan, which has applied the config's rules.
+
+        By these fields PEFT would choose again, wrap every module whose name ends with the name of a head, and compare
+        each target with each module.
+        """
+        hidden = {name: getattr(config, name) for name in ("modules_to_save", "target_modules", "exclude_modules")}
         self._plan = plan
         try:
+            for name in hidden:
+                setattr(config, name, None)
             yield
         finally:
             self._plan = None
+            for name, value in hidden.items():
+                setattr(config, name, value)
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
         # SFA adapts no embeddings, and in some detectors (Deformable DETR, Grounding DINO) PEFT's version fails.
@@ -143,15 +148,12 @@ class SFAModel(BaseTuner):
         return peft_config
 
     # PEFT's method is static, but the plan is needed here.
-    def _check_target_module_exists(self, peft_config: SFAConfig, key: str) -> Any:  # type: ignore[override]
+    def _check_target_module_exists(self, peft_config: SFAConfig, key: str) -> bool:  # type: ignore[override]
         if self._plan is not None:
-            adapted = self._plan.modules
-        else:
-            widths = peft_config.external_widths or {}
-            adapted = {name for modules in widths.values() for name in modules}
-            adapted |= {name.rpartition(".")[0] for name in peft_config.ticket_sizes or {}}
-        # For other modules: False, or PEFT's false value that marks an excluded module.
-        return True if key in adapted else peft_verdict(peft_config, key) and False
+            return key in self._plan.positions or key in self._plan.externals
+        widths = peft_config.external_widths or {}
+        adapted = {name for modules in widths.values() for name in modules}
+        return key in adapted or key in {name.rpartition(".")[0] for name in peft_config.ticket_sizes or {}}
 
     def _create_and_replace(
         self,
@@ -402,7 +404,7 @@ class SFAModel(BaseTuner):
                 layer.remove_internal(adapter_name)
             if externals is not None:
                 layer.remove_externals(adapter_name)
-        with self._following(plan):
+        with self._following(plan, config):
             for name in sorted(plan.modules):
                 parent, _, child = name.rpartition(".")
                 self._create_and_replace(

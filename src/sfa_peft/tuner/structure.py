@@ -22,7 +22,7 @@ def wrap_leaf(model: nn.Module, name: str, active: list[str]) -> SFALayer:
     leaf = model.get_submodule(name)
     block = _block_of(model, name) if next(leaf.parameters(), None) is None else None
     layer = layer_class(leaf)(leaf, active, block)
-    layer.training = leaf.training
+    layer.train(leaf.training)
     model.set_submodule(name, layer)
     return layer
 
