@@ -27,11 +27,22 @@ PLACES = ("attention", "mlp", "mlp_parallel")
 PLACEMENTS = ("uniform", "auto")
 DEFAULT_BUDGET = 0.02
 DEFAULT_SHARE = 0.25
+# The fields that may be regular expressions.
+PATTERN_FIELDS = ("target_modules", "exclude_modules", "external_modules")
+MAX_CONFIG = 1 << 22  # bytes of an adapter_config.json
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _compiles(pattern: Any) -> bool:
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError, RecursionError, OverflowError):
+        return False
+    return True
 
 
 def _is_number(value: Any) -> bool:
@@ -213,7 +224,7 @@ class SFAConfig(PeftConfig):
         self.peft_type = PeftType("SFA")
         if isinstance(self.external_places, list):
             self.external_places = tuple(self.external_places)
-        for name in ("target_modules", "exclude_modules", "external_modules"):
+        for name in PATTERN_FIELDS:
             value = getattr(self, name)
             if isinstance(value, list | tuple):
                 setattr(self, name, set(value))
@@ -248,12 +259,40 @@ class SFAConfig(PeftConfig):
         Raises:
             CheckpointError: If it is not a JSON object, or not the config of an SFA adapter.
         """
+        size = os.path.getsize(path_json_file)
+        if size > MAX_CONFIG:
+            raise CheckpointError(
+                f"{str(path_json_file)!r} has {size:,} bytes, and no config is larger than {MAX_CONFIG:,}."
+            )
         try:
             fields = super().from_json_file(path_json_file, **kwargs)
         except (ValueError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{str(path_json_file)!r} is not a JSON file, or damaged: {error}") from error
         if not isinstance(fields, dict) or fields.get("peft_type") != PeftType("SFA"):
             raise CheckpointError(f"{str(path_json_file)!r} is not the config of an SFA adapter, or damaged.")
+        return cls.without_patterns(fields)
+
+    @staticmethod
+    def without_patterns(fields: dict[str, Any]) -> dict[str, Any]:
+        """The fields of a saved config, with names in place of regular expressions, which versions up to 0.1 saved.
+
+        A saved adapter contains the names of its modules, so an expression in a file is not needed, and is never run.
+        """
+        sizes, widths = fields.get("ticket_sizes"), fields.get("external_widths")
+        if not isinstance(sizes, dict) or not isinstance(widths, dict):
+            return fields  # not of an adapter
+        others = widths.get("module", {})
+        names = {
+            "target_modules": sorted({name.rpartition(".")[0] for name in sizes}),
+            "exclude_modules": None,
+            "external_modules": sorted(others) if isinstance(others, dict) else [],
+        }
+        patterns = {name for name in PATTERN_FIELDS if fields.get(name) and isinstance(fields[name], str)}
+        if "exclude_modules" in patterns and fields.get("target_modules") is None:
+            patterns.add("target_modules")
+        fields = fields | {name: names[name] for name in patterns}
+        if fields.get("layers_to_transform") is not None and "target_modules" in patterns:
+            fields |= {"layers_to_transform": None, "layers_pattern": None}
         return fields
 
     @classmethod
@@ -361,7 +400,7 @@ class SFAConfig(PeftConfig):
                 value is None or (isinstance(value, str) and value in DTYPES),
                 f"choose one of {sorted(DTYPES)}, or None",
             )
-        for name in ("target_modules", "exclude_modules", "external_modules"):
+        for name in PATTERN_FIELDS:
             self._check_names(name)
         targets = self.target_heads
         are_names = isinstance(targets, list | tuple) and all(isinstance(t, str) and t for t in targets)
@@ -369,13 +408,10 @@ class SFAConfig(PeftConfig):
         if targets and self.target_modules is not None:
             self._fail("target_heads", "it needs `target_modules=None`; name the head's modules in `target_modules`")
         heads = self.modules_to_save
-        is_list = isinstance(heads, list | tuple | set) and all(isinstance(h, str) and h for h in heads)
+        is_list = isinstance(heads, list | tuple | set) and all(
+            isinstance(head, str) and re.fullmatch(r"[\w.-]+", head) for head in heads
+        )
         self._check("modules_to_save", heads is None or is_list, "use a list of module names")
-        for head in heads or ():
-            try:
-                re.compile(head)
-            except re.error:
-                self._fail("modules_to_save", f"{head!r} is not a module name; use a list of module names")
         layers = self.layers_to_transform
         indices = layers if isinstance(layers, list | tuple) else [layers]
         self._check(
@@ -400,9 +436,7 @@ class SFAConfig(PeftConfig):
         width = self.external_width
         if isinstance(width, dict):
             for pattern, value in width.items():
-                try:
-                    re.compile(pattern)
-                except (re.error, TypeError):
+                if self.ticket_sizes is None and not _compiles(pattern):  # those of a saved adapter are never run
                     self._fail("external_width", f"{pattern!r} is not a regular expression")
                 self._check("external_width", is_width(value), allowed)
         elif width is not None:
@@ -418,10 +452,8 @@ class SFAConfig(PeftConfig):
     def _check_names(self, name: str) -> None:
         value = getattr(self, name)
         if isinstance(value, str):
-            try:
-                re.compile(value)
-            except re.error as error:
-                self._fail(name, f"it is not a regular expression ({error}); correct it, or use a list of names")
+            if not _compiles(value):
+                self._fail(name, "it is not a regular expression; correct it, or use a list of names")
         elif value is not None:
             is_valid = isinstance(value, set) and all(isinstance(item, str) and item for item in value)
             self._check(name, is_valid, "use a list of module names or a regular expression")

@@ -212,7 +212,6 @@ class _Reader:
         self.bits(int(ones[-1]) + 1)
         return np.diff(ones, prepend=-1) - 1
 
-
     def _ones(self, count: int) -> Ints:
         """Where the next `count` bits are 1."""
         window = np.unpackbits(self.data[self.at : self.at + -(-count // 8)], bitorder="little")

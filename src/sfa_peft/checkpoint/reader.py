@@ -47,6 +47,9 @@ class Announces(NamesModules, Protocol):
 
     def to_dict(self) -> dict[str, Any]: ...
 
+    @staticmethod
+    def without_patterns(fields: dict[str, Any]) -> dict[str, Any]: ...
+
 
 C = TypeVar("C", bound=Announces)
 
@@ -139,9 +142,14 @@ def open_adapter(config: C, weights: Path, mapping: KeyMapping) -> SavedAdapter[
             stacklevel=3,
         )
         try:
-            config = type(config)(**file.config)
+            config = type(config)(**config.without_patterns(file.config))
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"the config in the seal of {str(weights)!r} is not valid: {error}") from error
+    if config.ticket_sizes is None:
+        raise CheckpointError(
+            f"{CONFIG} beside {str(weights)!r} does not say which parameters the adapter changes (`ticket_sizes`, "
+            f"`external_widths`). It is not from the same save; save the adapter again."
+        )
     tensors, positions = contents_of(config, file)
     saved = SavedAdapter(config, tensors | positions, file.shapes)
     config.weights_digest = None

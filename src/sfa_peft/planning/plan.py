@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
@@ -14,8 +14,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 
 from ..checkpoint import CheckpointError
+from ..checkpoint.names import INTERNAL, PREFIX
 from ..checkpoint.reader import LOAD
-from ..config import SFAConfig
+from ..config import PATTERN_FIELDS, SFAConfig
 from ..layers.adapted import SFALayer
 from ..layers.kinds import internal_parameters
 from ..layers.leaves import base_layer_of, channels_of
@@ -138,6 +139,12 @@ class Planner:
             externals, size = self._sizes_from_budget(places, candidates)
         else:
             externals, size = self._explicit_sizes(places, candidates)
+        excluded = self.config.exclude_modules
+        if excluded and not self._matched(_patterns(excluded)):
+            warnings.warn(
+                f"SFAConfig.exclude_modules={excluded!r} matches no module of {type(self.model).__name__}.",
+                stacklevel=2,
+            )
         self._tell_shared(candidates)
         self._tell_tied_heads()
         positions = self._initial_ticket(candidates, size)
@@ -362,11 +369,7 @@ class Planner:
         patterns = getattr(self.config, field_name)
         if patterns == set():
             return []
-        every = [name for name, _ in modules_outside_adapters(self.model) if name]
-        if patterns == "all-linear":
-            matched = [n for n in every if n in self.leaves and isinstance(base_layer_of(self.leaves[n]), nn.Linear)]
-        else:
-            matched = [n for n in every if _matches(n, patterns)]
+        matched = self._matched(patterns)
         allowed = [n for n in matched if self._is_allowed(n)]
         if not allowed:
             shown = sorted(patterns) if isinstance(patterns, set) else patterns
@@ -381,9 +384,27 @@ class Planner:
             )
         return allowed
 
+    def _matched(self, patterns: set[str] | str) -> list[str]:
+        if patterns == "all-linear":
+            return [name for name, leaf in self.leaves.items() if isinstance(base_layer_of(leaf), nn.Linear)]
+        return [name for name, _ in modules_outside_adapters(self.model) if name and _matches(name, patterns)]
+
+    def exact(self) -> dict[str, set[str]]:
+        """The fields that are regular expressions or `all-linear`, each as the names of the leaves that it matches.
+
+        In a saved config there are only names: an adapter loads into the model that it was made for, and an expression
+        from a file can be made to run for hours.
+        """
+        given = {name: getattr(self.config, name) for name in PATTERN_FIELDS}
+        return {
+            name: set(self._matched(value)) & self.leaves.keys()
+            for name, value in given.items()
+            if value and isinstance(value, str)
+        }
+
     def _is_allowed(self, name: str) -> bool:
         excluded = self.config.exclude_modules
-        if in_heads(name, self.heads) or (excluded and _matches(name, excluded)):
+        if in_heads(name, self.heads) or (excluded and _matches(name, _patterns(excluded))):
             return False
         return is_in_layers(self.config, name)
 
@@ -476,6 +497,7 @@ class Planner:
         assert config.ticket_sizes is not None
         load = LOAD.get()
         shapes = load.saved.shapes if load and load.saved else {}
+        saved = load.saved.tensors if load and load.saved else {}
         plan = Plan(externals=self.recorded_externals())
         for full_name, size in config.ticket_sizes.items():
             module, _, name = full_name.rpartition(".")
@@ -491,6 +513,13 @@ class Planner:
                     f"{full_name!r} has shape {tuple(parameter.shape)} in this model, and had {sealed} in the model "
                     f"that the adapter was trained on; load the adapter into that model."
                 )
+            values = saved.get(f"{PREFIX}{module}{INTERNAL}{name}")
+            expected = config.granularity.values_shape(parameter.shape, size)
+            if values is not None and tuple(values.shape) != expected:
+                raise CheckpointError(
+                    f"the values of {full_name!r} have shape {tuple(values.shape)} in the adapter, and {expected} in "
+                    f"this model; load the adapter into the model that it was trained on."
+                )
             units = config.granularity.count(parameter.shape)
             if size > units:
                 raise CheckpointError(
@@ -502,6 +531,8 @@ class Planner:
 
     def recorded_externals(self) -> dict[str, list[External]]:
         externals: dict[str, list[External]] = {}
+        load = LOAD.get()
+        saved = load.saved.tensors if load and load.saved else {}
         known = {(p.place, p.module): p.mlp_input for p in known_places(self.model)}
         for place, modules in (self.config.external_widths or {}).items():
             for name, width in modules.items():
@@ -509,6 +540,13 @@ class Planner:
                 if place == "mlp_parallel" and (place, name) not in known:
                     raise CheckpointError(_OTHER_ARCHITECTURE.format(name=name, model=type(self.model).__name__))
                 external = self._external(place, name, known.get((place, name)))
+                kind = "sfa_parallel" if external.mlp_input else "sfa_external"
+                up = saved.get(f"{PREFIX}{name}.{kind}.up.weight")
+                if up is not None and len(up) != external.channels:
+                    raise CheckpointError(
+                        f"the external adapter on {name!r} has {len(up)} channels in the adapter, and "
+                        f"{external.channels} in this model; load it into the model that it was trained on."
+                    )
                 externals.setdefault(name, []).append(replace(external, width=width))
         return externals
 
@@ -533,6 +571,10 @@ _OTHER_ARCHITECTURE = (
     "the adapter was saved for another architecture: it adapts {name!r}, which this {model} does not have in that "
     "form. Load it into the model that it was trained on."
 )
+
+
+def _patterns(given: Collection[str]) -> set[str] | str:
+    return given if isinstance(given, str) else set(given)
 
 
 def _matches(name: str, patterns: set[str] | str) -> bool:

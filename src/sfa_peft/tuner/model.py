@@ -98,6 +98,8 @@ class SFAModel(BaseTuner):
         config = config if LOAD.get() else copy.deepcopy(config)
         planner = Planner(model, config)
         plan = planner.plan() if plan is None else plan
+        for name, modules in planner.exact().items():
+            setattr(config, name, modules)
         load = LOAD.get()
         if load is not None and load.saved is not None:
             check_heads(
@@ -165,11 +167,7 @@ class SFAModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = (
-            target
-            if isinstance(target, SFALayer)
-            else wrap_leaf(self.model, current_key, self.active_adapters)
-        )
+        layer = target if isinstance(target, SFALayer) else wrap_leaf(self.model, current_key, self.active_adapters)
         assert self._plan is not None
         config = self.peft_config[adapter_name]
         positions = self._plan.positions.get(current_key)
