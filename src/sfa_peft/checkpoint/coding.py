@@ -150,6 +150,15 @@ class _Chunk(NamedTuple):
     source: int = 0  # the index of its code
 
 
+def most_positions(size: int) -> int:
+    """The most positions that are decoded from `size` bytes of codes without values beside them.
+
+    A code of neighbouring positions has 500 of them in a byte, so without a limit a small file could fill the memory.
+    The limit allows 8 million positions in any file, and a ticket of half of all parameters at any size.
+    """
+    return max(1 << 23, 8 * size)
+
+
 def _check_count(code: Code) -> None:
     if not 0 <= code.count <= code.units:
         raise CodeError(f"{code.count} positions cannot be among {code.units} units")

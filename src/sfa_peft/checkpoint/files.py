@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .error import CheckpointError
 
+MAX_HEADER = 1 << 24  # bytes of the header of a safetensors file
 _STAGE = ".sfa-save-"
 
 
@@ -34,6 +35,12 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         CheckpointError: If it is not a safetensors file, or damaged.
     """
     try:
+        with open(path, "rb") as start:
+            header = int.from_bytes(start.read(8), "little")
+        if MAX_HEADER < header < os.path.getsize(path):
+            raise CheckpointError(
+                f"{str(path)!r} has a header of {header:,} bytes, and no adapter has {MAX_HEADER:,}."
+            )
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, RuntimeError, OverflowError, KeyError, TypeError) as error:

@@ -28,8 +28,8 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 KEY = "sfa_peft"
 DIGEST = "weights_digest"
-# Bytes. No config is that large, so a larger seal is not decompressed.
-MAX_SEAL = 1 << 26
+# Bytes. No config is that large, so a larger seal is neither written nor decompressed.
+MAX_SEAL = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,19 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def shapes_in(described: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of parameters, from JSON.
+
+    Raises:
+        ValueError, TypeError, AttributeError: If they are not shapes. A parameter that a ticket can choose from has no
+            dimension of 0, and a dimension fits in 31 bits.
+    """
+    shapes = {name: tuple(shape) for name, shape in described.items()}
+    if not all(type(n) is int and 0 < n <= 1 << 31 for shape in shapes.values() for n in shape):
+        raise ValueError("a shape is not possible")
+    return shapes
+
+
 def read(path: Path) -> AdapterFile:
     """Read a weights file with all its tensors.
 
@@ -76,7 +89,7 @@ def read(path: Path) -> AdapterFile:
             raise ValueError("too long or too short")
         sealed = json.loads(text)
         config = dict(sealed["config"])
-        shapes = {str(name): tuple(int(n) for n in shape) for name, shape in sealed["shapes"].items()}
+        shapes = shapes_in(sealed["shapes"])
         expected = config[DIGEST]
     except (binascii.Error, zlib.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"the seal of {str(path)!r} is damaged ({error}); download or save it again.") from error

@@ -67,6 +67,11 @@ def check_sizes(
         for module, width in modules.items():
             _, up = take(f"{module}.{kind}.up.weight")
             channels = up.shape[0] if up.dim() == 2 else 0
+            if not channels:
+                raise CheckpointError(
+                    f"{module}.{kind}.up.weight has shape {tuple(up.shape)} in adapter_model.safetensors, and an "
+                    f"external adapter has at least one channel. {_NOT_ONE_SAVE}"
+                )
             shaped(f"{module}.{kind}.up.weight", (channels, width))
             shaped(f"{module}.{kind}.down.weight", (width, channels))
             shaped(f"{module}.{kind}.down.bias", (width,))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .files import save_tensors
 from .packing import pack
-from .seal import CONFIG, DIGEST, KEY, WEIGHTS, digest_of
+from .seal import CONFIG, DIGEST, KEY, MAX_SEAL, WEIGHTS, digest_of
 from .validation import is_sound
 
 
@@ -40,7 +40,13 @@ def write_adapter(
     packed = {name: _cast(name, tensor, dtype_of(name), tensors) for name, tensor in pack(tensors).items()}
     fields = {**config, DIGEST: digest_of(packed)}
     sealed = {"config": fields, "shapes": {name: list(shape) for name, shape in shapes.items()}}
-    seal = zlib.compress(json.dumps(sealed, sort_keys=True, separators=(",", ":")).encode(), 9)
+    text = json.dumps(sealed, sort_keys=True, separators=(",", ":")).encode()
+    if len(text) > MAX_SEAL:
+        raise ValueError(
+            f"the config and the shapes of the targets take {len(text):,} bytes, and a file may have {MAX_SEAL:,}: "
+            f"name fewer modules in `target_modules` and `exclude_modules`. Nothing was saved."
+        )
+    seal = zlib.compress(text, 9)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     save_tensors(folder / WEIGHTS, packed, {"format": "pt", KEY: base64.b85encode(seal).decode()})

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import CheckpointError
-from ..checkpoint.coding import Code, encode_all
+from ..checkpoint.coding import Code, encode_all, most_positions
 from ..checkpoint.files import load_tensors, write_whole
 from ..checkpoint.packing import join_codes, split_codes
+from ..checkpoint.seal import shapes_in
 from ..checkpoint.validation import decoded
 from ..layers.granularity import GRANULARITIES, NO_BLOCKS, Granularity, position_dtype
 from .quotas import GROUPINGS
@@ -162,6 +163,9 @@ class Ticket:
 
         Args:
             path (`str` or `Path`): The file.
+
+        Raises:
+            ValueError: If the ticket has more than half of the positions of very large parameters.
         """
         positions = dict(sorted(self.by_name().items()))
         described = {
@@ -171,8 +175,10 @@ class Ticket:
             "widths": self.widths,
             "criterion": self.criterion,
         }
-        codes = encode_all(list(positions.values()))
-        write_whole(Path(path), {"positions": join_codes(codes)}, {"format": FORMAT, "ticket": json.dumps(described)})
+        codes = join_codes(encode_all(list(positions.values())))
+        if sum(len(indices) for indices in positions.values()) > most_positions(codes.nbytes):
+            raise ValueError("the ticket has most positions of its parameters: train the whole parameters instead.")
+        write_whole(Path(path), {"positions": codes}, {"format": FORMAT, "ticket": json.dumps(described)})
 
     @classmethod
     def load(cls, path: str | Path) -> Ticket:
@@ -206,10 +212,11 @@ class Ticket:
         if name not in GRANULARITIES:
             raise CheckpointError(NO_BLOCKS if name == "block" else f"the granularity {name!r} is not known")
         granularity = GRANULARITIES[name]
-        shapes = {name: tuple(int(n) for n in shape) for name, shape in described["shapes"].items()}
-        if not all(0 < n <= 1 << 31 for shape in shapes.values() for n in shape):
-            raise CheckpointError("a shape in the description is not possible")
+        shapes = shapes_in(described["shapes"])
         sizes = {str(name): int(size) for name, size in described["sizes"].items()}
+        most = most_positions(tensors["positions"].nbytes)
+        if sum(sizes.values()) > most:
+            raise CheckpointError(f"a file of this size holds at most {most:,} positions, not {sum(sizes.values()):,}")
         positions: Positions = {}
         codes_by_name: dict[str, Code] = {}
         codes = split_codes("positions", tensors["positions"], len(sizes))
