@@ -55,10 +55,11 @@ class Parts:
         self.shapes: dict[str, Any] = dict(file.shapes)
         self.tensors = {n: t.clone() for n, t in tensors_of(SFAConfig.from_pretrained(folder), file).items()}
         self.more: dict[str, Tensor] = {}  # tensors that are not packed
-        self.fields.pop(DIGEST)
+        self.digest = self.fields.pop(DIGEST)
 
     def write_config(self) -> None:
-        (self.folder / CONFIG).write_text(json.dumps(self.fields))
+        """Write the config only. Its digest says that the weights were saved with it."""
+        (self.folder / CONFIG).write_text(json.dumps({DIGEST: self.digest, **self.fields}))
 
     def write_sealed(self) -> None:
         """Write everything, with a right digest and a right seal."""
@@ -66,7 +67,7 @@ class Parts:
 
     def write_unsealed(self) -> None:
         """Write everything as another program may do."""
-        self.write_config()
+        (self.folder / CONFIG).write_text(json.dumps(self.fields))
         save_file(
             {n: t.contiguous() for n, t in (self.tensors | self.more).items()}, self.folder / WEIGHTS, {"format": "pt"}
         )
@@ -365,8 +366,7 @@ def bombs(world: World, seed: int, count: int) -> Iterator[Attack]:
             key = f"{P}{module}.sfa_parallel"
             parts.tensors[f"{key}.down.weight"] = torch.empty(width, 0)
             parts.tensors[f"{key}.up.weight"] = torch.empty(0, width)
-            # The bias is the only tensor that has bytes.
-            parts.tensors[f"{key}.down.bias"] = torch.zeros(width if width < 10**6 else 1)
+            parts.tensors[f"{key}.down.bias"] = torch.empty(width, 0)
 
     for width in (100_000, 10**9, 2**62):
         for is_empty in (True, False):
@@ -385,8 +385,8 @@ def bombs(world: World, seed: int, count: int) -> Iterator[Attack]:
 
     def long_header(folder: Path, text: str) -> None:
         parts = Parts(folder)
+        parts.write_unsealed()
         save_file(parts.tensors, folder / WEIGHTS, {"format": "pt", "x": text})
-        parts.write_config()
 
     for label, text in (("a", "a"), ("brackets", "["), ("escapes", "\n")):
         size = 90_000_000 // (1 if text != "\n" else 2)
@@ -442,7 +442,10 @@ def dtypes(world: World, seed: int, count: int) -> Iterator[Attack]:
     for key in ("classifier.weight", "classifier.bias", "sfa_parallel.down.weight", "fc1.sfa_internal.weight",
                 "fc1.sfa_internal.weight_positions"):  # fmt: skip
         for dtype in bits:
-            yield Attack("dtypes", f"{key} as {dtype}", partial(retype, key=key, dtype=dtype), LOADS[:5])
+            make = partial(retype, key=key, dtype=dtype)
+            # Every other tensor has floating values.
+            is_wrong = dtype != "U8" if key.endswith("_positions") else not dtype.startswith(("F", "BF"))
+            yield Attack("dtypes", f"{key} as {dtype}", make, LOADS[:5], must_refuse=is_wrong)
 
     def offsets(folder: Path, change: Callable[[dict[str, Any], int], None]) -> None:
         header, data = _raw(folder / WEIGHTS)
@@ -506,7 +509,7 @@ def paths(world: World, seed: int, count: int) -> Iterator[Attack]:
         "a pipe": os.mkfifo,
         "a link to zeros": link("/dev/zero"),
         "a link to nothing": link("nothing"),
-        "a link to itself": link(WEIGHTS),
+        "a link to the weights": link(WEIGHTS),
         "a link to the terminal": link("/dev/tty"),
         "an empty file": Path.touch,
         "an unreadable file": lambda path: path.touch(0),

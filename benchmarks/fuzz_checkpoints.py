@@ -26,7 +26,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,26 +126,29 @@ def fuzz(
     return ends, failures
 
 
-def attack(kinds: Sequence[str], seed: int, count: int, seconds: float = 10.0, progress: bool = False) -> list[Result]:
-    """Try all files of some kinds that were written on purpose; of each kind at most `count`, chosen at random."""
-    results: list[Result] = []
-    with tempfile.TemporaryDirectory() as folder:
-        world = World(Path(folder))
-        trim()
-        for kind in kinds:
-            if kind == "race":
-                results += race(world, seconds)
-            elif kind == "kill":
-                results += kill(world)
-            else:
-                attacks = list(KINDS[kind](world, seed, count))
-                if len(attacks) > count:
-                    attacks = random.Random(f"{seed} {kind}").sample(attacks, count)
-                for one in attacks:
-                    results += run(world, one)
-            if progress:
-                print(f"{kind}: {sum(r.kind == kind for r in results):,} loads", file=sys.stderr, flush=True)
-    return results
+def attack(
+    world: World, kinds: Sequence[str], seed: int, count: int, seconds: float = 10.0, match: str = ""
+) -> Iterator[Result]:
+    """Try the files of some kinds that were written on purpose.
+
+    Args:
+        world: Good adapters and models.
+        kinds: Of `KINDS` and `SAVES`.
+        seed, count: Of each kind at most `count` files are tried, chosen at random.
+        seconds: How long the race takes.
+        match: Only files with this text in their name.
+    """
+    for kind in kinds:
+        if kind == "race":
+            yield from race(world, seconds)
+        elif kind == "kill":
+            yield from kill(world)
+        else:
+            attacks = [one for one in KINDS[kind](world, seed, count) if match in one.name]
+            if len(attacks) > count:
+                attacks = random.Random(f"{seed} {kind}").sample(attacks, count)
+            for one in attacks:
+                yield from run(world, one)
 
 
 COLUMNS = ("kind", "ways", "loads", "refused", "accepted", "wrongly", "raw", "changed", "slow", "large", "MB", "s")
@@ -217,6 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=500, help="the most files of a kind; random kinds share it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", choices=ALL, default=ALL, metavar="KIND", help=f"of {', '.join(ALL)}")
+    parser.add_argument("--match", default="", help="only files with this text in their name")
     parser.add_argument("--seconds", type=float, default=10.0, help="for one random case, and for the race")
     parser.add_argument("--json", metavar="FILE", help="write each result to a file")
     args = parser.parse_args(argv)
@@ -224,7 +228,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.simplefilter("ignore")
     make_base()(torch.zeros(1, 3, 32, 32))  # what torch allocates once
     failures = []
-    results = attack([k for k in args.kinds if k not in CHANGES], args.seed, args.count, args.seconds, progress=True)
+    results: list[Result] = []
+    with tempfile.TemporaryDirectory() as folder:
+        world = World(Path(folder))
+        trim()
+        for kind in args.kinds:
+            if kind not in CHANGES:
+                results += attack(world, [kind], args.seed, args.count, args.seconds, args.match)
+                print(f"{kind}: {sum(r.kind == kind for r in results):,} loads", file=sys.stderr, flush=True)
     if results:
         print(table(results))
         failures += [str(r) for r in results if r.failure]

@@ -31,6 +31,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.hotswap import hotswap_adapter
 from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForSemanticSegmentation
@@ -185,7 +186,11 @@ def by_hotswap(world: World, folder: Path) -> nn.Module:
 
 
 def by_state_dict(world: World, folder: Path) -> nn.Module:
-    set_peft_model_state_dict(world.adapted, load_file(folder / WEIGHTS))
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise CheckpointError(f"the caller cannot read the file: {error}") from error
+    set_peft_model_state_dict(world.adapted, tensors)
     return world.adapted
 
 
@@ -246,9 +251,11 @@ WAYS: dict[str, Callable[[World, Path], nn.Module | None]] = {
 LOADS = ("from_pretrained", "load_adapter", "hotswap", "state_dict", "transformers", "auto", "verify")
 
 
-def _is_readable(error: BaseException) -> bool:
+def _is_readable(error: BaseException, way: str) -> bool:
     """Whether an error is one that a user can act on: of a type that is promised, with a sentence."""
-    kinds = (CheckpointError, ValueError, TicketSearchError)  # not their subclasses, such as JSONDecodeError
+    kinds = [CheckpointError, ValueError, TicketSearchError]  # not their subclasses, such as JSONDecodeError
+    if way == "ticket":
+        kinds.append(FileNotFoundError)
     return type(error) in kinds and len(str(error).split()) >= 4
 
 
@@ -337,7 +344,7 @@ def attempt(
     try:
         model = WAYS[way](world, folder)
     except BaseException as error:
-        found["end"] = "refused" if _is_readable(error) else "raw"
+        found["end"] = "refused" if _is_readable(error, way) else "raw"
         found["error"] = f"{type(error).__name__}: {error}"[:300].encode(errors="replace").decode()
     found["seconds"] = time.process_time() - begin
     found["megabytes"] = max(0, _status("VmHWM") - before) / 1024
@@ -353,7 +360,9 @@ def attempt(
 def in_process(function: Callable[[], dict[str, Any]], seconds: float = KILL_AFTER) -> dict[str, Any]:
     """Run a function in a fork of this process, and kill it after some time."""
     reading, writing = os.pipe()
-    child = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python warns of a fork beside threads
+        child = os.fork()
     if not child:
         os.close(reading)
         try:
@@ -401,8 +410,8 @@ class Attack:
     source: str = "elements"
 
 
-def run(world: World, attack: Attack) -> list[Result]:
-    """Make the file of an attack, and load it by each way."""
+def run(world: World, attack: Attack, kill_after: float = KILL_AFTER) -> list[Result]:
+    """Make the file of an attack, and load it by each way. Loads are killed after some time, of large files later."""
     place = Path(tempfile.mkdtemp(dir=world.folder))
     results = []
     try:
@@ -412,7 +421,10 @@ def run(world: World, attack: Attack) -> list[Result]:
             raise RuntimeError(f"{attack.kind}, {attack.name}: the file was not made: {made}")
         size = sum(f.lstat().st_size for f in folder.iterdir()) / 2**20
         for way in attack.ways:
-            found = in_process(partial(attempt, world, way, folder))
+            for _ in range(2):  # what hangs does so twice; a busy machine does not
+                found = in_process(partial(attempt, world, way, folder), kill_after * min(max(size, 1), 6))
+                if found["end"] != "killed":
+                    break
             results.append(Result(attack.kind, attack.name, way, must_refuse=attack.must_refuse, size=size, **found))
     finally:
         shutil.rmtree(place)

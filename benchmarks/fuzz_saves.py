@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ class _Kill:
         self.replace(*args, **kwargs)
 
 
-def kill(world: World) -> list[Result]:
+def kill(world: World, below: Sequence[str] = ("SFA", "LoRA")) -> list[Result]:
     """Save an adapter over another one, of SFA or LoRA, and kill the process at each rename."""
 
     def lora() -> PeftModel:
@@ -99,8 +99,8 @@ def kill(world: World) -> list[Result]:
     results = []
     befores: dict[str, Callable[[], PeftModel]] = {"SFA": lambda: _adapter(0.25), "LoRA": lora}
     after = _adapter(0.5)
-    for name, before in befores.items():
-        old = before()
+    for name in below:
+        old = befores[name]()
         for number in range(MOST_RENAMES):
             folder = world.folder / f"kill-{name}-{number}"
             old.save_pretrained(folder)
