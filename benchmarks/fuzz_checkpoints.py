@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from fuzz_attacks import KINDS
 from fuzz_damage import CHANGES, copied, make_base, save_adapter
 from fuzz_runner import Result, World, as_json, in_process, run, trim
-from fuzz_saves import kill, race
+from fuzz_saves import kill, race, swaps
 from sfa_peft import CheckpointError
 
 SAVES = ("race", "kill")
@@ -140,6 +140,7 @@ def attack(
     """
     for kind in kinds:
         if kind == "race":
+            yield from swaps(world)
             yield from race(world, seconds)
         elif kind == "kill":
             yield from kill(world)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,14 +17,19 @@ from unittest import mock
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from fuzz_damage import make_base
+from fuzz_damage import copied, make_base
 from fuzz_runner import Result, World, attempt, in_process
 from sfa_peft import SFAConfig
+from sfa_peft.checkpoint import seal
+from sfa_peft.checkpoint.files import load_tensors
+from sfa_peft.checkpoint.seal import CONFIG, WEIGHTS
 
 # Each adapter has a field of the config that is sealed, one that is not, and weights that tell which it is.
 SCALES = {0.25: 0.125, 0.5: 0.375}
 SAVED = {"end": "saved"}
 MOST_RENAMES = 50  # in one save
+MOST_READS = 20  # in one load
+SWAP_WAYS = ("from_pretrained", "load_adapter", "transformers")
 
 
 def _adapter(scale: float) -> PeftModel:
@@ -36,10 +44,11 @@ def _adapter(scale: float) -> PeftModel:
     return model.eval()
 
 
-def _mixture(model: PeftModel) -> str | None:
-    """What does not belong together in a model that was loaded."""
-    config = model.peft_config["default"]
-    values = {float(v) for n, p in model.named_parameters() if ".sfa_" in n for v in p.unique()}
+def _mixture(model: Any) -> str | None:
+    """What does not belong together in the adapter that was loaded last."""
+    name, config = list(model.peft_config.items())[-1]
+    parameters = [p for n, p in model.named_parameters() if ".sfa_" in n and f".{name}." in n]
+    values = {float(v) for p in parameters for v in p.unique()}
     found = (config.external_scale, config.external_dropout, values)
     if config.external_scale not in SCALES:
         return f"unknown {found}"
@@ -75,6 +84,51 @@ def race(world: World, seconds: float) -> list[Result]:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
     return results
+
+
+def swaps(world: World) -> list[Result]:
+    """A save between any two reads of a load: of both files, or, if it is not yet through, of the weights only."""
+    folders = []
+    for scale in SCALES:
+        folders.append(world.folder / f"swap-{scale}")
+        _adapter(scale).save_pretrained(folders[-1])
+    results = []
+    for way, files in itertools.product(SWAP_WAYS, ((WEIGHTS,), (WEIGHTS, CONFIG))):
+        for number in range(MOST_READS):
+            folder = copied(folders[0], world.folder / f"swap-{way}-{len(files)}-{number}")
+            found = in_process(partial(_swapped, world, way, folder, folders[1], files, number))
+            is_over = found.pop("is_over", True)
+            name = f"a save of {' and '.join(files)} before read {number + 1}"
+            results.append(Result("race", name, way, **found))
+            if is_over:
+                break
+    return results
+
+
+def _swapped(world: World, way: str, folder: Path, other: Path, files: Sequence[str], number: int) -> dict[str, Any]:
+    """Load from a folder whose files are replaced before a read; `is_over` says that there was no such read."""
+    reads = 0
+
+    def before_read() -> None:
+        nonlocal reads
+        reads += 1
+        if reads == number + 1:
+            for file in files:
+                shutil.copy(other / file, folder / f"{file}.new")
+                os.replace(folder / f"{file}.new", folder / file)
+
+    def on_event(event: str, args: tuple[Any, ...]) -> None:
+        if event == "open" and str(args[0]) == str(folder / CONFIG):
+            before_read()
+
+    def read_weights(path: Path) -> Any:
+        before_read()
+        return load_tensors(path)
+
+    sys.addaudithook(on_event)
+    with mock.patch.object(seal, "load_tensors", read_weights):  # which opens the file without an event
+        found = attempt(world, way, folder, _mixture)
+    return found | {"is_over": reads <= number}
 
 
 class _Kill:

@@ -6,7 +6,7 @@ import pytest
 
 from fuzz_attacks import KINDS
 from fuzz_runner import World, run
-from fuzz_saves import kill, race
+from fuzz_saves import kill, race, swaps
 
 from fuzz_checkpoints import CHANGES, fuzz
 
@@ -86,8 +86,8 @@ def test_a_file_that_was_made_to_do_harm(world, arguments):
 
 
 def test_a_load_during_saves_gets_one_of_them_whole(world):
-    results = race(world, seconds=2)
-    assert len(results) > 3
+    results = swaps(world) + race(world, seconds=2)
+    assert len(results) > 8
     assert [str(result) for result in results if result.failure] == []
 
 
