@@ -1,181 +1,47 @@
-"""Load many damaged adapters: each has to be refused with one kind of error, leaving the model as it was.
+"""Load damaged and forged adapters: each has to be refused with a readable error, and leaves the model as it was.
 
-    python benchmarks/fuzz_checkpoints.py --count 20000
+    python benchmarks/fuzz_checkpoints.py                    # everything, with 500 files of each random kind
+    python benchmarks/fuzz_checkpoints.py --count 20000 --kinds bytes config forged
+    python benchmarks/fuzz_checkpoints.py --kinds bombs patterns --json found.json
 
-Three kinds of damage: bytes changed in a file, fields changed in the config, and files forged as a whole, with tensors
-or sizes changed and the seal made anew. A case fails if it raises anything but `CheckpointError`, leaves anything in
-the model, loads other values than were saved (unless forged to), takes more than `--seconds`, or asks for more than
-`--megabytes` beyond what the process has.
+The kinds `bytes`, `config` and `forged` are random damage: bytes changed in a file, fields changed in the config, and
+files forged as a whole, with tensors or sizes changed and the seal made anew. They are loaded in one process. `race`
+loads while two processes save, and `kill` loads what a killed save leaves behind. All others are written on purpose
+(benchmarks/fuzz_attacks.py). Each is loaded in a process of its own, whose time and memory are measured.
+
+The target: no file raises anything but a `CheckpointError` or a `ValueError` with a sentence, none changes the base or
+another adapter, and none under 1 MB takes more than 2 s or 200 MB. Each row of the table is a kind.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import random
 import resource
 import shutil
 import signal
-import struct
 import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import save_file
+from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
-from transformers import SwinConfig, UperNetConfig, UperNetForSemanticSegmentation
 
-from sfa_peft import CheckpointError, SFAConfig
-from sfa_peft.checkpoint.coding import encode_positions
-from sfa_peft.checkpoint.packing import CODES
-from sfa_peft.checkpoint.reader import tensors_of
-from sfa_peft.checkpoint.seal import CONFIG, WEIGHTS, read
-from sfa_peft.checkpoint.writer import write_adapter
+from fuzz_attacks import KINDS
+from fuzz_damage import CHANGES, copied, make_base, save_adapter
+from fuzz_runner import Result, World, as_json, in_process, run, trim
+from fuzz_saves import kill, race, swaps
+from sfa_peft import CheckpointError
 
-ABSURD = (
-    -1,
-    0,
-    1,
-    2**31,
-    2**40,
-    2**63,
-    1e308,
-    float("nan"),
-    "",
-    "x" * 999,
-    [],
-    {},
-    None,
-    True,
-    ["a"],
-    {"a": {"b": 3}},
-)
-
-
-def make_base() -> nn.Module:
-    torch.manual_seed(0)
-    backbone = SwinConfig(
-        image_size=32, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4,
-        out_features=["stage1", "stage2"],
-    )  # fmt: skip
-    config = UperNetConfig(
-        backbone_config=backbone, hidden_size=4, pool_scales=[1], use_auxiliary_head=False, num_labels=3
-    )
-    return UperNetForSemanticSegmentation(config).eval()
-
-
-def save_adapter(folder: Path, **options: Any) -> dict[str, Tensor]:
-    """Save an adapter with random values; give its tensors."""
-    config = SFAConfig(budget=0.1, modules_to_save=["classifier"], init_weights=False, external_share=0.4, **options)
-    model = get_peft_model(make_base(), config)
-    model.save_pretrained(folder)
-    return get_peft_model_state_dict(model)
-
-
-def change_bytes(folder: Path, rng: random.Random) -> None:
-    path = folder / rng.choice([WEIGHTS, WEIGHTS, CONFIG])
-    data = bytearray(path.read_bytes())
-    # Half of the changes hit the beginning, where the header is.
-    at = rng.randrange(min(len(data), 4000) if rng.random() < 0.5 else len(data))
-    kind = rng.randrange(6)
-    if kind == 0:
-        for _ in range(rng.randint(1, 8)):
-            data[(at + rng.randrange(64)) % len(data)] ^= 1 << rng.randrange(8)
-    elif kind == 1:
-        del data[at:]
-    elif kind == 2:
-        data += rng.randbytes(rng.randint(1, 100))
-    elif kind == 3:
-        data[at : at + rng.randint(1, 64)] = rng.randbytes(rng.randint(1, 64))
-    elif kind == 4:
-        data[:8] = struct.pack("<Q", rng.choice([0, 1, len(data), 2**32, 2**63, 2**64 - 1, rng.randrange(10**6)]))
-    else:
-        other = rng.randrange(len(data))
-        data[at : at + 16] = data[other : other + 16]
-    path.write_bytes(bytes(data))
-
-
-def change_config(folder: Path, rng: random.Random) -> None:
-    config = json.loads((folder / CONFIG).read_text())
-    for _ in range(rng.randint(1, 2)):
-        target: Any = config
-        while True:
-            key = rng.choice(sorted(target))
-            if not (isinstance(target[key], dict) and target[key] and rng.random() < 0.7):
-                break
-            target = target[key]
-        kind = rng.randrange(4)
-        if kind == 0:
-            del target[key]
-        elif kind == 1:
-            target[key + rng.choice("axz")] = target.pop(key)
-        elif kind == 2 and isinstance(target[key], int | float) and not isinstance(target[key], bool):
-            target[key] = target[key] * rng.choice([-1, 0, 2, 10**9]) + rng.choice([-1, 0, 1])
-        else:
-            target[key] = copy.deepcopy(rng.choice(ABSURD))
-        if not isinstance(config, dict) or not config:
-            break
-    (folder / CONFIG).write_text(json.dumps(config))
-
-
-def forge(folder: Path, rng: random.Random) -> None:
-    """Change tensors, or the sizes that the config tells of them, and seal the result as if it were good."""
-    config = json.loads((folder / CONFIG).read_text())
-    file = read(folder / WEIGHTS)
-    # Packed as they are in the file, or by the parameters that they change.
-    tensors = file.tensors if rng.random() < 0.4 else tensors_of(SFAConfig.from_pretrained(folder), file)
-    key = rng.choice(sorted(tensors))
-    t = tensors[key]
-    kind = rng.randrange(9)
-    if kind == 0:
-        del tensors[key]
-    elif kind == 1:
-        tensors[key + "x"] = tensors.pop(key)
-    elif kind == 2:
-        tensors[key] = torch.randint(0, 256, (rng.randint(0, 60),), dtype=torch.uint8)
-    elif kind == 3 and t.is_floating_point():
-        t.view(-1)[rng.randrange(t.numel())] = rng.choice([float("nan"), float("inf"), -float("inf")])
-    elif kind == 4:
-        tensors[key] = t.reshape(-1)[: rng.randint(0, t.numel())].clone()
-    elif kind == 5:
-        tensors[key] = t.to(rng.choice([torch.float64, torch.int32, torch.int64, torch.bool, torch.complex64]))
-    elif kind == 6:
-        name = rng.choice(sorted(config["ticket_sizes"]))
-        size = config["ticket_sizes"][name]
-        config["ticket_sizes"][name] = rng.choice([0, size + 1, 2**40, 2**62, -1, size - 1])
-    elif kind == 7:
-        place = rng.choice(sorted(config["external_widths"]))
-        module = rng.choice(sorted(config["external_widths"][place]))
-        config["external_widths"][place][module] = rng.choice([0, 1, 2**20, 2**50, -3])
-    else:
-        codes = [k for k in tensors if k.endswith("_positions")] or [CODES]
-        key = rng.choice(sorted(codes))
-        count = 100 if key == CODES else len(tensors[key.removesuffix("_positions")])
-        tensors[key] = encode_positions(torch.arange(count) * rng.choice([1, 7, 2**20]) + rng.choice([0, 5, 2**30]))
-    config.pop("weights_digest", None)
-    (folder / CONFIG).write_text(json.dumps(config))
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    if rng.random() < 0.7:
-        shapes = {name: rng.choice([(16, 8), (2**40, 2**20), (), (0,)]) for name in config["ticket_sizes"]}
-        with suppress(KeyError, ValueError):  # what cannot be packed or sealed stays as it is
-            write_adapter(folder, tensors, config, shapes if rng.random() < 0.3 else file.shapes)
-
-
-CHANGES: dict[str, Callable[[Path, random.Random], None]] = {
-    "bytes": change_bytes,
-    "config": change_config,
-    "forged": forge,
-}
+SAVES = ("race", "kill")
+ALL = (*KINDS, *SAVES, *CHANGES)
 
 
 class Hang(BaseException):
@@ -220,8 +86,10 @@ def run_case(base: nn.Module, good: dict[str, Tensor], folder: Path, kind: str, 
     return result
 
 
-def fuzz(count: int, seed: int, seconds: float = 10.0, progress: bool = False) -> tuple[Counter[str], list[str]]:
-    """Load `count` damaged adapters; how many ended how, and what failed."""
+def fuzz(
+    count: int, seed: int, seconds: float = 10.0, progress: bool = False, kinds: Sequence[str] = tuple(CHANGES)
+) -> tuple[Counter[str], list[str]]:
+    """Load `count` adapters with random damage; how many ended how, and what failed."""
     ends: Counter[str] = Counter()
     failures: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -241,11 +109,8 @@ def fuzz(count: int, seed: int, seconds: float = 10.0, progress: bool = False) -
             rng = random.Random(f"{seed} {case}")
             torch.manual_seed(case)
             source, good = rng.choice(sources)
-            kind = rng.choice(sorted(CHANGES))
-            damaged = Path(folder, "damaged")
-            damaged.mkdir()
-            for file in (CONFIG, WEIGHTS):
-                shutil.copy(source / file, damaged / file)
+            kind = rng.choice(sorted(kinds))
+            damaged = copied(source, Path(folder, "damaged"))
             CHANGES[kind](damaged, rng)
             result = run_case(base, good, damaged, kind, seconds)
             shutil.rmtree(damaged)
@@ -261,22 +126,126 @@ def fuzz(count: int, seed: int, seconds: float = 10.0, progress: bool = False) -
     return ends, failures
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=20_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=10.0, help="for one case")
-    parser.add_argument("--megabytes", type=int, default=500, help="beyond what the process has at the beginning")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    make_base()(torch.zeros(1, 3, 32, 32))  # what torch allocates once
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + args.megabytes * 2**20,) * 2)
-    ends, failures = fuzz(args.count, args.seed, args.seconds, progress=True)
-    for end, number in sorted(ends.items()):
+def attack(
+    world: World, kinds: Sequence[str], seed: int, count: int, seconds: float = 10.0, match: str = ""
+) -> Iterator[Result]:
+    """Try the files of some kinds that were written on purpose.
+
+    Args:
+        world: Good adapters and models.
+        kinds: Of `KINDS` and `SAVES`.
+        seed, count: Of each kind at most `count` files are tried, chosen at random.
+        seconds: How long the race takes.
+        match: Only files with this text in their name.
+    """
+    for kind in kinds:
+        if kind == "race":
+            yield from swaps(world)
+            yield from race(world, seconds)
+        elif kind == "kill":
+            yield from kill(world)
+        else:
+            attacks = [one for one in KINDS[kind](world, seed, count) if match in one.name]
+            if len(attacks) > count:
+                attacks = random.Random(f"{seed} {kind}").sample(attacks, count)
+            for one in attacks:
+                yield from run(world, one)
+
+
+COLUMNS = ("kind", "ways", "loads", "refused", "accepted", "wrongly", "raw", "changed", "slow", "large", "MB", "s")
+
+
+def row(kind: str, results: Sequence[Result]) -> list[str]:
+    """One row of the table. `wrongly` are files that were accepted though they must not be."""
+
+    def number(values: Sequence[bool]) -> str:
+        return f"{sum(values):,}"
+
+    small = [r for r in results if r.size <= 1] or results
+    return [
+        kind,
+        f"{len({r.way for r in results})}",
+        f"{len(results):,}",
+        number([r.end == "refused" for r in results]),
+        number([r.end == "accepted" and not r.must_refuse for r in results]),
+        number([r.end == "accepted" and r.must_refuse for r in results]),
+        number([r.end in ("raw", "died") for r in results]),
+        number([r.changed is not None for r in results]),
+        number([r.is_slow for r in results]),
+        number([r.is_large for r in results]),
+        f"{max((r.megabytes for r in small), default=0):.0f}",
+        f"{max((r.seconds for r in small), default=0):.1f}",
+    ]
+
+
+def table(results: Sequence[Result]) -> str:
+    """One row for each kind, and below it what was raised."""
+    kinds = list(dict.fromkeys(r.kind for r in results))
+    rows = [list(COLUMNS), *(row(kind, [r for r in results if r.kind == kind]) for kind in kinds)]
+    widths = [max(len(r[i]) for r in rows) for i in range(len(COLUMNS))]
+    lines = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
+        for r in rows
+    ]
+    for kind in kinds:
+        raised = Counter(r.error.split(":")[0] for r in results if r.kind == kind and r.end in ("raw", "died"))
+        if raised:
+            lines.append(f"{kind} raised " + ", ".join(f"{name} {n}" for name, n in raised.most_common()))
+    return "\n".join(lines)
+
+
+def _random_damage(kinds: Sequence[str], args: argparse.Namespace) -> list[str]:
+    """Try random damage, print how it ended, and give what failed."""
+
+    def run_all() -> dict[str, Any]:
+        before = in_use()
+        ends, failures = fuzz(args.count, args.seed, args.seconds, kinds=kinds)
+        return {"end": "", "ends": ends, "failures": failures[:200], "megabytes": in_use() - before}
+
+    found = in_process(run_all, args.count * args.seconds)
+    for end, number in sorted(found.get("ends", {}).items()):
         print(f"{end:<20} {number:>7,}")
-    print(f"peak resident memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
-    print("\n".join(failures[:50]))
+    if "failures" not in found:
+        return [str(found)]
+    print(f"the process grew by {found['megabytes']:.0f} MB at its largest")
+    return list(found["failures"])
+
+
+def in_use() -> float:
+    """The most memory that this process has had, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=500, help="the most files of a kind; random kinds share it")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="+", choices=ALL, default=ALL, metavar="KIND", help=f"of {', '.join(ALL)}")
+    parser.add_argument("--match", default="", help="only files with this text in their name")
+    parser.add_argument("--seconds", type=float, default=10.0, help="for one random case, and for the race")
+    parser.add_argument("--json", metavar="FILE", help="write each result to a file")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    make_base()(torch.zeros(1, 3, 32, 32))  # what torch allocates once
+    failures = []
+    results: list[Result] = []
+    with tempfile.TemporaryDirectory() as folder:
+        world = World(Path(folder))
+        trim()
+        for kind in args.kinds:
+            if kind not in CHANGES:
+                results += attack(world, [kind], args.seed, args.count, args.seconds, args.match)
+                print(f"{kind}: {sum(r.kind == kind for r in results):,} loads", file=sys.stderr, flush=True)
+    if results:
+        print(table(results))
+        failures += [str(r) for r in results if r.failure]
+    if chosen := [kind for kind in args.kinds if kind in CHANGES]:
+        failures += _random_damage(chosen, args)
+    if args.json:
+        found = {"results": as_json(results), "failures": failures}
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{len(failures):,} failures", *failures[:100], sep="\n")
     return 1 if failures else 0
 
 

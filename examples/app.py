@@ -17,16 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import gradio
+import numpy as np
 import torch
 from accelerate import PartialState
+from gradio.utils import get_upload_folder
 
 from dense.folder import TICKET_PICTURE
+from dense.limits import whole
 from dense.report import number
-from dense.samples import Array, BadSampleError, FlagError, read_image
+from dense.samples import LONGEST_SIDE, Array, BadSampleError, FlagError, printable, read_picture
 from dense.switching import Switchboard, Trained
 from multi_task import DEFAULT, TASKS
 
 MULTI_TASK = Path("out/multi_task")
+LARGEST_FILE = "30mb"
 
 
 class Adapters:
@@ -54,13 +58,15 @@ class Adapters:
         return [folder for folder, trained in self.runs.items() if trained.task.name == task]
 
     def answer(self, path: str | None, folder: str) -> tuple[Array | None, Array | None, str]:
-        """The prediction for an image file before the training and after it; or none, and what is wrong with it."""
+        """The prediction for an image file before the training and after it; or none, and what is wrong, as HTML."""
         if path is None:
             return None, None, "Upload an image first."
+        if folder not in self.runs:
+            return None, None, "There is no such adapter."
         try:
-            image = read_image({"path": path, "bytes": None})
+            image = read_picture(path)
         except BadSampleError as error:
-            return None, None, f"This file cannot be used: {str(error).replace(path, Path(path).name)}"
+            return None, None, html.escape(f"This file cannot be used: {printable(str(error))}.")
         trained = self.runs[folder]
         before, adapted = (self.boards[trained.model].paint(trained, image, adapted) for adapted in (False, True))
         return before, adapted, ""
@@ -72,14 +78,15 @@ class Adapters:
         return "Untrained head on the frozen backbone" if is_fresh else "The checkpoint before training"
 
     def words(self, folder: str) -> str:
-        """What there is to say of an adapter."""
+        """What there is to say of an adapter, as HTML."""
         trained = self.runs[folder]
         results, headline = trained.results, trained.task.headline
         part = results["trained_backbone_parameters"] / results["backbone_parameters"]
         size = (trained.folder / "adapter_model.safetensors").stat().st_size
         return (
-            f"**{folder}**: {part:.1%} of the backbone trained, {size / 1e6:.2f} MB with its head; {headline} "
-            f"{number(results['before'][headline])} before training, {number(results['after'][headline])} after."
+            f"<b>{html.escape(folder)}</b>: {part:.1%} of the backbone trained, {size / 1e6:.2f} MB with its head; "
+            f"{headline} {number(results['before'][headline])} before training, "
+            f"{number(results['after'][headline])} after."
         )
 
     def legend(self, folder: str) -> str:
@@ -88,10 +95,20 @@ class Adapters:
         keys = ((name, " ".join(f"{255 * part:.0f}" for part in colour)) for name, colour in colours)
         return "".join(f'<li><i style="background: rgb({rgb})"></i>{html.escape(name)}</li>' for name, rgb in keys)
 
-    def ticket(self, folder: str) -> str | None:
-        """The file of the ticket's picture; there is none without internal adapters."""
+    def ticket(self, folder: str) -> Array | None:
+        """The ticket's picture; there is none without internal adapters. Not its file, so that none is served."""
         path = self.runs[folder].folder / TICKET_PICTURE
-        return str(path) if path.is_file() else None
+        try:
+            return np.asarray(read_picture(path, longest_side=4 * LONGEST_SIDE)) if path.is_file() else None
+        except BadSampleError:
+            return None
+
+
+def uploaded(file: dict[str, Any] | None) -> str | None:
+    """The path of an upload. A request may name any file of this machine; another one than an upload is none."""
+    path = str(file["path"]) if file else ""
+    uploads = Path(get_upload_folder()).resolve()
+    return path if Path(path).resolve().is_relative_to(uploads) else None
 
 
 # Gradio shows small pictures small.
@@ -114,14 +131,16 @@ def build(adapters: Adapters) -> gradio.Blocks:
                 tasks = gradio.Dropdown(adapters.tasks, value=task, label="Task", elem_id="task")
                 folders = gradio.Dropdown(adapters.of_task(task), value=first, label="Adapter", elem_id="adapter")
                 button = gradio.Button("Predict", variant="primary", elem_id="predict")
-                wrong = gradio.Markdown(elem_id="wrong")
-                words = gradio.Markdown(adapters.words(first), elem_id="words")
+                # HTML that is escaped, not Markdown, in which a name can be a link or a picture from elsewhere.
+                wrong = gradio.HTML(elem_id="wrong")
+                words = gradio.HTML(adapters.words(first), elem_id="words")
             with gradio.Column():
                 before = gradio.Image(label=adapters.before(first), interactive=False, elem_id="before")
                 adapted = gradio.Image(label="With the adapter", interactive=False, elem_id="adapted")
                 legend = gradio.HTML(f"<ul>{adapters.legend(first)}</ul>", elem_id="legend")
         ticket = gradio.Image(
             adapters.ticket(first),
+            format="png",
             label="The ticket: where the internal adapters are",
             interactive=False,
             elem_id="ticket",
@@ -131,12 +150,12 @@ def build(adapters: Adapters) -> gradio.Blocks:
             own = adapters.of_task(chosen)
             return gradio.Dropdown(own, value=own[0])
 
-        def describe(folder: str) -> tuple[str, str, str | None, gradio.Image]:
+        def describe(folder: str) -> tuple[str, str, Array | None, gradio.Image]:
             label = gradio.Image(label=adapters.before(folder))
             return adapters.words(folder), f"<ul>{adapters.legend(folder)}</ul>", adapters.ticket(folder), label
 
         def answer(file: dict[str, Any] | None, folder: str) -> tuple[Array | None, Array | None, str]:
-            return adapters.answer(file and file["path"], folder)
+            return adapters.answer(uploaded(file), folder)
 
         # One at a time: an adapter is switched in the one model that all share. Not preprocessed: Gradio would open
         # the file itself, and say nothing of why it cannot.
@@ -157,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--runs", nargs="+", type=Path, help=f"Folders of runs. Default: those in {MULTI_TASK}.")
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--port", type=whole(1, 65535), default=7860)
     args = parser.parse_args(arguments)
     folders = args.runs or [MULTI_TASK / name for name in DEFAULT]
     if args.runs is None and not all(folder.is_dir() for folder in folders):
@@ -168,7 +187,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         server_port=args.port,
         css=STYLE,
         theme=gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-        allowed_paths=[str(folder.resolve()) for folder in folders],
+        max_file_size=LARGEST_FILE,
+        ssr_mode=False,
     )
 
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DPTConfig, DPTForDepthEstimation
 
+from dense.limits import above_0, whole
 from dense.methods import Rates
 from dense.metrics import DepthErrors
 from dense.models import require_plain
@@ -57,9 +58,11 @@ class DepthEstimation(Task):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--max_depth", type=float, default=80.0, help="Metres; truth beyond does not count.")
-        parser.add_argument("--depth_scale", type=float, default=1.0, help="What a metre is in the map: 1000 for mm.")
-        parser.add_argument("--head_channels", type=int, default=64, help="Hidden size of a fresh head.")
+        parser.add_argument("--max_depth", type=above_0, default=80.0, help="Metres; truth beyond does not count.")
+        parser.add_argument(
+            "--depth_scale", type=above_0, default=1.0, help="What a metre is in the map: 1000 for mm."
+        )
+        parser.add_argument("--head_channels", type=whole(1), default=64, help="Hidden size of a fresh head.")
 
     def backbone_options(self) -> dict[str, Any]:
         return {"reshape_hidden_states": False, "apply_layernorm": False}

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
 from dense.data import Rows, load_classes
+from dense.limits import whole
 from dense.methods import Rates
 from dense.metrics import CocoAP
 from dense.pictures import paint_objects, palette
@@ -72,10 +73,12 @@ class InstanceSegmentation(Task):
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         add_object_arguments(parser)
-        parser.add_argument("--head_channels", type=int, default=64, help="Hidden size of a fresh head, by 32.")
-        parser.add_argument("--queries", type=int, default=30, help="Of a fresh head: how many objects it can find.")
-        parser.add_argument("--encoder_layers", type=int, default=2, help="Of a fresh head's pixel decoder.")
-        parser.add_argument("--decoder_layers", type=int, default=3, help="Of a fresh head.")
+        parser.add_argument("--head_channels", type=whole(1), default=64, help="Hidden size of a fresh head, by 32.")
+        parser.add_argument(
+            "--queries", type=whole(1), default=30, help="Of a fresh head: how many objects it can find."
+        )
+        parser.add_argument("--encoder_layers", type=whole(1), default=2, help="Of a fresh head's pixel decoder.")
+        parser.add_argument("--decoder_layers", type=whole(1), default=3, help="Of a fresh head.")
 
     @classmethod
     def load(cls, args: argparse.Namespace) -> tuple[Self, Rows, Rows]:

@@ -10,7 +10,6 @@ each adapter brings its own head. The predictions are drawn, and the memory is c
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -21,12 +20,15 @@ from accelerate import PartialState
 from PIL import Image
 from torch import nn
 
-from dense.folder import RESULTS
+from dense.arguments import parse
+from dense.folder import DESCRIBED, RESULTS, RUN, read_json, write_json
+from dense.limits import whole
 from dense.pictures import save_grid
-from dense.run import run
-from dense.samples import BadSampleError, DataError, FlagError, read_image
+from dense.run import differing, run
+from dense.samples import BadSampleError, DataError, FlagError, read_picture
 from dense.scenes import make_scene
 from dense.switching import Switchboard, Trained
+from dense.task import Task
 from depth_estimation import DepthEstimation
 from instance_segmentation import InstanceSegmentation
 from object_detection import ObjectDetection
@@ -47,23 +49,48 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--runs", nargs="+", type=Path, help="Folders of finished runs. Default: train three now.")
     parser.add_argument("--image", type=Path, help="Default: one of the embedded scenes.")
-    parser.add_argument("--steps", type=int, default=300, help="Of each training.")
-    parser.add_argument("--search_steps", type=int, default=60, help="Of each ticket search.")
+    parser.add_argument("--steps", type=whole(1), default=300, help="Of each training.")
+    parser.add_argument("--search_steps", type=whole(0), default=60, help="Of each ticket search.")
+    parser.add_argument("--overwrite", action="store_true", help="Train the default runs again where they are there.")
     parser.add_argument("--output_dir", type=Path, default=Path("out/multi_task"))
     return parser.parse_args(arguments)
 
 
 def train_all(args: argparse.Namespace) -> list[Path]:
-    """Train an adapter for each default task, unless an earlier call has done it; the folders."""
-    folders = [args.output_dir / name for name in DEFAULT]
-    for folder, task in zip(folders, DEFAULT.values(), strict=True):
-        if not (folder / RESULTS).is_file():
+    """Train an adapter for each default task, unless an earlier call has done it with the same flags; the folders.
+
+    Raises:
+        FlagError: If an earlier call has done it with others; nothing is trained then.
+    """
+    given = ["--backbone=dinov2", f"--steps={args.steps}", f"--search_steps={args.search_steps}", "--log_with=none"]
+    runs = {args.output_dir / name: task for name, task in DEFAULT.items()}
+    done = {folder for folder in runs if (folder / RESULTS).is_file() and not args.overwrite}
+    for folder in done:
+        check_same(folder, runs[folder], given)
+    for folder, task in runs.items():
+        if folder in done:
+            print(f"{task.name}: an earlier call has trained an adapter into {folder}")
+        else:
             print(f"\n{task.name}: training an adapter into {folder}")
-            flags = {"backbone": "dinov2", "steps": args.steps, "search_steps": args.search_steps}
-            given = [f"--{name}={value}" for name, value in flags.items()]
-            # What is replaced is no result, but an earlier call that was stopped.
-            run(task, [*given, f"--output_dir={folder}", "--overwrite", "--log_with=none"])
-    return folders
+            # What is replaced is what --overwrite means, or no result, but an earlier call that was stopped.
+            run(task, [*given, f"--output_dir={folder}", "--overwrite"])
+    return list(runs)
+
+
+def check_same(folder: Path, task: type[Task], given: Sequence[str]) -> None:
+    """Check that a run was trained as it would be now.
+
+    Raises:
+        FlagError: If not; names the flags that are others.
+    """
+    anew = "train all of them again with --overwrite, or into another --output_dir"
+    recorded = read_json(folder / RUN, DESCRIBED, anew)
+    others = differing(recorded["args"], parse(task, given))
+    told = [f"--{name} {before} and not {now}" for name, (before, now) in others.items()]
+    if recorded["task"] != task.__name__:
+        told.insert(0, f"{recorded['task']} and not {task.__name__}")
+    if told:
+        raise FlagError(f"{folder} was trained with {', '.join(told)}: give the same flags, or {anew}")
 
 
 def bytes_of(*modules: nn.Module) -> int:
@@ -101,14 +128,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     on_disk = sum((trained.folder / "adapter_model.safetensors").stat().st_size for trained in runs)
     print(f"on disk: the adapters take {on_disk / MIB:.1f} MiB, the whole models {whole / MIB:.1f} MiB")
     numbers = {"bytes_together": together, "bytes_of_backbone": backbone, "bytes_of_whole_models": whole}
-    (args.output_dir / NUMBERS).write_text(json.dumps(numbers | {"bytes_on_disk": on_disk}, indent=2) + "\n")
+    write_json(args.output_dir / NUMBERS, numbers | {"bytes_on_disk": on_disk})
     print(f"picture: {picture}")
 
 
 def image_of_flag(path: Path) -> Image.Image:
     """The image that `--image` names."""
     try:
-        return read_image({"path": str(path), "bytes": None})
+        return read_picture(path)
     except BadSampleError as error:
         raise FlagError(f"--image {path}: {error}") from error
 

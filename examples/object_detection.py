@@ -22,6 +22,7 @@ from transformers.image_transforms import center_to_corners_format, corners_to_c
 from transformers.models.rf_detr.configuration_rf_detr import RfDetrDinov2Config
 
 from dense.data import Rows, load_classes
+from dense.limits import whole
 from dense.methods import Rates
 from dense.metrics import CocoAP
 from dense.models import require_plain
@@ -66,12 +67,17 @@ class ObjectDetection(Task):
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         add_object_arguments(parser)
-        parser.add_argument("--head_channels", type=int, default=128, help="Hidden size of a fresh head.")
-        parser.add_argument("--queries", type=int, default=50, help="Of a fresh head: how many objects it can find.")
+        parser.add_argument("--head_channels", type=whole(1), default=128, help="Hidden size of a fresh head.")
         parser.add_argument(
-            "--query_groups", type=int, default=5, help="Of a fresh head: copies of the queries, for training alone."
+            "--queries", type=whole(1), default=50, help="Of a fresh head: how many objects it can find."
         )
-        parser.add_argument("--decoder_layers", type=int, default=1, help="Of a fresh head.")
+        parser.add_argument(
+            "--query_groups",
+            type=whole(1),
+            default=5,
+            help="Of a fresh head: copies of the queries, for training alone.",
+        )
+        parser.add_argument("--decoder_layers", type=whole(1), default=1, help="Of a fresh head.")
 
     @classmethod
     def load_classes(cls, args: argparse.Namespace, rows: Rows) -> Classes:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import UperNetConfig, UperNetForSemanticSegmentation
 
 from dense.data import Rows, load_classes
+from dense.limits import whole
 from dense.metrics import MeanIoU
 from dense.models import LinearHead
 from dense.pictures import paint_labels, palette
@@ -45,7 +46,7 @@ class SemanticSegmentation(Task):
             "--reduce_labels", action="store_true", help="Label 0 is no class, and 1 the first one (ADE20K)."
         )
         parser.add_argument("--head", choices=("upernet", "linear"), default="upernet")
-        parser.add_argument("--head_channels", type=int, default=64, help="Hidden size of a fresh UperNet head.")
+        parser.add_argument("--head_channels", type=whole(1), default=64, help="Hidden size of a fresh UperNet head.")
 
     @classmethod
     def load_classes(cls, args: argparse.Namespace, rows: Rows) -> Classes:

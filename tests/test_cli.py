@@ -1,12 +1,14 @@
 """The `sfa-peft` command, as a shell would call it."""
 
+import io
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import UperNetForSemanticSegmentation
@@ -214,3 +216,145 @@ def test_it_is_a_command():
         assert name in done.stdout
     done = subprocess.run([sys.executable, "-m", "sfa_peft.cli", "merge", "x"], capture_output=True, text=True)
     assert done.returncode == 2
+
+
+# What a stranger's adapter can do: be refused
+
+
+@pytest.fixture
+def strange(folder, tmp_path):
+    """A copy of an adapter with other fields in its config."""
+
+    def strange(**fields):
+        shutil.copytree(folder / "both", tmp_path / "strange")
+        file = tmp_path / "strange" / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+        return tmp_path / "strange"
+
+    return strange
+
+
+HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\x7f\u202egnp\nadapter      fine\r\x00"
+
+
+def assert_harmless(*outputs):
+    for text in outputs:
+        assert text.replace("\n", "").isprintable()
+
+
+def test_text_from_a_file_gives_no_orders_to_the_terminal(run, strange):
+    adapter = strange(
+        base_model_name_or_path=HOSTILE, auto_mapping={"base_model_class": HOSTILE, "parent_library": HOSTILE}
+    )
+    code, text, errors = run("inspect", adapter)
+    assert code == 0
+    assert_harmless(text, errors)
+    assert text.count("\nadapter ") == 0  # nor a line that looks like the command's own
+    assert "\\x1b]0;owned\\x07" in text
+    assert run("inspect", adapter, "--json")[1]["base_model"] == HOSTILE
+    for command in (("verify", adapter), ("merge", adapter, "--out", "out"), ("diff", adapter, "both")):
+        assert_harmless(*run(*command)[1:])
+    assert_harmless(*run("inspect", f"no/{HOSTILE}")[1:])
+
+
+def test_names_of_modules_give_no_orders_either(run, tmp_path):
+    base = nn.Sequential()
+    base.add_module("0", nn.ModuleDict({HOSTILE: nn.Linear(4, 4)}))
+    config = SFAConfig(internal_density=0.5, target_modules="all-linear", external_modules=[])
+    get_peft_model(base, config).save_pretrained(tmp_path)
+    code, text, errors = run("inspect", tmp_path)
+    assert (code, "\\x1b]0;owned" in text) == (0, True)
+    assert_harmless(text, errors)
+    assert_harmless(*run("diff", tmp_path, "both")[1:])
+
+
+def test_a_stream_that_cannot_encode_a_name(folder, strange, monkeypatch):
+    adapter = strange(base_model_name_or_path="modèle 漢字")
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert main(["inspect", str(adapter)]) == 0
+    stream.flush()
+    assert b"mod\\xe8le \\u6f22\\u5b57" in stream.buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "mapping", [{"base_model_class": 5}, {"base_model_class": ["a"]}, {"base_model_class": {}}, 5, []]
+)
+def test_a_class_that_is_no_name_is_refused(run, strange, mapping):
+    adapter = strange(auto_mapping=mapping)
+    for command in (("inspect", adapter), ("verify", adapter), ("merge", adapter, "--out", "out")):
+        code, text, errors = run(*command)
+        assert (code, text) == (1, "")
+        assert "auto_mapping" in errors
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["os", "logging", "pipeline", "PreTrainedModel", "AutoModel", "BertModel", "SwinConfig", "__name__", "\x1b", ""],
+)
+def test_a_class_that_is_not_the_bases_is_passed_over(run, strange, name):
+    """The base's own config names it then. Nothing that the file names is imported from outside of transformers."""
+    before = set(sys.modules)
+    adapter = strange(auto_mapping={"base_model_class": name, "parent_library": "antigravity"})
+    code, _, errors = run("verify", adapter, "--base", "base")
+    assert (code, errors) == (0, "")
+    assert "antigravity" not in set(sys.modules) - before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"architectures": ["os"]},
+        {"architectures": 5},
+        {"architectures": [5, ["a"], None]},
+        {"architectures": ["\x1b[2J"], "model_type": "\x1b[2J"},
+        {"model_type": 5},
+        {"model_type": "bert", "architectures": ["BertModel"]},
+        {"backbone_config": "\x1b[2J"},
+        {"hidden_size": "a"},
+        {"auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"}, "model_type": "unknown"},
+    ],
+)
+def test_a_base_with_an_odd_config_is_refused(run, folder, strange, tmp_path, change):
+    shutil.copytree(folder / "base", tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | change))
+    (tmp_path / "base" / "code.py").write_text("raise SystemExit('ran')")
+    adapter = strange(auto_mapping={"base_model_class": "Nothing", "parent_library": "os"})
+    code, text, errors = run("verify", adapter, "--base", tmp_path / "base")
+    assert (code in (1, 2), text) == (True, "")
+    assert errors.startswith("sfa-peft: ")
+    assert_harmless(errors)
+
+
+class Planted:
+    ran = False
+
+    def __reduce__(self):
+        return setattr, (Planted, "ran", True)
+
+
+@pytest.mark.parametrize("index", [False, True])
+def test_a_base_that_is_a_pickle_is_not_loaded(run, folder, strange, tmp_path, index):
+    shutil.copytree(folder / "base", tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    name = "pytorch_model-00001-of-00001.bin" if index else "pytorch_model.bin"
+    torch.save(tensors | {"planted": Planted()}, tmp_path / "base" / name)
+    if index:
+        described = {"metadata": {}, "weight_map": dict.fromkeys(tensors, name)}
+        (tmp_path / "base" / "pytorch_model.bin.index.json").write_text(json.dumps(described))
+    for command in (("verify", "both"), ("merge", "both", "--out", tmp_path / "out")):
+        code, text, errors = run(*command, "--base", tmp_path / "base")
+        assert (code, text) == (2, "")
+        assert "save it with save_pretrained" in errors
+    assert not Planted.ran
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_another_method_is_refused(run, folder, tmp_path):
+    get_peft_model(tiny.swin(), LoraConfig(target_modules=["fc1"])).save_pretrained(tmp_path)
+    for command in (("inspect", tmp_path), ("verify", tmp_path, "--base", "base"), ("diff", tmp_path, "both")):
+        code, text, errors = run(*command)
+        assert (code, text) == (1, "")
+        assert "adapter_config.json" in errors

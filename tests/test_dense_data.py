@@ -4,6 +4,8 @@ import io
 import json
 import re
 import textwrap
+import warnings
+import zlib
 from argparse import Namespace
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from dense.augmentation import Augmentation, finished, to_tensors
 from dense.checkpoints import Progress
 from dense.data import load_rows
 from dense.loading import Draws, TrainBatches, check_all, eval_batches
+from dense.pictures import paint_objects, palette, save_grid
 from dense.report import Report
 from dense.samples import (
     BadSampleError,
@@ -35,6 +38,7 @@ from dense.samples import (
     read_label,
     read_masks,
     read_objects,
+    read_picture,
 )
 from dense.scenes import CLASSES, THINGS, make_scenes
 from depth_estimation import DepthEstimation
@@ -95,13 +99,79 @@ def test_an_image_that_cannot_be_used_says_why(value, kind):
         read_image(value)
 
 
-def test_an_image_that_lies_on_its_side_is_turned():
+def bomb(form, side=13_000):
+    """A small file of an image with very many pixels."""
+    buffer = io.BytesIO()
+    image = Image.new("1" if form in ("PNG", "TIFF") else "L", (side, side))
+    more = {"save_all": True, "append_images": [image.resize((9, 9))]} if form == "GIF" else {}
+    image.save(buffer, format=form, compression="tiff_deflate", **more)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("form", ["PNG", "GIF", "TIFF"])
+def test_a_picture_of_too_many_pixels_is_refused_by_its_header(tmp_path, form, monkeypatch):
+    path = tmp_path / f"bomb.{form.lower()}"
+    path.write_bytes(bomb(form))
+    assert path.stat().st_size < 3e6
+    monkeypatch.setattr(Image.Image, "load", None)  # nothing is decoded
+    with pytest.raises(BadSampleError, match=r"of too many pixels: 'bomb\.\w+' has 13,000 x 13,000, and 50,000,000"):
+        read_picture(path)
+
+
+def test_a_picture_of_more_pixels_than_pillow_takes_is_refused(tmp_path):
+    sizes = b"IHDR" + (100_000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
+    chunks = [part + zlib.crc32(part).to_bytes(4, "big") for part in (sizes, b"IDAT" + zlib.compress(bytes(9)))]
+    whole = b"".join((len(chunk) - 8).to_bytes(4, "big") + chunk for chunk in chunks)
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + whole)
+    with pytest.raises(BadSampleError, match=r"image of too many pixels: 'bomb\.png'"):
+        read_picture(tmp_path / "bomb.png")
+
+
+@pytest.mark.parametrize(
+    ("mode", "form"), [("CMYK", "JPEG"), ("I;16", "PNG"), ("P", "PNG"), ("LA", "PNG"), ("RGB", "WEBP"), ("1", "BMP")]
+)
+def test_pictures_of_any_mode_are_read_and_shrunk_to_a_screen(tmp_path, mode, form):
+    Image.new(mode, (2600, 40)).save(tmp_path / "picture", format=form)
+    image = read_picture(tmp_path / "picture")
+    assert (image.mode, image.size) == ("RGB", (1280, 20))
+
+
+def test_of_an_animation_the_first_picture_is_taken(tmp_path):
+    colours = ("red", "lime")
+    for form in ("GIF", "WEBP", "PNG"):
+        first, second = (Image.new("RGB", (8, 8), colour) for colour in colours)
+        first.save(tmp_path / "moving", format=form, save_all=True, append_images=[second], lossless=True)
+        assert read_picture(tmp_path / "moving").getpixel((4, 4))[0] > 200
+
+
+@pytest.mark.parametrize("content", ["text", "svg", "truncated", "empty", "postscript", "no pixel", "changed"])
+def test_a_picture_that_cannot_be_read_is_named_and_its_folder_is_not(tmp_path, content):
+    whole = stored(Image.effect_noise((64, 64), 50))["bytes"]
+    contents = {
+        "text": b"plain text",
+        "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        "truncated": whole[: len(whole) // 2],
+        "empty": b"",
+        "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
+        "no pixel": whole[:16] + bytes(8) + whole[24:],
+        "changed": whole[:200] + bytes(100) + whole[300:],
+    }
+    (tmp_path / "<b>.png").write_bytes(contents[content])
+    with pytest.raises(BadSampleError, match=r"'<b>\.png'") as raised:
+        read_picture(tmp_path / "<b>.png")
+    assert str(tmp_path) not in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_an_image_that_lies_on_its_side_is_turned(tmp_path):
     image = Image.new("RGB", (6, 4))
     exif = image.getexif()
     exif[0x0112] = 6
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", exif=exif)
     assert read_image({"bytes": buffer.getvalue(), "path": None}).size == (4, 6)
+    (tmp_path / "turned.jpg").write_bytes(buffer.getvalue())
+    assert read_picture(tmp_path / "turned.jpg").size == (4, 6)
 
 
 # Label maps
@@ -130,6 +200,37 @@ def test_classes_leave_out_what_is_ignored_and_refuse_what_is_unknown():
         classes.of_map(np.array([[4, 255]]))
     with pytest.raises(DataError, match="no class"):
         Classes({0: "unlabelled"})
+
+
+HOSTILE = [
+    *(r"$\foo$", "$", "\ud800", "![](http://x/y.png)", "<script>alert(1)</script>", "<img src=http://x/y.png>"),
+    *("long " * 999, "", " ", "_x", "a\x1b[31m\nb", "{{ 7 * 7 }}"),
+]
+
+
+def test_names_of_classes_are_shown_as_one_short_line_of_text_each():
+    classes = Classes(dict(enumerate([*HOSTILE, *HOSTILE])))
+    shown = list(classes.id2label.values())
+    assert len(set(shown)) == len(shown) == 2 * len(HOSTILE)
+    for name in shown:
+        assert name.encode("utf-8")
+        assert 0 < len(name) <= 60
+        assert not set(name) & {"\n", "\x1b", "\ud800"}
+    assert Classes(classes.id2label).id2label == classes.id2label  # those that a run has recorded
+    assert classes.of_object("_x") == len(HOSTILE) + HOSTILE.index("_x")  # rows have the dataset's own names
+    assert Classes({0: "sky", 1: "straße \u3000日本"}).id2label == {0: "sky", 1: "straße \u3000日本"}
+
+
+def test_pictures_take_any_name_as_text(tmp_path):
+    names = Classes(dict(enumerate(HOSTILE))).id2label
+    image = np.zeros((40, 60, 3), np.uint8)
+    legend = dict(zip(names.values(), palette(len(names)), strict=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_grid(tmp_path / "grid.png", {"image": [image], r"$\foo$": [image]}, legend, r"$\title$ $")
+    count = len(names)
+    objects = {"labels": np.arange(count), "boxes": np.tile([1, 1, 20, 20], (count, 1)), "scores": np.ones(count)}
+    assert paint_objects(image, objects, names, palette(count)).any()
 
 
 def test_reduced_labels_begin_at_one():

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from peft import LoraConfig, PeftModel, ShiraConfig
 from safetensors.torch import load_file
@@ -25,7 +27,8 @@ from sfa_peft import SFAConfig
 
 from dense import nano_backbone
 from dense.arguments import parse
-from dense.folder import CHECKPOINTS, RunFolder
+from dense.checkpoints import Checkpoints, Progress, Training, check
+from dense.folder import CHECKPOINTS, RunFolder, write_json
 from dense.methods import METHODS, Dense, adapt, is_head, lora_config, shira_config, trained_backbone_parameters
 from dense.models import LinearHead, feature_levels, heads_of
 from dense.run import run
@@ -415,6 +418,222 @@ def test_checkpoints_hold_only_what_is_trained(folders, tmp_path):
     assert {path.name for path in (tmp_path / CHECKPOINTS).iterdir()} == {"step_0", "step_6"}  # 12 rows, 2 a step
     names = load_file(tmp_path / CHECKPOINTS / "step_6" / "trained.safetensors").keys()
     assert not [n for n in names if ".backbone." in n and ".lora_" not in n and "relative_position" not in n]
+
+
+def checkpoint_of_a_moment(folder, limit=2):
+    """Checkpoints of a model that is never trained; what tells them apart is the step in their progress."""
+    checkpoints = Checkpoints(folder, Accelerator(cpu=True), limit)
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    checkpoints.training = Training(model, optimizer, schedule, Progress())
+    return checkpoints
+
+
+def save_at(checkpoints, step):
+    checkpoints.training.progress.step = step
+    checkpoints.save(step)
+
+
+def everything_random():
+    return random.random(), np.random.randn(), torch.randn(1).item()
+
+
+def test_a_checkpoint_brings_back_all_that_training_changes(tmp_path):
+    checkpoints = checkpoint_of_a_moment(tmp_path)
+    training = checkpoints.training
+    training.schedule.step()
+    training.progress.add("loss", 0.1)
+    training.progress.scores[0] = {"iou": float("nan"), "per_class": [0.5]}
+    np.random.randn()  # NumPy draws two at a time, and keeps the second
+    save_at(checkpoints, 3)
+    drawn = everything_random()
+    before = [p.detach().clone() for p in training.model.parameters()]
+    moments = {i: dict(own) for i, own in training.optimizer.state_dict()["state"].items()}
+    other = checkpoint_of_a_moment(tmp_path)
+    other.load(other.find("latest"))
+    assert everything_random() == drawn
+    assert all(torch.equal(p, q) for p, q in zip(other.training.model.parameters(), before, strict=True))
+    for i, own in other.training.optimizer.state_dict()["state"].items():
+        assert all(torch.equal(tensor, moments[i][name]) for name, tensor in own.items())
+    assert other.training.optimizer.param_groups[0]["lr"] == training.optimizer.param_groups[0]["lr"] == 1e-3 / 2
+    assert other.training.schedule.state_dict() == training.schedule.state_dict()
+    assert other.training.progress.series == {"loss": [(0, 0.1)]}
+    assert other.training.progress.step == 3
+    assert np.isnan(other.training.progress.scores[0]["iou"])
+
+
+def test_a_checkpoint_holds_no_pickle_and_reading_it_runs_no_code(tmp_path, monkeypatch):
+    save_at(checkpoint_of_a_moment(tmp_path), 1)
+    (step,) = (tmp_path / CHECKPOINTS).iterdir()
+    names = {"trained.safetensors", "optimizer.safetensors", "state.json", "random_0.json", "digests.json"}
+    assert {path.name for path in step.iterdir()} == names
+    for name in ("custom_checkpoint_0.pkl", "optimizer.bin", "scheduler.bin", "random_states_0.pkl"):
+        (step / name).write_bytes(pickle.dumps(print))  # of another, and never read
+    monkeypatch.setattr(pickle, "Unpickler", None)
+    monkeypatch.setattr(torch, "load", None)
+    again = checkpoint_of_a_moment(tmp_path)
+    again.load(again.find("latest"))
+
+
+@pytest.mark.parametrize("name", ["trained.safetensors", "optimizer.safetensors", "state.json", "random_0.json"])
+@pytest.mark.parametrize("harm", ["cut off", "changed", "removed"])
+def test_a_damaged_checkpoint_is_never_resumed_silently(tmp_path, name, harm, capsys):
+    checkpoints = checkpoint_of_a_moment(tmp_path)
+    for step in (1, 2):
+        save_at(checkpoints, step)
+    path = tmp_path / CHECKPOINTS / "step_2" / name
+    content = path.read_bytes()
+    if harm == "removed":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-9] if harm == "cut off" else content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    with pytest.raises(FlagError, match=rf"step_2/{name} is (damaged|missing).*there is step_1 beside it"):
+        checkpoints.find(str(path.parent))
+    assert checkpoints.find("latest") == tmp_path / CHECKPOINTS / "step_1"
+    told = capsys.readouterr().out
+    assert f"warning: {path} is" in told
+    assert "goes on from the older step_1" in told
+    shutil.rmtree(tmp_path / CHECKPOINTS / "step_1")
+    with pytest.raises(FlagError, match=rf"latest: .*{name} is .*; there is no other one, so begin anew"):
+        checkpoints.find("latest")
+
+
+def test_a_damaged_checkpoint_never_outlives_a_whole_one(tmp_path):
+    checkpoints = checkpoint_of_a_moment(tmp_path, limit=1)
+    save_at(checkpoints, 9)
+    (tmp_path / CHECKPOINTS / "step_9" / "state.json").write_text("{")
+    save_at(checkpoints, 5)
+    assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["step_5"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"trained.safetensors": "00"}', "[" * 100_000, "\ud800"])
+def test_a_checkpoint_with_damaged_digests_is_none(tmp_path, content):
+    checkpoints = checkpoint_of_a_moment(tmp_path)
+    save_at(checkpoints, 1)
+    path = tmp_path / CHECKPOINTS / "step_1" / "digests.json"
+    path.write_bytes(content.encode("utf-8", "surrogatepass"))
+    with pytest.raises(FlagError, match=r"step_1/digests.json is damaged"):
+        check(path.parent)
+    path.unlink()
+    with pytest.raises(FlagError, match=r"step_1 is incomplete, or of an earlier version: no digests.json"):
+        check(path.parent)
+
+
+def test_what_others_have_put_beside_checkpoints_is_passed_over(tmp_path):
+    checkpoints = checkpoint_of_a_moment(tmp_path, limit=1)
+    for name in ("step_abc", "step_", "step_1_copy", "unfinished_notes", "unfinished_7"):
+        (tmp_path / CHECKPOINTS / name).mkdir(parents=True)
+    (tmp_path / CHECKPOINTS / "step_8").write_text("a file")
+    (tmp_path / CHECKPOINTS / "unfinished_8").write_text("a file")
+    assert checkpoints.find("latest") is None
+    for step in (1, 2):
+        save_at(checkpoints, step)
+    assert checkpoints.find("latest").name == "step_2"
+    left = {path.name for path in (tmp_path / CHECKPOINTS).iterdir()}
+    assert left == {"step_abc", "step_", "step_1_copy", "unfinished_notes", "step_2", "step_8", "unfinished_8"}
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_one_to_go_on_from(tmp_path, monkeypatch):
+    """At every moment of it: the latest is the old one or the new one, whole."""
+    step = iter(range(10**6))
+
+    def killed_at_last(act):
+        def maybe(*arguments, **options):
+            if next(step, None) is None:
+                raise KeyboardInterrupt
+            return act(*arguments, **options)
+
+        return maybe
+
+    acts = ((shutil, "rmtree"), (Path, "rename"), (Path, "mkdir"), (os, "replace"), (os, "fsync"))
+    for owner, name in acts:
+        monkeypatch.setattr(owner, name, killed_at_last(getattr(owner, name)))
+    seen = set()
+    for moment in range(60):
+        step = iter(range(10**6))
+        checkpoints = checkpoint_of_a_moment(tmp_path / str(moment), limit=1)
+        save_at(checkpoints, 1)
+        step = iter(range(moment))
+        try:
+            save_at(checkpoints, 2)
+        except KeyboardInterrupt:
+            step = iter(range(10**6))
+            after = checkpoint_of_a_moment(tmp_path / str(moment), limit=1)
+            after.load(after.find("latest"))
+            seen.add(after.training.progress.step)
+            save_at(after, 3)
+            assert [path.name for path in after.folder.iterdir()] == ["step_3"]
+        else:
+            break
+    else:
+        pytest.fail("it never came to its end")
+    assert seen == {1, 2}
+    assert moment > 10
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"task": 3, "model": "", "id2label": {}, "args": {}}', "\xff"]
+)
+def test_a_damaged_record_of_a_run_ends_with_a_sentence(folders, tmp_path, content):
+    flags = flags_of(folders, SemanticSegmentation, tmp_path)
+    for where, more, message in (
+        (tmp_path / "unfinished_run", ["--resume_from_checkpoint", "latest"], "delete this file, and the run goes on"),
+        (tmp_path, ["--resume_from_checkpoint", "latest"], "delete this file"),
+        (tmp_path, [], "replace the run with --overwrite"),
+    ):
+        shutil.rmtree(tmp_path)
+        where.mkdir(parents=True)
+        (where / "run.json").write_bytes(content.encode("latin-1"))
+        with pytest.raises(FlagError, match=rf"run\.json is damaged \(.*\); .*{message}"):
+            run(SemanticSegmentation, [*flags, *more])
+
+
+@pytest.mark.parametrize("fail", ["replace", "fsync"])
+def test_the_record_of_a_run_is_written_whole_or_not_at_all(tmp_path, monkeypatch, fail):
+    write_json(tmp_path / "run.json", {"old": 1})
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, fail, killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_json(tmp_path / "run.json", {"new": 2})
+    assert json.loads((tmp_path / "run.json").read_text()) == {"old": 1}
+
+
+def test_an_unfinished_run_that_is_begun_anew_leaves_nothing_to_go_on_with(tmp_path, monkeypatch):
+    """Killed while it is removed: its checkpoints would be of other flags than the new run's."""
+    folder = RunFolder(tmp_path)
+    (folder.work / CHECKPOINTS / "step_2").mkdir(parents=True)
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            folder.begin({}, None, goes_on=False)
+    assert not folder.is_unfinished
+    folder.mend()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_random_states_of_a_run_are_checked_before_it_goes_on(folders, tmp_path, monkeypatch):
+    """Accelerate would go on with other random numbers, and say nothing that is seen."""
+    task, flags = InstanceSegmentation, [*RESUMABLE, "--resume_from_checkpoint", "latest"]
+    run(task, flags_of(folders, task, tmp_path / "whole", *RESUMABLE))
+    arguments = flags_of(folders, task, tmp_path / "stopped", *flags)
+    run_stopped(monkeypatch, task, arguments, steps=2 + 5)
+    checkpoints = tmp_path / "stopped" / "unfinished_run" / CHECKPOINTS
+    path = checkpoints / "step_4" / "random_0.json"
+    path.write_bytes(path.read_bytes()[:100])
+    run(task, arguments)
+    expected = trained(tmp_path / "whole")
+    assert all(torch.equal(tensor, trained(tmp_path / "stopped")[name]) for name, tensor in expected.items())
 
 
 # Several processes

@@ -1,18 +1,27 @@
 """The way to the Hub and back, with the real client against a small server; and the model card."""
 
+import itertools
+import re
 import sys
 import textwrap
+import time
+import warnings
 
 import huggingface_hub
 import pytest
 import torch
+import yaml
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from peft import AutoPeftModel, PeftConfig, PeftModel, get_peft_model
 from PIL import Image
+from torch import nn
 
 import tiny
 from sfa_peft import SFAConfig, Ticket, describe_adapter, search_ticket, ticket_of
+from sfa_peft.ticket.text import printable
 
 REPO = "me/swin-nano-scenes-sfa"
 
@@ -307,7 +316,7 @@ def test_another_program_pushes_and_the_card_names_the_repository(model, tmp_pat
 
 
 def test_metrics_need_a_dataset_and_numbers(model):
-    for bad in ("a | b", "a\nb", "", 3):
+    for bad in ("", " \n", 3):
         with pytest.raises(ValueError, match="dataset"):
             describe_adapter(model, dataset=bad)
     with pytest.raises(TypeError, match="finite"):
@@ -327,3 +336,305 @@ def test_the_ticket_of_a_loaded_adapter(model, tmp_path):
     assert mine.overlap(loaded) == 1
     loaded.save(tmp_path / "t.safetensors")
     assert Ticket.load(tmp_path / "t.safetensors").overlap(mine) == 1
+
+
+# What a name or an existing card can do to it: nothing
+
+
+class Body(nn.Module):
+    """A model whose class and modules have any names."""
+
+    def __init__(self, head="head"):
+        super().__init__()
+        self.body = nn.Linear(4, 4)
+        self.add_module(head, nn.Linear(4, 2))
+        self.head = head
+
+    def forward(self, x):
+        return getattr(self, self.head)(self.body(x))
+
+
+def named(class_name="Body", head="head"):
+    base = type(class_name, (Body,), {"__module__": "somewhere"})(head)
+    config = SFAConfig(internal_density=0.5, target_modules=["body"], external_modules=[], modules_to_save=[head])
+    return get_peft_model(base, config)
+
+
+def tokens(text):
+    """The Markdown tokens of a card, without those of the marks around sections."""
+    markdown_it = pytest.importorskip("markdown_it")
+    found = []
+    for token in markdown_it.MarkdownIt("gfm-like", {"linkify": False}).parse(text):
+        if not (token.type == "html_block" and token.content.startswith("<!-- sfa_peft: ")):
+            found += [token, *(token.children or ())]
+    return found
+
+
+def cells(found):
+    """The rows of all tables, with what a reader sees in each cell."""
+    rows = []
+    for before, token in itertools.pairwise(found):
+        if token.type == "tr_open":
+            rows.append([])
+        elif before.type in ("td_open", "th_open"):
+            rows[-1].append("".join(child.content for child in token.children))
+    return rows
+
+
+FRAGMENTS = [
+    *("|", "\\|", "\\", "`", "```\n", "\n", "\r", "\r\n", "\x1b[31m", "\x00", "\x85", "\u2028", "\u202e", "\ud800"),
+    *("\udcff", "-->", "<b>", "<script>alert(1)</script>", "![x](https://a.example/x.png)", "[x](javascript:x)"),
+    *("&lt;", "&#124;", "$\\foo$", "$$", "# ", "---", "\n---\n", "- PEFT", "### Framework versions", "*a*", "_a_"),
+    *(
+        "~~a~~",
+        "'",
+        '"',
+        ": ",
+        "{}",
+        "[[a]]",
+        "*anchor",
+        "!!python/object",
+        "=",
+        "null",
+        "1e5",
+        "2024-01-01",
+        " ",
+        "é",
+    ),
+    *("漢字", "🙂", "a" * 200, "<!-- sfa_peft: end default -->"),
+    "<!-- sfa_peft: begin default; what is between these lines is written anew by each save -->",
+]
+TEXTS = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=8), min_size=1, max_size=5).map("".join)
+NAMES = TEXTS.filter(str.strip)
+CLASSES = TEXTS.map(lambda text: "".join(c for c in text if c != "\x00" and not "\ud800" <= c <= "\udfff") or "A")
+MODULES = CLASSES.map(lambda text: re.sub(r"[\\.()\[\]{}*+?|^$]", "", text) + "_head")  # a config takes no others
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(task=NAMES, dataset=NAMES, split=NAMES, metric=NAMES, class_name=CLASSES, head=MODULES)
+def test_no_name_breaks_a_card(tmp_path_factory, task, dataset, split, metric, class_name, head):
+    folder = tmp_path_factory.mktemp("named")
+    model = named(class_name, head)
+    describe_adapter(model, task=task, dataset=dataset, split=split, metrics={metric: 0.5})
+    model.save_pretrained(folder)
+    first = (folder / "README.md").read_bytes()
+    model.save_pretrained(folder)
+    assert (folder / "README.md").read_bytes() == first
+    model.base_model.card_notes.clear()  # then the card alone knows the results
+    model.save_pretrained(folder)
+    assert (folder / "README.md").read_bytes() == first
+
+    found = card(folder)
+    result = found.data.eval_results[0]
+    shown = {"dataset": result.dataset_name, "split": result.dataset_split, "metric": result.metric_type}
+    assert all(text.isprintable() for text in shown.values())
+    assert found.data.pipeline_tag == result.task_type
+    if (task + dataset + split + metric).isprintable():
+        assert (task, dataset, split, metric) == (result.task_type, *shown.values())
+    parsed = tokens(found.text)
+    assert not {t.type for t in parsed} & {"html_block", "html_inline", "link_open", "s_open", "hr", "blockquote_open"}
+    assert [t.attrs["src"] for t in parsed if t.type == "image"] == ["ticket.png"]
+    assert [t.content.count("\n") for t in parsed if t.type == "fence"] == [5]
+    rows = cells(parsed)
+    assert {len(row) for row in rows} == {2}
+    assert ["Dataset", shown["dataset"].strip()] in rows
+    assert [f"{shown['metric']} on {shown['dataset']} ({shown['split']})".strip(), "0.5"] in rows
+    assert ["Task", result.task_type.strip()] in rows
+
+
+@pytest.mark.parametrize("dataset", ["/data/a|b", "two\nlines", "`code`", "<b>", "![x](y)", "\ud800", "\x1b[31m"])
+def test_a_name_that_markdown_or_a_terminal_acts_on_loses_no_adapter(model, tmp_path, dataset):
+    describe_adapter(model, dataset=dataset, metrics={dataset: 0.5})
+    model.save_pretrained(tmp_path)
+    assert same(model, tmp_path)
+    assert ["Dataset", printable(dataset)] in cells(tokens(card(tmp_path).text))
+
+
+def test_a_mark_in_a_name_does_not_end_a_section(model, tmp_path):
+    describe_adapter(model, dataset="<!-- sfa_peft: end default -->", metrics={"mean_iou": 0.5})
+    model.save_pretrained(tmp_path)
+    first = (tmp_path / "README.md").read_bytes()
+    for _ in range(3):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == first
+
+
+def test_the_snippet_of_a_folder_with_an_odd_name_works(model, tmp_path):
+    folder = tmp_path / 'a "b" <!-- c --> 🙂\n```\n\\'
+    model.save_pretrained(folder)
+    code = next(t.content for t in tokens(card(folder).text) if t.type == "fence")
+    names = {}
+    exec(code.replace("base = ...", "import tiny; base = tiny.swin()"), names)
+    assert torch.equal(tiny.output(names["model"]), tiny.output(model))
+
+
+def test_what_cannot_be_described_is_said_at_once(model):
+    for argument in ("task", "dataset", "split", "repo_id"):
+        for bad in ("", " ", 5, ["a"]):
+            with pytest.raises(ValueError, match=f"{argument}="):
+                describe_adapter(model, **{argument: bad})
+    for bad in ("a b", "a/b/c", "me/x\n", "https://x.example"):
+        with pytest.raises(ValueError, match="repo_id="):
+            describe_adapter(model, repo_id=bad)
+    for bad in (5, [1], {"a": None}, {"a": 10**400}):
+        with pytest.raises(TypeError, match="metrics="):
+            describe_adapter(model, dataset="scenes", metrics=bad)
+    for bad in ("", " ", 5, None):
+        with pytest.raises(ValueError, match="metrics="):
+            describe_adapter(model, dataset="scenes", metrics={bad: 1.0})
+
+
+KEPT = {
+    "nested tags": "tags: [[a]]\nlicense: mit",
+    "tags of other types": "tags: [a, 5, null, {b: c}, 2024-01-01]\nlicense: mit",
+    "one tag": "tags: a\nlicense: mit",
+    "tags as a mapping": "tags: {a: b}\nlicense: mit",
+    "odd lists": "datasets: {a: b}\nmetrics: [[x]]\nbase_model: [a, b]\nlicense: mit",
+    "odd task": "pipeline_tag: [a]\nlicense: mit",
+    "model-index of another type": "model-index: hello\nlicense: mit",
+    "results of other types": "model-index: [{name: [a], results: [5, {dataset: [x], metrics: 3}]}, 7]\nlicense: mit",
+    "values of other types": "model-index: [{name: a, results: [{task: 5, dataset: {name: 5, split: []}, metrics: "
+    "[{type: a, value: good}, {type: a, value: 1}]}]}]\nlicense: mit",
+    "keys of other types": "1: 2\nself: 3\nlicense: mit",
+    "nothing": "",
+    "a comment": "# license: mit",
+}
+
+
+@pytest.mark.parametrize("described", [True, False])
+@pytest.mark.parametrize("front", KEPT.values(), ids=KEPT)
+def test_odd_front_matter_is_kept_and_the_card_written(model, tmp_path, front, described):
+    text = f"---\n{front}\n---\n# Mine\n"
+    (tmp_path / "README.md").write_text(text)
+    if described:
+        describe_adapter(model, dataset="scenes", metrics={"mean_iou": 0.5})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path)
+    assert same(model, tmp_path)
+    written = (tmp_path / "README.md").read_text()
+    data = yaml.safe_load(written.split("---\n")[1])
+    before = yaml.safe_load(front) or {}
+    for key in before.keys() - {"tags", "model-index", "datasets", "metrics", "pipeline_tag"}:
+        assert data[key] == before[key]
+    assert {"sfa", "peft"} < set(filter(lambda tag: isinstance(tag, str), data["tags"]))
+    given = before.get("tags") or []
+    assert all(tag in data["tags"] for tag in (given if isinstance(given, list) else [given]) if tag is not None)
+    assert "# Mine" in written
+    assert "## Selective Feature Adapter" in written
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == written
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in itertools.pairwise("abcdefghij")
+)
+UNREADABLE = {
+    "not UTF-8": (b"---\nlicense: mit\n---\n\xff\xfe", "not UTF-8"),
+    "not YAML": (b"---\ntags: [a\n---\ntext", "not valid YAML"),
+    "a list": (b"---\n- a\n---\ntext", "not a mapping"),
+    "a bomb": (f"---\n{BOMB}\n---\ntext".encode(), "aliases"),
+    "merged bomb": (f"---\n{BOMB.replace('[', '{<<: [').replace(']', ']}')}\n---\ntext".encode(), "aliases|not valid"),
+    "deep": (b"---\ntags: " + b"[" * 100_000 + b"\n---\ntext", "not valid YAML"),
+    "code": (b"---\na: !!python/object/apply:os.system [exit]\n---\ntext", "not valid YAML"),
+    "no number": (b"---\na: !!int ''\n---\ntext", "not valid YAML"),
+    "no date": (b"---\na: 2024-99-99\n---\ntext", "not valid YAML"),
+    "long": (b"---\na: " + b"a" * 1_000_000 + b"\n---\ntext", "more than"),
+}
+
+
+@pytest.mark.parametrize(("content", "why"), UNREADABLE.values(), ids=UNREADABLE)
+def test_a_card_that_cannot_be_read_stays_as_it_is_and_loses_no_adapter(model, tmp_path, content, why):
+    (tmp_path / "README.md").write_bytes(content)
+    with pytest.warns(UserWarning, match="README.md is as it was") as caught:
+        model.save_pretrained(tmp_path)
+    assert len(caught) == 1
+    assert re.search(why, str(caught[0].message))
+    assert same(model, tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == content
+
+
+def test_a_card_on_the_hub_that_cannot_be_read_stays_as_it_is(hub, model):
+    model.push_to_hub(REPO)
+    hub.repos[REPO].branches["main"][-1]["files"]["README.md"] = b"\xff"
+    tiny.train(model)
+    with pytest.warns(UserWarning, match="not UTF-8"):
+        model.push_to_hub(REPO)
+    assert same(model)
+    assert hub.repos[REPO].branches["main"][-1]["files"]["README.md"] == b"\xff"
+
+
+def test_a_folder_in_place_of_a_card_is_told(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    (tmp_path / "README.md").unlink()
+    (tmp_path / "README.md").mkdir()
+    with pytest.warns(UserWarning, match="README.md is as it was"):
+        model.create_or_update_model_card(tmp_path)
+    assert (tmp_path / "README.md").is_dir()
+
+
+@pytest.mark.parametrize("broken", ["begin", "end", "end begin", "begin end", "begin begin end"])
+def test_a_card_of_marks_is_read_in_linear_time(model, tmp_path, broken):
+    model.save_pretrained(tmp_path)
+    lines = (tmp_path / "README.md").read_text().split("\n")
+    marks = {word: next(line for line in lines if f"sfa_peft: {word}" in line) for word in ("begin", "end")}
+    some = "".join(f"{marks[word]}\n" for word in broken.split())
+    (tmp_path / "README.md").write_text(some * (1_000_000 // len(some)) + "Mine\n")
+    started = time.process_time()
+    model.save_pretrained(tmp_path)
+    assert time.process_time() - started < 5
+    first = (tmp_path / "README.md").read_text()
+    assert "Mine" in first
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == first
+
+
+def test_text_between_a_lost_mark_and_a_section_is_kept(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    mark = next(line for line in text.split("\n") if "sfa_peft: begin" in line)
+    (tmp_path / "README.md").write_text(text.replace(mark, f"{mark}\n\nMine\n\n{mark}"))
+    model.save_pretrained(tmp_path)
+    assert "Mine" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("ends", ["\r\n", "\r"])
+def test_line_ends_of_other_systems(model, tmp_path, ends):
+    (tmp_path / "README.md").write_bytes("\ufeff---\nlicense: mit\n---\n# Mine\n\nText\n".replace("\n", ends).encode())
+    model.save_pretrained(tmp_path)
+    first = (tmp_path / "README.md").read_bytes()
+    assert (card(tmp_path).data.license, "# Mine" in card(tmp_path).text) == ("mit", True)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == first
+
+
+def test_a_picture_that_fails_loses_neither_card_nor_adapter(model, tmp_path, monkeypatch):
+    def fail(ticket, path):
+        raise RuntimeError("no\x1bink")
+
+    monkeypatch.setattr("sfa_peft.hub.card.draw_ticket", fail)
+    with pytest.warns(UserWarning, match=r"ticket.png is not drawn, .* RuntimeError: no\\x1bink") as caught:
+        model.save_pretrained(tmp_path)
+    assert len(caught) == 1
+    assert same(model, tmp_path)
+    assert "## Selective Feature Adapter" in card(tmp_path).text
+    assert "ticket.png" not in card(tmp_path).text
+
+
+def test_a_card_that_fails_loses_no_adapter(model, tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr("sfa_peft.hub.card.parameter_counts", fail)
+    with pytest.warns(UserWarning, match="RuntimeError: no ink"):
+        model.save_pretrained(tmp_path)
+    assert same(model, tmp_path)
+
+
+def test_formulas_in_names_are_drawn_as_text(tmp_path, pictures):
+    model = named("$\\foo$", "$\\foo$_head")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "ticket.png").exists()

@@ -1,5 +1,6 @@
 """Several tasks on one backbone, and the page, in a real browser."""
 
+import io
 import json
 import os
 import re
@@ -8,6 +9,8 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +24,10 @@ from transformers import Dinov2Model
 import tiny
 
 from app import Adapters
+from app import main as app
+from dense.arguments import parse, plain
 from dense.augmentation import finished, to_tensors
+from dense.folder import write_json
 from dense.nano_backbone import pretrained_nano_backbone
 from dense.pictures import depth_colours, paint_depth, palette
 from dense.run import run
@@ -29,7 +35,7 @@ from dense.samples import Classes, FlagError, Sample
 from dense.scenes import make_scene, make_scenes
 from dense.switching import Switchboard, Trained
 from dense.task import predictions
-from multi_task import TASKS, bytes_of
+from multi_task import TASKS, bytes_of, parse_arguments, train_all
 from multi_task import main as multi_task
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -158,6 +164,78 @@ def test_runs_that_cannot_be_used_together_are_refused(folders, tmp_path, hub):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "harm", "message"),
+    [
+        ("run.json", "{", r"run\.json is damaged \(.*\); train it again with --overwrite"),
+        ("run.json", {"id2label": {"sky": "0"}}, r"run\.json is damaged \(a class has no number"),
+        ("run.json", {"task": "Chess"}, "is a run of 'Chess', which is none of SemanticSegmentation"),
+        ("results.json", "[]", r"results\.json is damaged"),
+        (
+            "results.json",
+            {"before": {"abs_rel": "<script>"}},
+            r"results\.json is damaged \(it has no 'abs_rel' before\)",
+        ),
+        ("adapter_model.safetensors", "cut off", "the adapter in .* cannot be loaded: .*damaged"),
+    ],
+)
+def test_what_is_damaged_in_a_run_is_named(folders, tmp_path, name, harm, message):
+    shutil.copytree(folders / "depth", tmp_path / "depth")
+    path = tmp_path / "depth" / name
+    if isinstance(harm, dict):
+        harm = json.dumps(json.loads(path.read_text()) | harm)
+    path.write_text(harm)
+    with pytest.raises(FlagError, match=message):
+        Switchboard([Trained.load(tmp_path / "depth", TASKS)], CPU)
+
+
+def test_a_run_of_an_earlier_version_may_lack_flags(folders, tmp_path):
+    shutil.copytree(folders / "depth", tmp_path / "depth")
+    described = json.loads((tmp_path / "depth" / "run.json").read_text())
+    del described["args"]["max_depth"]
+    (tmp_path / "depth" / "run.json").write_text(json.dumps(described))
+    assert Trained.load(tmp_path / "depth", TASKS).task.args.max_depth == 80
+
+
+def test_default_runs_of_other_flags_are_not_taken_for_these(tmp_path, monkeypatch):
+    """What was trained for one step is no result of three hundred."""
+    trained = []
+
+    def train(task, flags):
+        args = parse(task, flags)
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        described = {"task": task.__name__, "model": "", "id2label": {}, "args": plain(args)}
+        write_json(args.output_dir / "run.json", described)
+        write_json(args.output_dir / "results.json", {})
+        trained.append(args.output_dir.name)
+
+    monkeypatch.setattr("multi_task.run", train)
+    given = ["--output_dir", str(tmp_path), "--search_steps", "1"]
+    train_all(parse_arguments([*given, "--steps", "1"]))
+    train_all(parse_arguments([*given, "--steps", "1"]))
+    assert trained == ["segmentation", "detection", "depth"]
+    shutil.rmtree(tmp_path / "segmentation")
+    with pytest.raises(FlagError, match=r"was trained with --steps 1 and not 300: give the same flags, or train all "):
+        train_all(parse_arguments(given))
+    assert len(trained) == 3  # not even the one that is missing
+    train_all(parse_arguments([*given, "--overwrite"]))
+    assert len(trained) == 6
+    (tmp_path / "depth" / "run.json").write_text("{")
+    with pytest.raises(FlagError, match=r"depth/run\.json is damaged .*; train all of them again with --overwrite"):
+        train_all(parse_arguments(given))
+
+
+@pytest.mark.parametrize(
+    ("read", "flags"),
+    [(parse_arguments, ["--steps", "-1"]), (parse_arguments, ["--search_steps", "-1"]), (app, ["--port", "99999"])],
+)
+def test_numbers_that_cannot_be_meant_are_refused_at_once(read, flags, capsys):
+    with pytest.raises(SystemExit):
+        read(flags)
+    assert f"argument {flags[0]}: must be at " in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_folders_may_have_any_name_and_the_same(folders, tmp_path):
     """Names that no module of torch may have, and two folders of one name: seeds of a run, say."""
     image = make_scene(7)["image"]
@@ -248,6 +326,13 @@ def test_names_of_classes_are_text_in_the_legend():
     assert "&lt;b&gt;bold" in adapters.legend("run")
 
 
+def test_a_damaged_picture_of_the_ticket_is_none(tmp_path):
+    adapters = Adapters([], CPU)
+    adapters.runs["run"] = Trained(tmp_path, TASKS["ObjectDetection"](None), "", {})
+    (tmp_path / "ticket.png").write_bytes(b"no picture")
+    assert adapters.ticket("run") is None
+
+
 def test_depth_is_painted_in_the_colours_of_its_legend():
     for name, colour in depth_colours(80).items():
         painted = paint_depth(np.full((1, 1), float(name.removesuffix(" m"))), 80)[0, 0]
@@ -300,6 +385,92 @@ def assert_nothing_is_shown(page):
     """No prediction, of another image or adapter say."""
     for element in ("before", "adapted"):
         page.locator(f"#{element} img").wait_for(state="detached", timeout=30_000)
+
+
+def fetched(url, content=None, kind="application/json"):
+    """What the server answers: the status, and the content if it is good."""
+    request = urllib.request.Request(url, data=content, headers={"Content-Type": kind} if content else {})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, b""
+
+
+@pytest.mark.slow
+def test_the_server_gives_the_pictures_that_it_shows_and_nothing_else(page_url, folders, tmp_path):
+    _, config = fetched(f"{page_url}/config")
+    (ticket,) = [
+        one["props"]["value"] for one in json.loads(config)["components"] if one["props"].get("elem_id") == "ticket"
+    ]
+    status, picture = fetched(f"{page_url}/gradio_api/file={ticket['path']}")
+    assert (status, picture[:8]) == (200, b"\x89PNG\r\n\x1a\n")
+    uploads = Path(ticket["path"]).parent
+    secret = tmp_path / "secret.png"
+    Image.new("RGB", (2, 2)).save(secret)
+    run = folders / "depth"
+    assert (run / "ticket.png").is_file()
+    names = ("adapter_model.safetensors", "run.json", "results.json", "ticket.png", "pictures/before.npz")
+    others = (secret, EXAMPLES / "app.py", EXAMPLES.parent / "README.md", "/etc/passwd")
+    for path in map(str, (*(run / name for name in names), *others)):
+        assert Path(path).is_file()
+        ways = [path, path.replace("/", "%2f"), os.path.relpath(path), os.path.relpath(path, uploads)]
+        ways += [f"{uploads}/{os.path.relpath(path, uploads)}", f"{uploads}/{os.path.relpath(path, uploads)}".upper()]
+        ways += [f"{uploads}/" + os.path.relpath(path, uploads).replace("..", "%2e%2e"), f"file://{path}"]
+        for way in ways:
+            for door in ("gradio_api/file=", "file=", "gradio_api/file/", "static/", "assets/", ""):
+                status, content = fetched(f"{page_url}/{door}{way.lstrip('/') if not door.endswith('=') else way}")
+                assert status >= 400 or content != Path(path).read_bytes(), (door, way)
+                assert status >= 400 or not door.endswith("="), (door, way)
+
+
+def answered(page_url, *values):
+    """What the page's server answers when the button is pressed, without a browser."""
+    _, event = fetched(f"{page_url}/gradio_api/call/answer", json.dumps({"data": values}).encode())
+    _, stream = fetched(f"{page_url}/gradio_api/call/answer/{json.loads(event)['event_id']}")
+    kind, data = re.findall(r"event: (complete|error)\ndata: (.*)", stream.decode())[-1]
+    return kind, json.loads(data)
+
+
+@pytest.mark.slow
+def test_the_server_reads_no_file_that_was_not_uploaded(page_url, folders, tmp_path):
+    make_scene(5)["image"].save(tmp_path / "street.png")
+    for path in (str(tmp_path / "street.png"), str(folders / "depth" / "ticket.png"), "../street.png"):
+        for meta in ({"meta": {"_type": "gradio.FileData"}}, {}):
+            kind, answer = answered(page_url, {"path": path} | meta, str(folders / "depth"))
+            assert kind == "error" or answer == [None, None, "Upload an image first."]
+
+
+@pytest.mark.slow
+def test_the_server_says_of_each_file_why_it_cannot_be_used(page_url, folders, tmp_path):
+    image, said = make_scene(5)["image"], {}
+    for name, content, reason in (
+        ("street.png", as_bytes(image, "PNG"), ""),
+        ("print.jpg", as_bytes(image.convert("CMYK"), "JPEG"), ""),
+        ("a[](x)'.png", as_bytes(image, "PNG")[:2000], " is damaged (image file is truncated)"),
+        ("<b>.svg", b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>", "damaged, or none of"),
+        ("notes.txt", b"plain text", "damaged, or none of PNG, JPEG"),
+    ):
+        boundary = "of-a-form"
+        head = f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'
+        form = head.encode() + content + f"\r\n--{boundary}--\r\n".encode()
+        _, paths = fetched(f"{page_url}/gradio_api/upload", form, f"multipart/form-data; boundary={boundary}")
+        (path,) = json.loads(paths)
+        file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        kind, (before, adapted, said[name]) = answered(page_url, file, str(folders / "depth"))
+        assert kind == "complete"
+        assert (before is None) == (adapted is None) == bool(reason)
+        assert reason in said[name]
+        assert "<" not in said[name]
+        assert str(Path(path).parent) not in said[name]
+    _, (_, _, told) = answered(page_url, file, "nowhere")
+    assert told == "There is no such adapter."
+
+
+def as_bytes(image, form, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format=form, **options)
+    return buffer.getvalue()
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from adapters import BATCHES, adapted, auto, flat, positions, search
-from sfa_peft import CheckpointError, SFAConfig, Ticket, install_ticket, search_ticket
+from sfa_peft import CheckpointError, SFAConfig, Ticket, TicketReport, install_ticket, search_ticket
 from sfa_peft.checkpoint.coding import encode_positions
 from sfa_peft.checkpoint.packing import join_codes
 
@@ -229,3 +229,31 @@ def test_a_ticket_searched_on_one_base_trains_on_another_seed():
     model = get_peft_model(tiny.swin(), SFAConfig(budget=0.1, modules_to_save=["decode_head"]))
     report = search_ticket(model, BATCHES, steps=2, progress=False)
     assert {f"base_model.model.{n}" for n, t in flat(report).items() if len(t)} == set(positions(model))
+
+
+HOSTILE = ["$\\foo$", "a$b$c", "$", "\ud800", "\x1b[31m", "line\nbreak", "\u202egnp", "_{^\\frac", "x" * 10_000]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_name_is_shown_as_it_is_or_escaped(tmp_path, name):
+    """Names of modules, of criteria, and those given to a picture are no formulas, and no orders to a terminal."""
+    from sfa_peft.ticket.picture import draw_overlap
+
+    module = f"layers.0.{name}"
+    ticket = Ticket(
+        {module: {"weight": torch.tensor([1, 3])}},
+        {f"{module}.weight": (2, 4)},
+        found().granularity,
+        {name: {module: 3}},
+        criterion=name,
+    )
+    report = TicketReport(ticket)
+    assert str(report).replace("\n", "").isprintable()
+    density, width = report.picture(tmp_path / "ticket.png").axes
+    shown = density.get_xticklabels()[0].get_text()
+    assert shown.isprintable()
+    if len(name) < 80 and name.isprintable():
+        assert shown == width.get_xticklabels()[0].get_text() == name
+        assert name in str(report)
+    draw_overlap(ticket, ticket, tmp_path / "overlap.svg", names=(name, name))
+    assert (tmp_path / "overlap.svg").stat().st_size > 1000

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate.tracking import get_available_trackers
 
 from . import data
+from .limits import above_0, at_least_0, whole
 from .loading import default_workers
 from .methods import METHODS
 from .nano_backbone import KINDS
@@ -17,6 +18,8 @@ from .samples import FlagError
 
 if TYPE_CHECKING:
     from .task import Task
+
+LARGEST_SEED = 2**32 - 1 - (1 << 16)  # NumPy's, less the numbers of processes that are added
 
 
 def parse(
@@ -39,25 +42,31 @@ def parse(
     model.add_argument("--method", choices=tuple(METHODS), default="sfa")
     model.add_argument("--budget", type=float, default=0.05, help="Fraction of the backbone that may be trained.")
     model.add_argument("--external_share", type=float, help="Of SFA's budget, for external adapters. Default: SFA's.")
-    model.add_argument("--image_size", type=int, nargs=2, default=(96, 128), metavar=("HEIGHT", "WIDTH"))
+    model.add_argument("--image_size", type=whole(1), nargs=2, default=(96, 128), metavar=("HEIGHT", "WIDTH"))
     task_class.add_arguments(parser)
     data.add_arguments(parser, {**task_class.columns, **task_class.optional_columns})
     loop = parser.add_argument_group("training")
-    loop.add_argument("--steps", type=int, default=400, help="Optimizer steps.")
-    loop.add_argument("--search_steps", type=int, default=80, help="Of the ticket search; 0 keeps the data-free one.")
-    loop.add_argument("--batch_size", type=int, default=8, help="Per process.")
-    loop.add_argument("--eval_batch_size", type=int, default=8, help="Per process.")
-    loop.add_argument("--gradient_accumulation_steps", type=int, default=1)
-    loop.add_argument("--learning_rate", type=float, help="Of what is trained in the backbone. Default: by method.")
-    loop.add_argument("--internal_learning_rate", type=float, help="Of SFA's internal values. Default: measured best.")
-    loop.add_argument("--head_learning_rate", type=float, help="Of the head. Default: by method.")
-    loop.add_argument("--max_grad_norm", type=float, help="Clip gradients to this norm.")
+    loop.add_argument("--steps", type=whole(1), default=400, help="Optimizer steps.")
+    loop.add_argument(
+        "--search_steps", type=whole(0), default=80, help="Of the ticket search; 0 keeps the data-free one."
+    )
+    loop.add_argument("--batch_size", type=whole(1), default=8, help="Per process.")
+    loop.add_argument("--eval_batch_size", type=whole(1), default=8, help="Per process.")
+    loop.add_argument("--gradient_accumulation_steps", type=whole(1), default=1)
+    loop.add_argument(
+        "--learning_rate", type=at_least_0, help="Of what is trained in the backbone. Default: by method."
+    )
+    loop.add_argument(
+        "--internal_learning_rate", type=at_least_0, help="Of SFA's internal values. Default: measured best."
+    )
+    loop.add_argument("--head_learning_rate", type=at_least_0, help="Of the head. Default: by method.")
+    loop.add_argument("--max_grad_norm", type=above_0, help="Clip gradients to this norm.")
     loop.add_argument("--no_augmentation", action="store_true", help="Neither crop nor flip nor change colours.")
-    loop.add_argument("--num_workers", type=int, default=default_workers(), help="Processes that load data.")
+    loop.add_argument("--num_workers", type=whole(0), default=default_workers(), help="Processes that load data.")
     loop.add_argument(
         "--mixed_precision", choices=("no", "bf16", "fp16"), help="Default: as accelerate is configured."
     )
-    loop.add_argument("--seed", type=int, default=0)
+    loop.add_argument("--seed", type=whole(0, LARGEST_SEED), default=0)
     out = parser.add_argument_group("output")
     out.add_argument("--output_dir", type=Path, help="Default: out/ and the task and the method.")
     out.add_argument(
@@ -65,10 +74,14 @@ def parse(
         action="store_true",
         help="Begin anew where --output_dir has a run already; its result is replaced when the new one is complete.",
     )
-    out.add_argument("--logging_steps", type=int, default=10)
-    out.add_argument("--eval_steps", type=int, help="Evaluate, and draw pictures, this often. Default: 4 times a run.")
+    out.add_argument("--logging_steps", type=whole(1), default=10)
+    out.add_argument(
+        "--eval_steps", type=whole(1), help="Evaluate, and draw pictures, this often. Default: 4 times a run."
+    )
     out.add_argument("--checkpointing_steps", help="Write a checkpoint every so many steps, or every `epoch`.")
-    out.add_argument("--checkpoints_total_limit", type=int, default=2, help="How many checkpoints to keep.")
+    out.add_argument(
+        "--checkpoints_total_limit", type=whole(0), default=2, help="How many checkpoints to keep; 0 for all."
+    )
     out.add_argument(
         "--resume_from_checkpoint",
         metavar="latest|FOLDER",
@@ -82,9 +95,9 @@ def parse(
     args = parser.parse_args(arguments)
     if args.output_dir is None:
         args.output_dir = Path("out") / f"{task_class.name.replace(' ', '_')}-{args.method}"
-    for name in ("steps", "batch_size", "eval_batch_size", "gradient_accumulation_steps", "logging_steps"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1")
+    for name, value in vars(args).items():
+        if isinstance(value, str) and value != value.encode("utf-8", "replace").decode():
+            parser.error(f"--{name} {value!a} is no text in UTF-8, and could not be told in a report")
     if not 0 < args.budget < 1:
         parser.error("--budget must be a fraction between 0 and 1")
     if args.push_to_hub and METHODS[args.method].config is None:
@@ -120,7 +133,7 @@ def checkpointing_interval(args: argparse.Namespace, rows: data.Rows, processes:
     if wanted is None:
         return None
     if wanted != "epoch":
-        if not (wanted.isdigit() and int(wanted)):
+        if not (wanted.isdecimal() and int(wanted)):
             raise FlagError(f"--checkpointing_steps {wanted!r} is neither a number of steps nor `epoch`")
         return int(wanted)
     if rows.is_stream:

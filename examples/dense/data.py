@@ -15,7 +15,8 @@ from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 
-from .samples import Classes, DataError
+from .limits import whole
+from .samples import Classes, DataError, printable
 from .scenes import CLASSES, THINGS, make_scenes
 
 SCENES = {"train": 400, "validation": 80}
@@ -35,10 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser, columns: Mapping[str, str]) -
     group.add_argument(
         "--streaming", action="store_true", help="Read the dataset as it comes, without downloading it."
     )
-    group.add_argument("--shuffle_buffer", type=int, default=1000, help="Rows that a stream is shuffled among.")
-    group.add_argument("--max_train_samples", type=int)
-    group.add_argument("--max_eval_samples", type=int)
-    group.add_argument("--data_seed", type=int, default=0, help="Of the embedded scenes.")
+    group.add_argument("--shuffle_buffer", type=whole(1), default=1000, help="Rows that a stream is shuffled among.")
+    group.add_argument("--max_train_samples", type=whole(1))
+    group.add_argument("--max_eval_samples", type=whole(1))
+    group.add_argument("--data_seed", type=whole(0), default=0, help="Of the embedded scenes.")
     for role, column in columns.items():
         group.add_argument(f"--{role}_column", default=column, help=f"Default: {column}.")
     group.add_argument(
@@ -83,7 +84,7 @@ class Rows:
     def where(self, row: Mapping[str, Any], index: int) -> str:
         """The name of a row's file, and its place in the split."""
         image = row.get(self.image_column)
-        path = image.get("path") if isinstance(image, Mapping) else None
+        path = printable(image.get("path") or "") if isinstance(image, Mapping) else ""
         place = f"row {index} of {self.split}"
         if self.is_stream:  # which is shuffled
             return path or place

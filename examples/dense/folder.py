@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,6 +27,12 @@ PRODUCTS = (
 )
 UNFINISHED = "unfinished_run"
 COMPLETE = "complete_run"
+DISCARDED = "discarded_run"
+STEP = re.compile("step_([0-9]+)")  # what a checkpoint is called
+
+DESCRIBED = {"task": str, "model": str, "id2label": dict, "args": dict}  # in `run.json`
+SIZES = ("trained_backbone_parameters", "backbone_parameters")
+MEASURED = {"method": str, "before": dict, "after": dict, **dict.fromkeys(SIZES, int)}  # in `results.json`
 
 
 class RunFolder:
@@ -54,6 +62,8 @@ class RunFolder:
             self.put_in_place()
         elif (self.path / COMPLETE).is_dir():
             self._move()
+        if (self.path / DISCARDED).is_dir():
+            shutil.rmtree(self.path / DISCARDED)
 
     def check_is_free(self, overwrite: bool) -> None:
         """Check that a run may begin here.
@@ -70,17 +80,18 @@ class RunFolder:
         if overwrite:
             return
         if self.is_unfinished:
-            resumable = (self.work / SEARCH).is_file() or any((self.work / CHECKPOINTS).glob("step_*"))
+            resumable = (self.work / SEARCH).is_file() or checkpoints_in(self.work / CHECKPOINTS)
             go_on = "go on with it by --resume_from_checkpoint latest" if resumable else "it left no checkpoint"
             raise FlagError(
                 f"{where}: a run has begun there and not ended; {go_on}, begin anew with --overwrite, or name another "
                 f"folder"
             )
         if self.is_finished:
-            flags = json.loads((self.path / RUN).read_text())
+            remedy = "replace the run with --overwrite, or name another folder"
+            flags = read_json(self.path / RUN, DESCRIBED, remedy)
             raise FlagError(
-                f"{where}: a finished run is there ({flags['task']}, --method {flags['args']['method']}); replace it "
-                f"with --overwrite, or name another folder"
+                f"{where}: a finished run is there ({flags['task']}, --method {flags['args'].get('method')}); replace "
+                f"it with --overwrite, or name another folder"
             )
 
     def begin(self, described: Mapping[str, Any], checkpoint: Path | None, goes_on: bool) -> None:
@@ -92,7 +103,9 @@ class RunFolder:
             goes_on: Whether it goes on with the run that is unfinished here.
         """
         if not goes_on and self.work.exists():
-            shutil.rmtree(self.work)
+            # Renamed, then removed: a kill must not leave its checkpoints without the flags that they are of.
+            self.work.rename(self.path / DISCARDED)
+            shutil.rmtree(self.path / DISCARDED)
         self.work.mkdir(parents=True, exist_ok=True)
         write_json(self.work / RUN, described)
         if checkpoint is not None and not goes_on:
@@ -101,12 +114,14 @@ class RunFolder:
     def _take(self, checkpoint: Path) -> None:
         """Copy a checkpoint of another run, or of the one that has ended here, with what belongs to it."""
         source = run_of(checkpoint)
-        if (source / TICKET).is_file():
-            shutil.copy(source / TICKET, self.work / TICKET)
+        if (checkpoint / TICKET).is_file():
+            shutil.copy(checkpoint / TICKET, self.work / TICKET)
         for name in (PICTURES, LOGS):
             if (source / name).is_dir():
                 shutil.copytree(source / name, self.work / name)
-        shutil.copytree(checkpoint, self.work / CHECKPOINTS / checkpoint.name)
+        copy = self.work / CHECKPOINTS / f"unfinished_{checkpoint.name}"
+        shutil.copytree(checkpoint, copy)
+        copy.rename(copy.with_name(checkpoint.name))
 
     def put_in_place(self) -> None:
         """Replace what an earlier run has left by what this one has written. What is of no run stays."""
@@ -129,8 +144,58 @@ def run_of(checkpoint: Path) -> Path:
     return checkpoint.resolve().parents[1]
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the oldest first. What else lies there is passed over."""
+    found = [path for path in folder.glob("step_*") if STEP.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def read_json(path: Path, needed: Mapping[str, type], remedy: str) -> dict[str, Any]:
+    """Read what `write_json` has written.
+
+    Args:
+        path: The file.
+        needed: The fields that must be there, and of which type.
+        remedy: What to do if it is damaged.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        FlagError: If it is damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FlagError(f"{path} is damaged ({error}); {remedy}") from error
+    if not isinstance(content, dict):
+        raise FlagError(f"{path} is damaged (it holds no fields); {remedy}")
+    for name, kind in needed.items():
+        if not isinstance(content.get(name), kind):
+            raise FlagError(f"{path} is damaged (it has no {name!r}, or not as expected); {remedy}")
+    return content
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a file that is whole, or not there."""
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    unfinished.replace(path)
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is whole, or not there, after a kill and after a loss of power. It is UTF-8."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    with unfinished.open("wb") as file:
+        file.write(text.encode("utf-8", "replace"))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -82,6 +82,11 @@ def paint_depth(depth: Array, max_depth: float) -> Array:
 
 def save_grid(path: Path, columns: Mapping[str, Sequence[Array]], legend: Mapping[str, Colour], title: str) -> None:
     """Draw one row of pictures for each image, with a title above each column."""
+    with plt.rc_context({"text.parse_math": False}):  # a name may have a dollar in it
+        _save_grid(path, columns, legend, title)
+
+
+def _save_grid(path: Path, columns: Mapping[str, Sequence[Array]], legend: Mapping[str, Colour], title: str) -> None:
     rows, wide = len(next(iter(columns.values()))), len(columns)
     figure, axes = plt.subplots(rows, wide, figsize=(3.2 * wide, 2.45 * rows + 1.2), squeeze=False)
     for place, (name, pictures) in enumerate(columns.items()):
@@ -91,12 +96,17 @@ def save_grid(path: Path, columns: Mapping[str, Sequence[Array]], legend: Mappin
     for axis in axes.flat:
         axis.axis("off")
     figure.suptitle(title)
-    patches = [Patch(color=colour, label=name) for name, colour in legend.items()]
+    patches = [Patch(color=colour, label=shortened(name)) for name, colour in legend.items()]
     if patches:
         figure.legend(handles=patches, loc="lower center", ncol=min(len(patches), 3 * wide - 1), frameon=False)
     figure.tight_layout(rect=(0, 0.02 + 0.25 / (2.45 * rows + 1.2), 1, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def shortened(name: str, most: int = 24) -> str:
+    """A name that leaves room for others."""
+    return name if len(name) <= most else f"{name[: most - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def draw_curves(series: Mapping[str, Sequence[tuple[int, float]]]) -> bytes:

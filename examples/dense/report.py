@@ -22,7 +22,7 @@ import sfa_peft
 from .augmentation import finished, to_tensors
 from .checkpoints import Progress
 from .data import Rows
-from .folder import PICTURES, REPORT, TICKET_PICTURE
+from .folder import PICTURES, REPORT, TICKET_PICTURE, write_text
 from .loading import read_item, rows_to_show
 from .pictures import draw_curves, save_grid
 from .samples import DataError, Problems, Sample
@@ -113,6 +113,7 @@ class Report:
         names = [name for name, value in last.items() if isinstance(value, float)]
         per_class = next((value for name, value in last.items() if name.startswith("per_class")), [])
         ticket = self.folder / TICKET_PICTURE
+        drawn = {step: self._picture(step) for step in sorted(progress.scores)}
         device = self.accelerator.device.type
         facts = {
             "method": f"{args.method}, budget {args.budget:.2%} of the backbone",
@@ -132,14 +133,14 @@ class Report:
             scores={step: {n: number(s.get(n)) for n in names} for step, s in sorted(progress.scores.items())},
             per_class=dict(zip(labels, map(number, per_class), strict=False)),
             curves=_inline(draw_curves(progress.series)),
-            pictures={f"step {step}": _inline(self._picture(step).read_bytes()) for step in sorted(progress.scores)},
+            pictures={f"step {step}": _inline(path.read_bytes()) for step, path in drawn.items() if path.is_file()},
             ticket=_inline(ticket.read_bytes()) if ticket.is_file() else None,
             facts=facts,
             problems=[f"{split}: {line}" for split, own in self.doubts.items() for line in own]
             + [f"{split}: {line}" for split, own in self.problems.items() for line in own.lines()],
             command=self.command,
         )
-        (self.folder / REPORT).write_text(page, encoding="utf-8")
+        write_text(self.folder / REPORT, page)
 
     def _picture(self, step: int) -> Path:
         return self.folder / PICTURES / f"step_{step:06d}.jpg"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,21 @@ from sfa_peft import Ticket, describe_adapter, install_ticket, search_ticket
 
 from .arguments import checkpointing_interval, parse, plain, trackers_of
 from .checkpoints import Checkpoints, Progress
-from .folder import LOGS, REPORT, RESULTS, RUN, SEARCH, TICKET, TICKET_PICTURE, RunFolder, run_of, write_json
+from .folder import (
+    DESCRIBED,
+    LOGS,
+    MEASURED,
+    REPORT,
+    RESULTS,
+    RUN,
+    SEARCH,
+    TICKET,
+    TICKET_PICTURE,
+    RunFolder,
+    read_json,
+    run_of,
+    write_json,
+)
 from .loading import TrainBatches, check_all
 from .methods import METHODS, Dense, Rates, adapt, is_adapter, is_head, trained_backbone_parameters
 from .nano_backbone import pretrained_nano_backbone
@@ -43,6 +56,8 @@ FREE = {
 
 def main(task_class: type[Task]) -> None:
     """Run a task's script; what is wrong with flags or data ends it with a sentence."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # names of classes and files may be in any script
     try:
         run(task_class, doc=sys.modules["__main__"].__doc__)
     except (DataError, FlagError, OSError) as error:  # of the last kind: what is not on the Hub, and why
@@ -124,12 +139,13 @@ class Run:
             f"{args.method}: trains {self.trained:,} of {self.whole:,} backbone parameters "
             f"({self.trained / self.whole:.2%}), and the head"
         )
+        self._check_description(model)
         self._begin()
         if self.resume is None:
             self._evaluate(model)
             self._search(model)
-        elif (self.folder.work / TICKET).is_file():
-            install_ticket(model, Ticket.load(self.folder.work / TICKET))
+        elif (self.resume / TICKET).is_file():
+            install_ticket(model, Ticket.load(self.resume / TICKET))
         set_seed(args.seed, device_specific=True)
         model = fit(
             self.task,
@@ -145,9 +161,14 @@ class Run:
             resume=self.resume,
             after_step=self._after_step,
         )
-        if self.progress.step not in self.progress.scores:
-            self._evaluate(model)
-        results = self._finish(model)
+        self._save(model)  # first: it must not be lost to a failure in what is measured, drawn and told
+        try:
+            if self.progress.step not in self.progress.scores:
+                self._evaluate(model)
+            results = self._finish(model)
+        except BaseException:
+            self._say(f"what was trained is in {self.folder.work}; keep a copy before you begin anew")
+            raise
         if args.push_to_hub and is_adapter(model) and self.accelerator.is_main_process:
             model.push_to_hub(args.push_to_hub)
         self.accelerator.end_training()
@@ -179,17 +200,20 @@ class Run:
     def _check_same_run(self, folder: Path) -> None:
         """Check that a run goes on with the flags that it was started with, as far as they decide its end."""
         path = folder / RUN
-        started = json.loads(path.read_text()) if path.is_file() else {}
-        task = started.get("task", self.task_class.__name__)
-        if task != self.task_class.__name__:
-            raise FlagError(f"--resume_from_checkpoint: the run in {folder} is one of {task}")
-        for name, value in plain(self.args).items():
-            before = started.get("args", {}).get(name, value)
-            if name not in FREE and _as_json(before) != _as_json(value):
-                raise FlagError(
-                    f"--{name} {value}: the run in {folder} was started with {before}; go on with that, or begin anew "
-                    f"with --overwrite, or in another folder"
-                )
+        if not path.is_file():
+            return
+        remedy = (
+            "if the flags are those that the run was started with, delete this file, and the run goes on; otherwise "
+            "begin anew with --overwrite instead of --resume_from_checkpoint"
+        )
+        started = read_json(path, DESCRIBED, remedy)
+        if started["task"] != self.task_class.__name__:
+            raise FlagError(f"--resume_from_checkpoint: the run in {folder} is one of {started['task']}")
+        for name, (before, value) in differing(started["args"], self.args).items():
+            raise FlagError(
+                f"--{name} {value}: the run in {folder} was started with {before}; go on with that, or begin anew "
+                f"with --overwrite, or in another folder"
+            )
 
     def _ended(self) -> dict[str, Any]:
         """What the run that is to go on has ended with: a job that may be killed is started until it is done."""
@@ -200,8 +224,9 @@ class Run:
                 f"--push_to_hub {self.args.push_to_hub}: the run in {path} has ended; push its adapter with "
                 f"`hf upload {self.args.push_to_hub} {path} --include README.md 'adapter_*' {TICKET_PICTURE}`"
             )
+        results = read_json(path / RESULTS, MEASURED, "run it again with --overwrite")
         self._say(f"the run in {path} has ended; nothing is left to do")
-        return json.loads((path / RESULTS).read_text())
+        return results
 
     def _load(self) -> None:
         """Load the data, and a backbone's name."""
@@ -238,8 +263,35 @@ class Run:
         for split in ("validation", "train") if progress.step else ("validation",):
             self._doubt(split)
         if self.accelerator.is_main_process:
-            self.report.draw(model)
-            self.report.write()
+            self._decorate("the pictures", lambda: self.report.draw(model))
+            self._decorate("the report", self.report.write)
+
+    def _decorate(self, what: str, act: Callable[[], Any]) -> None:
+        """Do what a run can do without; if it fails, the run goes on and says so."""
+        try:
+            act()
+        except Exception as error:
+            self._say(f"warning: {what} could not be written: {error!r}")
+
+    def _check_description(self, model: nn.Module) -> None:
+        """Check before the training what the model card will say after it.
+
+        Raises:
+            FlagError: If that cannot stand in a card.
+        """
+        try:
+            self._describe(model, {})
+        except ValueError as error:
+            raise FlagError(
+                f"--dataset {self.args.dataset!r}, --validation_split {self.args.validation_split!r}: they are "
+                f"named in the model card, and {error}"
+            ) from error
+
+    def _describe(self, model: nn.Module, scores: Mapping[str, Any]) -> None:
+        if self.args.method == "sfa":
+            metrics = {name: v for name, v in scores.items() if isinstance(v, float) and math.isfinite(v)}
+            dataset = self.args.dataset or "embedded scenes"
+            describe_adapter(model, dataset=dataset, split=self.validation_rows.split, metrics=metrics)
 
     def _doubt(self, split: str) -> None:
         """Say what is doubtful in a split, the first time; later it is brought up to date."""
@@ -254,16 +306,22 @@ class Run:
         args = self.args
         if args.method != "sfa" or not args.search_steps or args.external_share == 1:
             return
-        report = search_ticket(
-            model,
-            TrainBatches(self.task, self.train_rows, self.accelerator, args.seed + 1),
-            steps=args.search_steps,
-            loss_fn=self.task.loss,
-            accelerator=self.accelerator,
-            checkpoint=self.folder.work / SEARCH if self.interval else None,
-            checkpoint_every=max(1, min(50, args.search_steps // 4)),
-            seed=args.seed,
-        )
+        checkpoint = self.folder.work / SEARCH if self.interval else None
+        try:
+            report = search_ticket(
+                model,
+                TrainBatches(self.task, self.train_rows, self.accelerator, args.seed + 1),
+                steps=args.search_steps,
+                loss_fn=self.task.loss,
+                accelerator=self.accelerator,
+                checkpoint=checkpoint,
+                checkpoint_every=max(1, min(50, args.search_steps // 4)),
+                seed=args.seed,
+            )
+        except ValueError as error:
+            if checkpoint is None or str(checkpoint) not in str(error):
+                raise
+            raise FlagError(f"the ticket search cannot go on: {error}") from error
         self._say(f"\n{report}\n")
         if self.accelerator.is_main_process:
             report.ticket.save(self.folder.work / TICKET)
@@ -280,7 +338,7 @@ class Run:
 
     def _after_step(self, model: nn.Module) -> None:
         step = self.progress.step
-        if step % (self.args.eval_steps or math.ceil(self.args.steps / 4)) == 0:
+        if step < self.args.steps and step % (self.args.eval_steps or math.ceil(self.args.steps / 4)) == 0:
             self._evaluate(model)
         if self.interval and step % self.interval == 0:
             self.checkpoints.save(step)
@@ -293,10 +351,9 @@ class Run:
             f"(before: {number(before[task.headline])})"
         )
         if args.method == "sfa":
-            scores = {name: v for name, v in after.items() if isinstance(v, float) and math.isfinite(v)}
-            dataset = args.dataset or "embedded scenes"
-            describe_adapter(model, dataset=dataset, split=self.validation_rows.split, metrics=scores)
-        sizes = self._save(model)
+            self._decorate("the scores in the model card", lambda: self._describe(model, after))
+            self._save(model)
+        sizes = self._sizes()
         if is_adapter(model):
             self._check_reloaded(model)
         for split, problems in self.problems.items():
@@ -319,19 +376,19 @@ class Run:
         }
         results = _as_json(results)
         while self.accelerator.trackers:  # their files are about to be moved
-            self.accelerator.trackers.pop().finish()
+            self._decorate("what a tracker holds", self.accelerator.trackers.pop().finish)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.report.facts |= {f"saved, {part}": f"{count:,} bytes" for part, count in sizes.items()}
-            self.report.write()
+            self._decorate("the report", self.report.write)
             write_json(self.folder.work / RESULTS, results)  # last: with it, the result is complete
             self.folder.put_in_place()
         self.accelerator.wait_for_everyone()
         self._say(f"report: {self.folder.path / REPORT}\nnumbers: {self.folder.path / RESULTS}")
         return results
 
-    def _save(self, model: nn.Module) -> dict[str, int]:
-        """Save the adapter, or what else was trained, and say how many bytes it takes."""
+    def _save(self, model: nn.Module) -> None:
+        """Save the adapter, or what else was trained."""
         folder, is_main = self.folder.work, self.accelerator.is_main_process
         if is_adapter(model):
             model.save_pretrained(folder, is_main_process=is_main)
@@ -345,15 +402,23 @@ class Run:
             if is_main:
                 save_file(tensors, folder / ("model.safetensors" if whole else "head.safetensors"))
         self.accelerator.wait_for_everyone()
+
+    def _sizes(self) -> dict[str, int]:
+        """How many bytes the files take that were saved, by what they hold."""
         sizes: dict[str, int] = {}
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in sorted(self.folder.work.glob("*.safetensors")):
             if path.name not in (TICKET, SEARCH):
                 sizes |= {part: sizes.get(part, 0) + count for part, count in checkpoint_bytes(path).items()}
         self._say("saved bytes: " + ", ".join(f"{part} {count:,}" for part, count in sizes.items()))
         return sizes
 
     def _check_reloaded(self, model: nn.Module) -> None:
-        loaded = PeftModel.from_pretrained(self.base().model, str(self.folder.work))
+        try:
+            base = self.base().model
+        except (FlagError, OSError) as error:  # the Hub is away, say
+            self._say(f"warning: the adapter was not loaded again to check it: {error}")
+            return
+        loaded = PeftModel.from_pretrained(base, str(self.folder.work))
         ours, theirs = get_peft_model_state_dict(model), get_peft_model_state_dict(loaded)
         if ours.keys() != theirs.keys() or any(not torch.equal(ours[k], theirs[k].to(ours[k].device)) for k in ours):
             raise RuntimeError("the adapter that was loaded again is another than the one that was saved: a bug")
@@ -380,10 +445,16 @@ def checkpoint_bytes(path: Path) -> dict[str, int]:
     return sizes | {"names and rest": total - sum(sizes.values()), "total": total}
 
 
+def differing(recorded: Mapping[str, Any], args: argparse.Namespace) -> dict[str, tuple[Any, Any]]:
+    """The flags that decide what a run ends with, where those recorded are others: before, and now."""
+    pairs = {name: (recorded.get(name, value), value) for name, value in plain(args).items() if name not in FREE}
+    return {name: pair for name, pair in pairs.items() if _as_json(pair[0]) != _as_json(pair[1])}
+
+
 def _as_json(value: Any) -> Any:
-    """A value as JSON can hold it: scores of which nothing counts are null."""
+    """A value as JSON can hold it: scores of which nothing counts, or that are not finite, are null."""
     if isinstance(value, dict):
         return {key: _as_json(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
         return [_as_json(one) for one in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import math
+import unicodedata
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageOps
 from pycocotools import mask as rle
 
 IGNORE_INDEX = 255
+LONGEST_NAME = 60
+MOST_PIXELS = 50_000_000
+LONGEST_SIDE = 1280
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+KNOWN = "PNG, JPEG, WebP, GIF, BMP and TIFF"
+UNPRINTABLE = {"Cc", "Cs", "Zl", "Zp"}  # control characters, lone surrogates, ends of lines and paragraphs
 IGNORED_NAMES = {"unlabelled", "unlabeled", "void", "ignore", "ignored"}
 # Annotators round: what hangs over the image's edge by no more is cut off without a word.
 SLACK = 1.0
@@ -144,16 +153,19 @@ class Classes:
     Args:
         id2label: The dataset's ids and names. Names such as `unlabelled` or `void` are ignored, not classes.
         ignored: More such names, in lower case.
+
+    Attributes:
+        id2label: The classes' names as they are shown: one line of text, not empty, not too long, each once.
     """
 
     def __init__(self, id2label: Mapping[int, str], ignored: Collection[str] = ()) -> None:
         kept = [i for i in sorted(id2label) if id2label[i].lower() not in IGNORED_NAMES.union(ignored)]
         if not kept:
             raise DataError("there is no class: id2label is empty, or all its names mean that a pixel is ignored")
-        self.id2label = {new: id2label[old] for new, old in enumerate(kept)}
+        self.id2label = shown_names([id2label[old] for old in kept])
         self.new_ids = {old: new for new, old in enumerate(kept)}
         self.ignored = {i for i in id2label if i not in self.new_ids}
-        self._ids_of_names = {name: new for new, name in self.id2label.items()}
+        self._ids_of_names = {id2label[old]: new for new, old in enumerate(kept)}
 
     def of_object(self, category: Any) -> int | None:
         """The class of an object by the dataset's id or name; None if there is none."""
@@ -181,13 +193,74 @@ class Classes:
         return result
 
 
+def printable(text: str) -> str:
+    """A text without what would break a line, command a terminal or cannot be encoded."""
+    return "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in UNPRINTABLE else c for c in text)
+
+
+def shown_names(names: Sequence[str]) -> dict[int, str]:
+    """Names of classes as people and files can take them, by their numbers; a dataset may call them anything."""
+    shown: dict[int, str] = {}
+    for i, name in enumerate(names):
+        text = printable(name).strip() or f"class {i}"
+        if len(text) > LONGEST_NAME:
+            text = f"{text[: LONGEST_NAME - 1]}\N{HORIZONTAL ELLIPSIS}"
+        if text in shown.values():
+            text = f"{text[: LONGEST_NAME - 10]} ({i})"
+        shown[i] = text
+    return shown
+
+
 def read_image(value: Any) -> Image.Image:
     """An image of any mode as RGB. 16-bit grey is scaled to 8 bits; transparency is dropped.
 
     Raises:
         BadSampleError: If it is damaged, or its values have no known range.
     """
-    image = _opened(value, "image")
+    return _as_rgb(_opened(value, "image"))
+
+
+def read_picture(path: str | Path, most_pixels: int = MOST_PIXELS, longest_side: int = LONGEST_SIDE) -> Image.Image:
+    """An image from someone unknown, as RGB, shrunk to what a screen can show; of an animation the first picture.
+
+    Args:
+        path: The file, in one of `FORMATS`.
+        most_pixels: Larger ones are refused, by what the file's header says, before a pixel is decoded.
+        longest_side: Of what is returned. A prediction is as large, and may take many times its memory.
+
+    Raises:
+        BadSampleError: If it is too large, of another format or damaged.
+    """
+    name = Path(path).name
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
+            image = Image.open(path, formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise BadSampleError("image of too many pixels", f"{name!r}; {most_pixels:,} are allowed") from None
+    except FileNotFoundError:
+        raise BadSampleError("image that cannot be read", f"there is no {name!r}") from None
+    except Exception:  # decoders raise whatever they trip over in a damaged file
+        raise BadSampleError("image that cannot be read", f"{name!r} is damaged, or none of {KNOWN}") from None
+    with image:
+        width, height = image.size
+        if width * height > most_pixels:
+            large = f"{name!r} has {width:,} x {height:,}, and {most_pixels:,} are allowed"
+            raise BadSampleError("image of too many pixels", large)
+        if not width * height:
+            raise BadSampleError("image without a pixel", repr(name))
+        try:
+            image.load()
+            picture = _as_rgb(ImageOps.exif_transpose(image))
+        except BadSampleError:
+            raise
+        except Exception as error:
+            raise BadSampleError("image that cannot be read", f"{name!r} is damaged ({error})") from error
+    picture.thumbnail((longest_side, longest_side))
+    return picture
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         grey = np.asarray(image)
         if grey.min() < 0 or grey.max() > 0xFFFF:

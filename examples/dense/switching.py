@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -19,8 +18,9 @@ from torch import Tensor, nn
 
 import sfa_peft  # noqa: F401 - importing registers SFA with PEFT
 
+from .arguments import parse
 from .augmentation import finished, to_tensors
-from .folder import RESULTS, RUN
+from .folder import DESCRIBED, MEASURED, RESULTS, RUN, read_json
 from .methods import Dense
 from .samples import Array, Classes, FlagError, Sample
 from .task import Task, predictions
@@ -51,19 +51,29 @@ class Trained:
             tasks: The tasks that are known, by the names of their classes.
 
         Raises:
-            FlagError: If it is none, or not of SFA, or the run did not come to its end.
+            FlagError: If it is none, damaged or not of SFA, or the run did not come to its end.
         """
+        remedy = "train it again with --overwrite, or leave it out"
         try:
-            described = json.loads((folder / RUN).read_text())
-            results = json.loads((folder / RESULTS).read_text())
+            described = read_json(folder / RUN, DESCRIBED, remedy)
+            results = read_json(folder / RESULTS, MEASURED, remedy)
         except FileNotFoundError as error:
             missing = Path(error.filename).name
             raise FlagError(f"{folder} is not the folder of a finished run: {missing} is missing") from error
         if not (folder / "adapter_config.json").is_file() or results["method"] not in ("sfa", "adaptformer"):
             raise FlagError(f"{folder} was trained with --method {results['method']}, and has no SFA adapter")
-        names = {int(i): name for i, name in described["id2label"].items()}
-        task = tasks[described["task"]](Namespace(**described["args"]), Classes(names) if names else None)
-        return cls(folder, task, described["model"], results)
+        kind = tasks.get(described["task"])
+        if kind is None:
+            raise FlagError(f"{folder} is a run of {described['task']!r}, which is none of {', '.join(tasks)}")
+        try:
+            names = {int(i): str(name) for i, name in described["id2label"].items()}
+        except ValueError as error:
+            raise FlagError(f"{folder / RUN} is damaged (a class has no number: {error}); {remedy}") from error
+        for moment in ("before", "after"):
+            if not isinstance(results[moment].get(kind.headline, ""), float | int | None):
+                raise FlagError(f"{folder / RESULTS} is damaged (it has no {kind.headline!r} {moment}); {remedy}")
+        args = vars(parse(kind, [])) | described["args"]  # an earlier version may have had fewer flags
+        return cls(folder, kind(Namespace(**args), Classes(names) if names else None), described["model"], results)
 
 
 class Shared(nn.Module):
@@ -144,11 +154,16 @@ class Switchboard:
         self.adapters = {trained: f"run_{place}" for place, trained in enumerate(runs)}
         self.tasks = dict(zip(runs, base.tasks, strict=True))
         self.fresh = dict(zip(runs, base.fresh, strict=True))
-        first, *others = zip(runs, self.adapters.values(), base.key_mappings, strict=True)
-        trained, adapter, mapping = first
-        self.model = PeftModel.from_pretrained(base, str(trained.folder), adapter, key_mapping=mapping)
-        for trained, adapter, mapping in others:
-            self.model.load_adapter(str(trained.folder), adapter, key_mapping=mapping)
+        model: PeftModel | None = None
+        for trained, adapter, mapping in zip(runs, self.adapters.values(), base.key_mappings, strict=True):
+            try:
+                if model is None:
+                    model = PeftModel.from_pretrained(base, str(trained.folder), adapter, key_mapping=mapping)
+                else:
+                    model.load_adapter(str(trained.folder), adapter, key_mapping=mapping)
+            except (OSError, ValueError) as error:
+                raise FlagError(f"the adapter in {trained.folder} cannot be loaded: {error}") from error
+        self.model = model
         self.model.to(device).eval()
         if not keeps_base:
             for module in self.model.modules():

@@ -14,7 +14,7 @@ from accelerate.utils import broadcast
 from torch import nn
 from tqdm.auto import tqdm
 
-from .checkpoints import Checkpoints, Progress
+from .checkpoints import Checkpoints, Progress, Training
 from .data import Rows
 from .loading import TrainBatches, Waiting, eval_batches
 from .methods import Rates, optimizer_for
@@ -68,7 +68,7 @@ def fit(
     )
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     if checkpoints is not None:
-        accelerator.register_for_checkpointing(progress, schedule)
+        checkpoints.training = Training(wrapped, optimizer, schedule, progress)
         if resume is None:
             checkpoints.save(0)
         else:

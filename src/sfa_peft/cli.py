@@ -7,11 +7,12 @@ import json
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import transformers
@@ -29,6 +30,7 @@ from .config import SFAConfig
 from .layers.adapted import sfa_layers
 from .planning.base import in_module
 from .ticket import Ticket, TicketReport
+from .ticket.text import printable
 
 OK, BAD, TROUBLE = 0, 1, 2
 EXTERNAL_FOLDER = "external"
@@ -50,6 +52,11 @@ class Saved:
     @classmethod
     def load(cls, name: str, options: dict[str, Any]) -> Saved:
         config = SFAConfig.from_pretrained(name, **options)
+        if not isinstance(_class_name(config), str | None):
+            raise CheckpointError(
+                f"adapter_config.json of {name!r} is not valid: auto_mapping.base_model_class="
+                f"{_class_name(config)!r} is not the name of a class. Download the adapter or save it again."
+            )
         weights = weights_of(name, **options)
         if weights is None:
             raise RefusedError(f"{name!r} has a config, but no weights; save the adapter with save_pretrained.")
@@ -103,6 +110,11 @@ class Saved:
         return Ticket(positions, self.file.shapes, self.config.granularity, self.config.external_widths or {})
 
 
+def _class_name(config: SFAConfig) -> Any:
+    """What a config says of the base model's class. A file may have anything there."""
+    return (config.auto_mapping or {}).get("base_model_class")
+
+
 def _part(key: str) -> str:
     if key == CODES or is_positions_key(key):
         return "positions"
@@ -121,7 +133,7 @@ def inspect(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     found: dict[str, Any] = {
         "adapter": saved.name,
         "base_model": config.base_model_name_or_path,
-        "base_class": (config.auto_mapping or {}).get("base_model_class"),
+        "base_class": _class_name(config),
         "base_fingerprint": base
         and {"roots": list(base.roots), "layout": base.layout, "parameters": len(base.samples)},
         "budget": config.budget,
@@ -145,9 +157,10 @@ def inspect(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     }
     where = f"{len(base.samples)} parameters of {' and '.join(base.roots) or 'the model'}" if base else "none"
     lines = [
-        f"adapter      {saved.name}",
-        f"base         {found['base_model'] or 'not named'} ({found['base_class'] or 'class not known'})",
-        f"fingerprint  {where}",
+        f"adapter      {printable(saved.name)}",
+        f"base         {printable(config.base_model_name_or_path or 'not named')} "
+        f"({printable(_class_name(config) or 'class not known')})",
+        f"fingerprint  {printable(where)}",
         f"budget       {'widths and density were given' if config.budget is None else config.budget}",
         f"digest       {saved.file.digest[:16]}{'' if found['sealed'] else ' (no seal)'}",
         "",
@@ -178,7 +191,7 @@ def verify(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
         "sealed": saved.file.config is not None,
         "fingerprint": saved.config.base_fingerprint is not None,
     }
-    text = f"{args.adapter}: not damaged, and fits {_base_name(args, saved.config)}"
+    text = printable(f"{args.adapter}: not damaged, and fits {_base_name(args, saved.config)}")
     if not found["sealed"]:
         text += "\nIt has no seal, since another program saved it, so damage to single values is not detected."
     if not found["fingerprint"]:
@@ -248,10 +261,10 @@ def diff(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
         "equal": equal,
     }
     lines = [
-        f"a  {a.name}: {tickets[0].size:,} positions",
-        f"b  {b.name}: {tickets[1].size:,} positions",
+        f"a  {printable(a.name)}: {tickets[0].size:,} positions",
+        f"b  {printable(b.name)}: {tickets[1].size:,} positions",
         f"overlap (IoU) {overlap:.3f}, {'the same' if same_base else 'not the same'} base"
-        + (", equal" if equal else f"; they differ in {difference}" if difference else ""),
+        + (", equal" if equal else f"; they differ in {printable(difference)}" if difference else ""),
         "",
         _table(("layer", "overlap"), [(name, f"{value:.3f}") for name, value in layers.items()]),
     ]
@@ -261,10 +274,11 @@ def diff(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    wide = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    shown = [[printable(cell) for cell in row] for row in (head, *rows)]
+    wide = [max(len(row[i]) for row in shown) for i in range(len(head))]
     return "\n".join(
         " ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, wide, strict=True)))
-        for row in (head, *rows)
+        for row in shown
     )
 
 
@@ -301,21 +315,44 @@ def _base_name(args: argparse.Namespace, config: SFAConfig) -> str:
 
 
 def _base(args: argparse.Namespace, config: SFAConfig) -> nn.Module:
-    """The base model, in the class that the adapter was trained with, or otherwise in that of the model's config."""
-    options = {} if args.num_labels is None else {"num_labels": args.num_labels, "ignore_mismatched_sizes": True}
+    """The base model, in the class that the adapter was trained with, or otherwise in that of the model's config.
+
+    Whoever made the adapter may have chosen the base. So its class is one of transformers, its weights are read from
+    safetensors, and code from the Hub, which a config may ask for, is not run: neither modules nor kernels.
+    """
+    labels = {} if args.num_labels is None else {"num_labels": args.num_labels, "ignore_mismatched_sizes": True}
     name = _base_name(args, config)
+    where: dict[str, Any] = {"trust_remote_code": False}
     if not args.base and config.revision:
-        options["revision"] = config.revision
+        where["revision"] = config.revision
     try:
-        base_config = transformers.AutoConfig.from_pretrained(name, revision=options.get("revision"))
-        names = [(config.auto_mapping or {}).get("base_model_class"), *(base_config.architectures or ())]
-        cls = next((getattr(transformers, name) for name in names if name and hasattr(transformers, name)), None)
-        if cls is None:
-            raise RefusedError(f"--base {name!r} has a class that transformers does not have; load it in Python.")
-        base: nn.Module = cls.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        raise RefusedError(f"--base {name!r} cannot be loaded: {error}") from error
-    return base
+        cls = _class_of(config, transformers.AutoConfig.from_pretrained(name, **where))
+        if cls is not None:
+            safe: dict[str, Any] = {"use_safetensors": True, "attn_implementation": "eager"}
+            base: nn.Module = cls.from_pretrained(name, **where, **safe, **labels)
+            return base
+    except Exception as error:  # a config can make transformers fail in any way
+        why = str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
+        if "safetensors" in why:
+            why += (
+                " The command reads only safetensors, since a pickle can run code. If you trust the model, load it in "
+                "Python, save it with save_pretrained, and give --base that folder."
+            )
+        raise RefusedError(f"--base {name!r} cannot be loaded: {why}") from error
+    raise RefusedError(f"--base {name!r} has a class that transformers does not have; load it in Python.")
+
+
+def _class_of(
+    config: SFAConfig, base_config: transformers.PreTrainedConfig
+) -> type[transformers.PreTrainedModel] | None:
+    """The first class that is named and that transformers has for such a base; None if there is none."""
+    for name in (_class_name(config), *(base_config.architectures or ())):
+        cls = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+            of = cls.config_class
+            if of is not None and isinstance(base_config, of):
+                return cls
+    return None
 
 
 Command = Callable[[argparse.Namespace], tuple[int, dict[str, Any], str]]
@@ -352,22 +389,51 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@contextmanager
+def _only_own_output() -> Iterator[None]:
+    """What transformers logs of a file, such as names of tensors, is not printed, and warnings are made printable."""
+
+    def show(message: Warning | str, *about: Any, **more: Any) -> None:
+        _print(f"sfa-peft: warning: {message}", sys.stderr)
+
+    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # from transformers; not relevant to users of the command
+            warnings.showwarning = show
+            yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
+def _print(text: str, stream: TextIO) -> None:
+    """Print text that may be from a file: no order to the terminal, and nothing that the stream cannot encode."""
+    shown = "\n".join(map(printable, text.split("\n")))
+    encoding = stream.encoding or "utf-8"
+    print(shown.encode(encoding, "backslashreplace").decode(encoding), file=stream)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns the exit code."""
     args = _parser().parse_args(argv)
-    warnings.simplefilter("ignore", FutureWarning)  # from transformers; not relevant to users of the command
     try:
         run: Command = args.run
-        code, found, text = run(args)
+        with _only_own_output():
+            code, found, text = run(args)
     except CheckpointError as error:
         code, found, text = BAD, {"ok": False, "error": str(error)}, f"sfa-peft: {error}"
     except (RefusedError, HfHubHTTPError, ValueError, OSError) as error:
-        why = f"{error} ({str(error.__cause__).splitlines()[0]})" if str(error.__cause__ or "") else str(error)
+        cause = next(iter(str(error.__cause__ or "").splitlines()), "")
+        why = f"{error} ({cause})" if cause not in str(error) else str(error)
         code, found, text = TROUBLE, {"ok": False, "error": why}, f"sfa-peft: {why}"
     if args.json:
         print(json.dumps(found, indent=2))
     else:
-        print(text, file=sys.stdout if "error" not in found else sys.stderr)
+        _print(text, sys.stdout if "error" not in found else sys.stderr)
     return code
 
 

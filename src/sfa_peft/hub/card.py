@@ -3,34 +3,38 @@
 from __future__ import annotations
 
 import json
+import keyword
 import math
 import os
-import re
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
+from urllib.parse import quote
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import peft
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from torch import nn
-from yaml import YAMLError
+from transformers import PreTrainedModel
 
+from ..checkpoint.files import staged
 from ..checkpoint.seal import CONFIG, WEIGHTS, digest_of
 from ..layers.adapted import sfa_layers
 from ..search import ticket_of
 from ..search.install import adapter_of
 from ..ticket import Ticket
 from ..ticket.picture import draw_ticket
+from ..ticket.text import printable
 from ..tuner.model import SFAModel, tuner_of
+from .readme import Readme, ReadmeError, code, dicts_in, escaped, literal, text_in, with_texts
 
 CARD = "README.md"
 PICTURE = "ticket.png"
-BEGIN = "<!-- sfa_peft: begin {name}; what is between these lines is written anew by each save -->"
-END = "<!-- sfa_peft: end {name} -->"
 
 # Endings of class names in transformers, and the names of their tasks on the Hub.
 TASKS = {
@@ -40,6 +44,7 @@ TASKS = {
     "ForObjectDetection": "object-detection",
     "ForDepthEstimation": "depth-estimation",
     "ForImageClassification": "image-classification",
+    "ForCausalLM": "text-generation",
 }
 
 
@@ -80,27 +85,36 @@ def describe_adapter(
             adapter, such as `Trainer.push_to_hub`.
         adapter_name (`str`, *optional*, defaults to `None`): The adapter. None means the active one.
 
+    The card shows these texts as they are; line breaks and other characters that cannot be printed become escapes.
+
     Raises:
-        TypeError: If `model` was not returned by `get_peft_model` for an `SFAConfig`, or a metric is not a finite
-            number.
-        ValueError: If there is no such adapter, metrics are given without a dataset, or a name is not one line of text
-            without `|`.
+        TypeError: If `model` was not returned by `get_peft_model` for an `SFAConfig`, or `metrics` does not map names
+            to finite numbers.
+        ValueError: If there is no such adapter, metrics are given without a dataset, a text is empty or not a string,
+            or `repo_id` cannot be the name of a repository.
     """
     tuner, name = adapter_of(model, adapter_name)
-    for field_name, text in (("task", task), ("dataset", dataset), ("split", split), ("repo_id", repo_id)):
-        if text is not None and (not isinstance(text, str) or not text.strip() or "\n" in text or "|" in text):
-            raise ValueError(
-                f"{field_name}={text!r} must be one line of text without `|`, which would end a cell of a table."
-            )
+    said = {"task": task, "dataset": dataset, "split": split, "repo_id": repo_id}
+    texts = {argument: _checked(argument, text) for argument, text in said.items() if text is not None}
+    if repo_id is not None and not _can_be_repo(repo_id):
+        raise ValueError(f"repo_id={repo_id!r} cannot be the name of a repository; use one such as 'user/name'.")
     if metrics and not dataset:
         raise ValueError(f"metrics={metrics!r} need a `dataset`: give the name of the one they were measured on.")
     try:
-        values = {str(metric): float(value) for metric, value in (metrics or {}).items()}
-    except (TypeError, ValueError) as error:
+        values = {metric: float(value) for metric, value in dict(metrics or {}).items()}
+    except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(f"metrics={metrics!r} must map names to numbers: {error}") from error
     if not all(map(math.isfinite, values.values())):
         raise TypeError(f"metrics={metrics!r} must be finite numbers.")
-    notes_of(tuner, name).evaluation = Evaluation(task, dataset, split, values, repo_id)
+    values = {_checked("metrics", metric): value for metric, value in values.items()}
+    notes_of(tuner, name).evaluation = Evaluation(metrics=values, **texts)
+
+
+def _checked(argument: str, text: Any) -> str:
+    """The text as the card shows it."""
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{argument}={text!r} must be a string that is not empty.")
+    return printable(text)
 
 
 @dataclass
@@ -126,43 +140,19 @@ def folder_of(folder: Path, adapter_name: str) -> Path:
     return folder if adapter_name == "default" else folder / adapter_name
 
 
-def check_card(folder: Path) -> None:
-    """Check that the model card in a folder can be updated, if there is one.
-
-    Raises:
-        ValueError: If the model card cannot be read.
-    """
-    path = folder / CARD
-    if not path.exists():
-        return
-    try:
-        ModelCard.load(path)
-    except (YAMLError, UnicodeError, ValueError, OSError) as error:
-        raise ValueError(
-            f"the model card {str(path)!r} cannot be updated: {error}. Correct or remove it; nothing was saved."
-        ) from error
-
-
-def begin_card(model: PeftModel, folder: Path) -> list[str]:
-    """Create a model card if there is none, instead of PEFT's template. Returns the tags of an existing card."""
-    path = folder / CARD
-    if path.is_file():
-        return list(ModelCard.load(path).data.tags or ())
-    base = model.get_base_model()
-    name = hub_id(getattr(base, "name_or_path", None)) or type(base).__name__
-    ModelCard(f"---\nlibrary_name: peft\n---\n\n# Selective Feature Adapter for {name}\n").save(path)
-    return []
-
-
-def update_card(
+def write_card(
     model: PeftModel,
     folder: Path,
     source: str,
+    *,
     is_repo: bool = False,
     tags: Sequence[str] = (),
     tickets: Mapping[str, Ticket] = MappingProxyType({}),
-) -> None:
-    """Update the model card in `folder` with the adapters that are saved there. Other text in the card is kept.
+) -> bool:
+    """Write or update the model card in a folder, with a picture for each adapter. Other text in the card is kept.
+
+    It is called once the adapters are saved, and never raises an error: a card is not worth a training. What cannot be
+    written is left out, and a warning says what and why.
 
     Args:
         model: The model that the adapters were saved from.
@@ -170,95 +160,197 @@ def update_card(
         source: Where the adapters will be loaded from: a folder or a repository.
         is_repo: Whether `source` is a repository.
         tags: Additional tags.
-        tickets: Tickets of adapters that are already known, so that they are not made again.
+        tickets: The adapters to describe, with their tickets. None means all that are saved in the folder.
+
+    Returns:
+        Whether a card was written, perhaps without pictures.
     """
-    folders = {name: folder_of(folder, name) for name in model.peft_config}
+    missing: list[str] = []
+    written = False
+    try:
+        with staged(folder, last=(PICTURE, CARD)) as stage:
+            _write(model, folder, stage, source, is_repo, tags, tickets, missing)
+        written = True
+    except ReadmeError as error:
+        missing.append(f"{CARD} is as it was, since {error}; correct or remove it, and save again")
+    except Exception as error:
+        missing.append(f"{CARD} is as it was, since writing it failed with {_named(error)}")
+    if missing:
+        warnings.warn(f"The model card of {source!r} is not complete: {'; '.join(missing)}.", stacklevel=2)
+    return written
+
+
+# What `compat` calls until it calls `write_card`. PEFT's function runs between the last two.
+
+
+def check_card(folder: Path) -> None:
+    """Nothing in a card stops a save."""
+
+
+def begin_card(model: PeftModel, folder: Path) -> list[str]:
+    """Put an empty card in place of an existing one, which PEFT's function might not be able to read."""
+    if (folder / CARD).exists():
+        os.replace(folder / CARD, folder / f".{CARD}")
+    Readme({"library_name": "peft"}).write(folder / CARD)
+    return []
+
+
+def update_card(
+    model: PeftModel,
+    folder: Path,
+    source: str,
+    tags: Sequence[str] = (),
+    tickets: Mapping[str, Ticket] = MappingProxyType({}),
+) -> None:
+    """Take up the card that `begin_card` has put aside, and write it."""
+    (folder / CARD).unlink()
+    if (folder / f".{CARD}").exists():
+        os.replace(folder / f".{CARD}", folder / CARD)
+    write_card(model, folder, source, tags=tags, tickets=tickets)
+
+
+def _named(error: Exception) -> str:
+    return printable(f"{type(error).__name__}: {error}")
+
+
+def _write(
+    model: PeftModel,
+    folder: Path,
+    stage: Path,
+    source: str,
+    is_repo: bool,
+    tags: Sequence[str],
+    tickets: Mapping[str, Ticket],
+    missing: list[str],
+) -> None:
+    """Write the card and the pictures to `stage`. What is left out is added to `missing`."""
+    base, tuner = model.get_base_model(), tuner_of(model)
+    folders = {name: folder_of(folder, name) for name in tickets or model.peft_config}
     saved = {name: path for name, path in folders.items() if (path / CONFIG).is_file()}
-    card = ModelCard.load(folder / CARD)
-    if not saved:
-        card.data.tags = sorted({*(card.data.tags or ()), *tags})
-        card.save(folder / CARD)
-        return
-    base = model.get_base_model()
-    first = next(iter(saved))  # the metadata of a card can describe only one adapter
-    tuner = tuner_of(model)
-    evaluations = {name: notes_of(tuner, name).evaluation for name in saved}
-    evaluations[first] = _with_earlier(evaluations[first], card)
-    if not is_repo and (repo_id := evaluations[first].repo_id):
-        source, is_repo = repo_id, True
-    base_id = hub_id(getattr(base, "name_or_path", "") or model.peft_config[first].base_model_name_or_path)
-    card.data.pipeline_tag = evaluations[first].task or card.data.pipeline_tag or task_of(base)
-    _name_base(card, base_id, tags)
-    _add_results(card, evaluations[first], source.rpartition("/")[2] if is_repo else None)
+    base_id = hub_id(base_name_of(model, next(iter(saved or model.peft_config))))
+    card = _begun(model, folder / CARD)
+    _name_base(card.data, base_id, [*_tags_of(base), *tags])
+    if saved:
+        evaluations = {name: notes_of(tuner, name).evaluation for name in saved}
+        first = next(iter(saved))  # the metadata of a card can describe only one adapter
+        described = evaluations[first]
+        evaluations[first] = said = _with_earlier(described, card.data)
+        if not is_repo and said.repo_id:
+            source, is_repo = said.repo_id, True
+        task = said.task or text_in(card.data, "pipeline_tag") or task_of(base)
+        if task:
+            card.data["pipeline_tag"] = task
+        _add_results(card.data, described, task or "other", source.rpartition("/")[2] if is_repo else None)
     for name, path in saved.items():
         ticket = tickets.get(name) or ticket_of(model, name)
-        picture = (path / PICTURE).relative_to(folder).as_posix()
-        drawn = _draw(ticket, notes_of(tuner, name), path / PICTURE)
+        picture = (path / PICTURE).relative_to(folder)
+        try:
+            drawn = _draw(ticket, notes_of(tuner, name), stage / picture)
+        except Exception as error:
+            drawn = False
+            missing.append(f"{picture.as_posix()} is not drawn, since drawing failed with {_named(error)}")
         size = (path / WEIGHTS).stat().st_size
         section = [
             _summary(model, name, ticket, evaluations[name], base_id, size),
-            *([f"![Where the adapter sits in the backbone]({picture})"] if drawn else []),
+            *([f"![Where the adapter sits in the backbone]({quote(picture.as_posix())})"] if drawn else []),
             f"```python\n{_snippet(model, name, source, is_repo)}\n```",
         ]
-        card.text = _with_section(card.text, name, "\n\n".join(section))
-    card.save(folder / CARD)
+        card.set_section(name, "\n\n".join(section))
+    card.write(stage / CARD)
 
 
-def _data(card: ModelCard) -> ModelCardData:
-    return cast(ModelCardData, card.data)  # its declared type is the base class of all kinds of card data
+def _begun(model: PeftModel, path: Path) -> Readme:
+    """The card in a folder, or a new one if there is none, with what PEFT writes in all cards."""
+    if path.exists() or path.is_symlink():
+        card = Readme.read(path)
+    else:
+        base = model.get_base_model()
+        name = hub_id(getattr(base, "name_or_path", None)) or type(base).__name__
+        card = Readme(text=f"\n# Selective Feature Adapter for {escaped(name)}\n")
+    card.data["library_name"] = "peft"
+    card.add_version("PEFT", peft.__version__)
+    return card
 
 
-def _with_earlier(said: Evaluation, card: ModelCard) -> Evaluation:
+def _tags_of(base: nn.Module) -> list[str]:
+    """The tags that the base model brings."""
+    tags = getattr(base, "model_tags", None)
+    own = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list | tuple | set) else []
+    return [*own, *(["transformers"] if isinstance(base, PreTrainedModel) else [])]
+
+
+def _with_earlier(said: Evaluation, data: Mapping[Any, Any]) -> Evaluation:
     """The evaluation, with missing parts filled in from the results of the same dataset in the card."""
-    earlier = [r for r in _data(card).eval_results or () if said.dataset in (None, r.dataset_name)]
+    earlier = [e for e in _evaluations_in(data) if said.dataset in (None, e.dataset)]
     if not earlier or said.metrics:
         return said
     first = earlier[0]
-    metrics = {r.metric_type: r.metric_value for r in earlier if r.dataset_name == first.dataset_name}
+    metrics = {name: value for e in earlier if e.dataset == first.dataset for name, value in e.metrics.items()}
     return replace(
         said,
-        task=said.task or first.task_type,
-        dataset=first.dataset_name,
-        split=said.split or first.dataset_split,
+        task=said.task or first.task,
+        dataset=first.dataset,
+        split=said.split or first.split,
         metrics=metrics,
     )
 
 
-def _name_base(card: ModelCard, base_id: str | None, tags: Sequence[str]) -> None:
-    data = _data(card)
+def _evaluations_in(data: Mapping[Any, Any]) -> list[Evaluation]:
+    """The results in a front matter that have a dataset and metrics with numbers."""
+    found = []
+    for result in _results_in(data):
+        dataset = text_in(result, "dataset", "name")
+        metrics = {
+            name: metric["value"]
+            for metric in dicts_in(result.get("metrics"))
+            if (name := text_in(metric, "type")) and _is_number(metric.get("value"))
+        }
+        if dataset and metrics:
+            split = text_in(result, "dataset", "split")
+            found.append(Evaluation(text_in(result, "task", "type"), dataset, split, metrics))
+    return found
+
+
+def _results_in(data: Mapping[Any, Any]) -> list[dict[Any, Any]]:
+    return [result for entry in dicts_in(data.get("model-index")) for result in dicts_in(entry.get("results"))]
+
+
+def _is_number(value: Any) -> bool:
+    limit = sys.float_info.max  # an int may be larger
+    return isinstance(value, int | float) and not isinstance(value, bool) and -limit <= value <= limit
+
+
+def _name_base(data: dict[Any, Any], base_id: str | None, tags: Sequence[str]) -> None:
     if base_id:
-        data.base_model = base_id
-    elif not hub_id(data.base_model):  # PEFT may have written the name of a folder
-        data.base_model = None
-    added = {"sfa", "peft", *tags, *([f"base_model:adapter:{base_id}"] if base_id else [])}
-    others = {t for t in data.tags or () if t in added or not t.startswith("base_model:adapter:")}
-    data.tags = sorted(others | added)
+        data["base_model"] = base_id
+    elif isinstance(data.get("base_model"), str) and not hub_id(data["base_model"]):
+        del data["base_model"]  # PEFT may have written the name of a folder
+    prefix = "base_model:adapter:"
+    added = {"sfa", "peft", *map(printable, tags), *([prefix + base_id] if base_id else [])}
+    given = data.get("tags") if isinstance(data.get("tags"), list) else [data.get("tags")]
+    others = [t for t in given or () if not (isinstance(t, str) and t.startswith(prefix) and t not in added)]
+    data["tags"] = with_texts(others, added)
 
 
-def _add_results(card: ModelCard, evaluation: Evaluation, model_name: str | None) -> None:
+def _add_results(data: dict[Any, Any], evaluation: Evaluation, task: str, model_name: str | None) -> None:
     """Add the dataset and metrics to the metadata, the metrics as a `model-index`. Results of other datasets stay."""
-    data, dataset = _data(card), evaluation.dataset
+    dataset = evaluation.dataset
     if dataset is None:  # then there are no metrics either
         return
     if hub_id(dataset):
-        data.datasets = sorted({*_as_list(data.datasets), dataset})
+        data["datasets"] = with_texts(data.get("datasets"), [dataset])
     if not evaluation.metrics:
         return
-    data.metrics = sorted({*_as_list(data.metrics), *evaluation.metrics})
-    data.model_name = model_name or data.model_name or "sfa-adapter"
-    results = [
-        EvalResult(
-            task_type=data.pipeline_tag or "other",
-            dataset_type=dataset,
-            dataset_name=dataset,
-            dataset_split=evaluation.split,
-            metric_type=name,
-            metric_value=value,
-        )
-        for name, value in evaluation.metrics.items()
-    ]
-    others = [r for r in data.eval_results or () if r.dataset_name != dataset]
-    data.eval_results = results + others
+    data["metrics"] = with_texts(data.get("metrics"), evaluation.metrics)
+    measured_on = {"name": dataset, "type": dataset} | ({"split": evaluation.split} if evaluation.split else {})
+    result = {
+        "task": {"type": task},
+        "dataset": measured_on,
+        "metrics": [{"type": name, "value": value} for name, value in evaluation.metrics.items()],
+    }
+    names = [name for entry in dicts_in(data.get("model-index")) if (name := text_in(entry, "name"))]
+    others = [r for r in _results_in(data) if text_in(r, "dataset", "name") != dataset]
+    data["model-index"] = [{"name": model_name or next(iter(names), "sfa-adapter"), "results": [result, *others]}]
 
 
 def task_of(base: nn.Module) -> str | None:
@@ -268,30 +360,21 @@ def task_of(base: nn.Module) -> str | None:
 
 def hub_id(name: Any) -> str | None:
     """The name if it can be a repository on the Hub and is not a local folder, otherwise None."""
-    if not isinstance(name, str) or not name or os.path.exists(name):
-        return None
+    return name if isinstance(name, str) and _can_be_repo(name) and not os.path.exists(name) else None
+
+
+def _can_be_repo(name: str) -> bool:
     try:
         validate_repo_id(name)
     except HFValidationError:
-        return None
-    return name
+        return False
+    return name.isprintable()  # the Hub's client admits a line break at the end
 
 
-def _as_list(value: str | list[str] | None) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or ())
-
-
-def _with_section(text: str, name: str, section: str) -> str:
-    """The text of a card with the section of one adapter. A new section comes after those of other adapters."""
-    begin, end = (mark.format(name=name.replace("--", "- -")) for mark in (BEGIN, END))
-    section = f"{begin}\n\n{section}\n\n{end}"
-    found = re.search(re.escape(begin) + ".*?" + re.escape(end), text, re.DOTALL)
-    if found:
-        return text[: found.start()] + section + text[found.end() :]
-    ends = [m.end() for m in re.finditer(END.format(name=".*?"), text)]
-    at = ends[-1] if ends else text.find("### Framework versions")
-    before, after = (text[:at], text[at:]) if at >= 0 else (text, "")
-    return f"{before.rstrip()}\n\n{section}\n\n{after.lstrip()}"
+def base_name_of(model: PeftModel, adapter_name: str) -> str:
+    """The folder or repository of the base model; empty if it is not known."""
+    name = getattr(model.get_base_model(), "name_or_path", None)
+    return str(name or tuner_of(model).peft_config[adapter_name].base_model_name_or_path or "")
 
 
 def _summary(
@@ -303,27 +386,34 @@ def _summary(
     widths = [w for modules in (config.external_widths or {}).values() for w in modules.values()]
     spread = f"{min(widths)}" if len(set(widths)) == 1 else f"{min(widths)} to {max(widths)}" if widths else ""
     budget = "none (widths and density given)" if config.budget is None else _number(config.budget)
+    class_name = escaped(type(base).__name__)
+    dataset = escaped(evaluation.dataset or "")
     rows = {
-        "Base model": f"`{base_id}` ({type(base).__name__})" if base_id else type(base).__name__,
-        "Task": evaluation.task or task_of(base),
-        "Dataset": evaluation.dataset,
+        "Base model": f"{code(base_id)} ({class_name})" if base_id else class_name,
+        "Task": escaped(evaluation.task or task_of(base) or ""),
+        "Dataset": dataset,
         "Budget": budget,
         "Trained parameters": f"{counts['internal'] + counts['external']:,}, and {counts['heads']:,} in heads",
-        "External adapters": f"{len(widths)} at {', '.join(config.external_widths or {})}, width {spread}"
+        "External adapters": f"{len(widths)} at {escaped(', '.join(config.external_widths or {}))}, width {spread}"
         if widths
         else "none",
         "Ticket": f"{ticket.size:,} positions, density {ticket.density:.2%}, granularity {ticket.granularity.name}"
         if ticket.size
         else "none",
-        "Heads": ", ".join(config.modules_to_save or ()) or "none",
+        "Heads": escaped(", ".join(config.modules_to_save or ())) or "none",
         "Weights": f"{size:,} bytes",
     }
-    lines = [f"## Selective Feature Adapter{'' if name == 'default' else f' `{name}`'}", "", "| | |", "| --- | --- |"]
+    lines = [
+        f"## Selective Feature Adapter{'' if name == 'default' else f' {code(name)}'}",
+        "",
+        "| | |",
+        "| --- | --- |",
+    ]
     lines += [f"| {title} | {value} |" for title, value in rows.items() if value]
     if evaluation.metrics:
-        split = f" ({evaluation.split})" if evaluation.split else ""
+        split = f" ({escaped(evaluation.split)})" if evaluation.split else ""
         lines += ["", "| Metric | Value |", "| --- | --- |"]
-        lines += [f"| {m} on {evaluation.dataset}{split} | {v:.4g} |" for m, v in evaluation.metrics.items()]
+        lines += [f"| {escaped(m)} on {dataset}{split} | {v:.4g} |" for m, v in evaluation.metrics.items()]
     return "\n".join(lines)
 
 
@@ -344,6 +434,7 @@ def _draw(ticket: Ticket, notes: Notes, path: Path) -> bool:
     """Write the ticket's picture, from the cache if it is there. False if matplotlib is not installed."""
     key = digest_of(ticket.by_name()) + json.dumps(ticket.widths, sort_keys=True)
     drawn_of, drawn = notes.picture
+    path.parent.mkdir(parents=True, exist_ok=True)
     if drawn_of == key:
         path.write_bytes(drawn)
         return True
@@ -368,16 +459,22 @@ def _snippet(model: PeftModel, name: str, source: str, is_repo: bool) -> str:
     num_labels = getattr(getattr(base, "config", None), "num_labels", None)
     if config.modules_to_save and isinstance(num_labels, int):
         options = f", num_labels={num_labels}, ignore_mismatched_sizes=True"
-    base_name = getattr(base, "name_or_path", "") or config.base_model_name_or_path
+    base_name = base_name_of(model, name)
     cls = type(base)
-    if base_name and (hub_id(base_name) or not is_repo):
-        library = cls.__module__.partition(".")[0]
-        imports = f"from {library if library == 'transformers' else cls.__module__} import {cls.__name__}\n"
-        make = f"base = {cls.__name__}.from_pretrained({json.dumps(str(base_name))}{options})"
+    library = cls.__module__.partition(".")[0]
+    module = library if library == "transformers" else cls.__module__
+    if base_name and (hub_id(base_name) or not is_repo) and _is_importable(module, cls.__name__):
+        imports = f"from {module} import {cls.__name__}\n"
+        make = f"base = {cls.__name__}.from_pretrained({literal(base_name)}{options})"
     else:
-        imports, make = "", f"base = ...  # the {cls.__name__} that the adapter was trained on"
-    subfolder = "" if name == "default" else f", subfolder={json.dumps(name)}"
+        class_name = cls.__name__ if cls.__name__.isidentifier() else literal(cls.__name__)
+        imports, make = "", f"base = ...  # the {class_name} that the adapter was trained on"
+    subfolder = "" if name == "default" else f", subfolder={literal(name)}"
     return (
         f"import sfa_peft  # registers SFA with PEFT\nfrom peft import PeftModel\n{imports}\n{make}\n"
-        f"model = PeftModel.from_pretrained(base, {json.dumps(source)}{subfolder}).eval()"
+        f"model = PeftModel.from_pretrained(base, {literal(source)}{subfolder}).eval()"
     )
+
+
+def _is_importable(module: str, name: str) -> bool:
+    return all(part.isidentifier() and not keyword.iskeyword(part) for part in (*module.split("."), name))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from peft import PeftModel
 
-from .card import CARD, check_card, update_card
+from .card import CARD, write_card
 
 
 def upload(
@@ -34,22 +35,15 @@ def upload(
         repo_id: The repository. It is created if it does not exist.
         message, description: Of the commit.
         private, token, revision, create_pr, tags: As in `push_to_hub`.
-
-    Raises:
-        ValueError: If the model card in the repository cannot be read.
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision and not create_pr and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    try:
+    with suppress(EntryNotFoundError, RevisionNotFoundError):  # the repository may be empty
         shutil.copyfile(api.hf_hub_download(repo_id, CARD, revision=revision), folder / CARD)
-    except (EntryNotFoundError, RevisionNotFoundError):  # the repository may be empty
-        pass
-    else:
-        check_card(folder)
-        model.create_or_update_model_card(str(folder))
-    update_card(model, folder, repo_id, is_repo=True, tags=tags)
+    if not write_card(model, folder, repo_id, is_repo=True, tags=tags):
+        (folder / CARD).unlink(missing_ok=True)  # the repository keeps its own
     return api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .quotas import layer_of, type_of
+from .text import printable
 from .ticket import Ticket
 
 if TYPE_CHECKING:
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Cells = dict[tuple[str, str], float]
+
+# Names are shown as they are: matplotlib would read `$` as the begin of a formula, and fail if it is none.
+_AS_IT_IS: dict[str, Any] = {"parse_math": False, "usetex": False}
+_LONGEST = 80  # characters of a name
 
 
 def draw_ticket(ticket: Ticket, path: str | Path | None = None) -> Figure:
@@ -81,18 +86,23 @@ def _draw(
         axis.set_title(label, fontsize=10)
     for axis in axes[1:]:
         axis.set_yticks([])
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(printable(title), fontsize=11, **_AS_IT_IS)
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=130)
     return figure
 
 
+def _labels(names: Sequence[str]) -> list[str]:
+    shown = map(printable, names)
+    return [name if len(name) <= _LONGEST else f"{name[: _LONGEST - 3]}..." for name in shown]
+
+
 def _heatmap(axis: Axes, rows: list[str], columns: list[str], cells: Cells, form: str, colours: str) -> None:
     values = [[cells.get((row, column), float("nan")) for column in columns] for row in rows]
     shown = axis.imshow(values, aspect="auto", cmap=colours, vmin=0)
-    axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize=8)
-    axis.set_yticks(range(len(rows)), rows, fontsize=8)
+    axis.set_xticks(range(len(columns)), _labels(columns), rotation=45, ha="right", fontsize=8, **_AS_IT_IS)
+    axis.set_yticks(range(len(rows)), _labels(rows), fontsize=8, **_AS_IT_IS)
     bright = shown.get_clim()[1] or 1
     for i, row in enumerate(values):
         for j, value in enumerate(row):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .quotas import GROUPINGS
+from .text import printable
 from .ticket import Ticket
 
 if TYPE_CHECKING:
@@ -65,17 +66,17 @@ class TicketReport:
                 f"{ticket.granularity.name}"
             )
             if ticket.criterion:
-                head += f", criterion {ticket.criterion}"
+                head += f", criterion {printable(ticket.criterion)}"
         if self.losses:
             head += f" ({self.steps} steps, loss {self.losses[0]:.3f} -> {self.losses[-1]:.3f})"
         return "\n\n".join([head, self._table("layer", "layer"), self._table("module type", "type")])
 
     def _table(self, title: str, per: str) -> str:
-        rows = self.counts(per)
+        rows = [(printable(name), *row) for name, row in self.counts(per).items()]
         total = self.ticket.size or 1
-        wide = max(map(len, (title, *rows)))
+        wide = max(map(len, (title, *(name for name, *_ in rows))))
         lines = [f"{title:<{wide}} {'positions':>10} {'of':>12} {'density':>8} {'share':>7} {'width':>6}"]
-        for name, (chosen, size, width) in rows.items():
+        for name, chosen, size, width in rows:
             density = f"{chosen / size:.2%}" if size else "-"
             lines.append(
                 f"{name:<{wide}} {chosen:>10,} {size:>12,} {density:>8} {chosen / total:>7.1%} {width or '-':>6}"
