@@ -34,6 +34,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         CheckpointError: If it is not a safetensors file, or damaged.
     """
+    if not path.is_file():  # reading a pipe would wait for ever
+        raise CheckpointError(f"{str(path)!r} is not a file.")
     try:
         with open(path, "rb") as start:
             header = int.from_bytes(start.read(8), "little")

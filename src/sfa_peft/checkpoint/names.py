@@ -1,5 +1,7 @@
 """The names of an adapter's tensors in a file."""
 
+from collections.abc import Collection
+
 PREFIX = "base_model.model."  # PEFT puts it before every name in a file
 ADAPTER = ".sfa_"  # between the module's name and the kind of adapter
 INTERNAL = ".sfa_internal."
@@ -9,6 +11,13 @@ POSITIONS = "_positions"
 def is_adapter_key(key: str) -> bool:
     """Whether a tensor of a checkpoint belongs to an SFA layer, not to a head."""
     return any(f"{ADAPTER}{kind}." in key for kind in ("internal", "external", "parallel"))
+
+
+def is_in_endings(key: str, endings: Collection[str]) -> bool:
+    """Whether a tensor of a checkpoint is in a module whose name ends with one of `endings`, as in PEFT."""
+    path = key.removeprefix(PREFIX).split(".")
+    ends = tuple(endings)
+    return any(".".join(path[:depth]).endswith(ends) for depth in range(1, len(path)))
 
 
 def is_positions_key(key: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import warnings
 from collections.abc import Mapping
 from contextvars import ContextVar
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ..layers.granularity import Granularity
 from .error import CheckpointError
+from .names import is_adapter_key, is_in_endings
 from .packing import unpack
 from .renaming import KeyMapping, NamesModules, rename, rename_config, rename_key
 from .seal import CONFIG, DIGEST, WEIGHTS, AdapterFile, read
@@ -77,13 +79,16 @@ class Load:
     Attributes:
         key_mapping: How modules are renamed: patterns and their replacements.
         saved: The adapter, after it is read. None before, and for an adapter of another method.
+        begun: Whether it is known that the adapter is an SFA adapter.
     """
 
     key_mapping: KeyMapping = field(default_factory=dict)
     saved: SavedAdapter[Any] | None = None
+    begun: bool = False
 
     def begin(self) -> None:
         """Called when it is known that the adapter is an SFA adapter, before it is read."""
+        self.begun = True
 
     def before_injection(self) -> None:
         """Called before an `SFAModel` touches the model."""
@@ -101,7 +106,7 @@ def weights_of(name: str, subfolder: str | None = None, **kwargs: Any) -> Path |
         kwargs: Arguments of `huggingface_hub.hf_hub_download`. Others are ignored.
     """
     folder = Path(name, subfolder) if subfolder else Path(name)
-    if (folder / WEIGHTS).is_file():
+    if os.path.lexists(folder / WEIGHTS):  # also a broken link, for which the error says so
         return folder / WEIGHTS
     if (folder / CONFIG).is_file():
         return None
@@ -193,6 +198,12 @@ def contents_of(config: Announces, file: AdapterFile) -> tuple[dict[str, Tensor]
         tensors = tensors_of(config, file)
     except (IndexError, TypeError, ZeroDivisionError, OverflowError) as error:
         raise CheckpointError(f"the shapes in the file's seal are not valid: {error}") from error
+    for name in tensors:
+        if not is_adapter_key(name) and not is_in_endings(name, config.modules_to_save or ()):
+            raise CheckpointError(
+                f"{WEIGHTS} has {name!r}, which belongs neither to the adapter nor to a module in `modules_to_save`. "
+                f"Loading it would change the base model, so it is refused. Download or save the adapter again."
+            )
     return tensors, check_sizes(tensors, config.ticket_sizes or {}, config.external_widths or {}, units)
 
 

@@ -49,17 +49,22 @@ def check_sizes(
         announced.add(name)
         return adapter_keys[name], tensors[adapter_keys[name]]
 
-    def shaped(name: str, shape: tuple[int, ...]) -> None:
+    def shaped(name: str, shape: tuple[int, ...]) -> Tensor:
         key, tensor = take(name)
         if tuple(tensor.shape[: len(shape)]) != shape:
             raise CheckpointError(
                 f"{key!r} has shape {tuple(tensor.shape)} in adapter_model.safetensors, but {shape} according to "
                 f"adapter_config.json. {_NOT_ONE_SAVE}"
             )
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{key!r} has dtype {tensor.dtype}, and not a floating-point one. {_NOT_ONE_SAVE}")
+        return tensor
 
     for full_name, size in ticket_sizes.items():
         module, _, parameter = full_name.rpartition(".")
-        shaped(f"{module}{INTERNAL}{parameter}", (size,))
+        values = shaped(f"{module}{INTERNAL}{parameter}", (size,))
+        if values.numel() < size:
+            raise CheckpointError(f"the values of {full_name!r} have shape {tuple(values.shape)}. {_NOT_ONE_SAVE}")
         key, code = take(f"{module}{INTERNAL}{parameter}{POSITIONS}")
         codes[key] = Code(code, size, units.get(full_name, ANY_UNITS))
     for place, modules in external_widths.items():

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+import peft
 import torch
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftModel
 from peft.utils import PeftType, hotswap
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from ..planning.base import check_base
 from ..planning.plan import Planner
 from ..tuner.model import SFAModel, tuner_of
 from ..tuner.optimizers import tell_left_behind
+from .loads import AdapterLoad, readable_errors
 from .patching import Method, arguments_of, patch
 from .registration import NAME, incompatible
 
@@ -60,7 +62,7 @@ def swap(model: nn.Module, tensors: dict[str, Tensor], adapter_name: str, config
         )
     check_base(tuner.model, adapter_name, config, [name for name, _ in layers])
     if (present.ticket_sizes or {}) == (config.ticket_sizes or {}):
-        set_peft_model_state_dict(peft_model, tensors, adapter_name)
+        peft.set_peft_model_state_dict(peft_model, tensors, adapter_name)
         return
     if compiled is not None:
         raise ValueError(
@@ -68,7 +70,7 @@ def swap(model: nn.Module, tensors: dict[str, Tensor], adapter_name: str, config
             f"compiled; swap before torch.compile, or load the new one as another adapter."
         )
     with resized(peft_model, adapter_name, config):
-        set_peft_model_state_dict(peft_model, tensors, adapter_name)
+        peft.set_peft_model_state_dict(peft_model, tensors, adapter_name)
 
 
 @contextmanager
@@ -94,6 +96,23 @@ def resized(model: PeftModel, adapter_name: str, config: SFAConfig) -> Iterator[
         tuner.install(adapter_name, plan.positions, plan.all_externals)
         yield
     tell_left_behind(before, tuner.parameters_of(adapter_name), adapter_name)
+
+
+@patch(hotswap, "hotswap_adapter", "model", "model_name_or_path", "adapter_name", "kwargs")
+def hotswap_adapter(original: Method, *args: Any, **kwargs: Any) -> Any:
+    """Swap an adapter as PEFT does. The file of an SFA adapter is read once, with its checks.
+
+    Raises:
+        CheckpointError: If the adapter is damaged, or does not fit the model.
+    """
+    given = arguments_of(original, args, kwargs)
+    compiled = getattr(given.get("model"), "_orig_mod", None)
+    model = given.get("model") if compiled is None else compiled
+    with (
+        AdapterLoad(model, given.get("adapter_name")) as load,
+        readable_errors(load, given.get("model_name_or_path"), given.get("kwargs", {})),
+    ):
+        return original(*args, **kwargs)
 
 
 @patch(hotswap, "hotswap_adapter_from_state_dict", "model", "state_dict", "adapter_name", "config")

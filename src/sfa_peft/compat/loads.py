@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from json import JSONDecodeError
@@ -35,12 +34,11 @@ class AdapterLoad(Load):
     def __init__(self, model: Any, adapter_name: Any, mapping: KeyMapping | None = None) -> None:
         super().__init__(mapping or {})
         self.model, self.adapter_name = model, adapter_name
-        self.begun = False
 
     def begin(self) -> None:
         if self.begun or not isinstance(self.model, nn.Module):  # PEFT raises an error for this
             return
-        self.begun = True
+        super().begin()
         self.base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         self.flags = [(p, p.requires_grad) for p in self.base.parameters()]
         self.had_config = hasattr(self.base, "peft_config")
@@ -74,26 +72,19 @@ class AdapterLoad(Load):
 
 
 @contextmanager
-def readable_errors(load: AdapterLoad, model_id: Any, options: dict[str, Any]) -> Iterator[None]:
+def readable_errors(load: Load, model_id: Any, options: dict[str, Any]) -> Iterator[None]:
     """Turn PEFT's errors about a damaged SFA adapter into a `CheckpointError`."""
     try:
         yield
     except (KeyError, TypeError, AttributeError, RecursionError, SafetensorError, JSONDecodeError, UnicodeError) as e:
-        is_known = load.begun or _is_of_the_type(e)
-        if is_known and isinstance(model_id, str | os.PathLike) and _is_saved_by_sfa(model_id, options):
+        if isinstance(model_id, str | os.PathLike) and _is_saved_by_sfa(model_id, options):
             SFAConfig.from_pretrained(model_id, **options)  # its error says what is damaged
-            if isinstance(e, KeyError):  # from a head, which `from_pretrained` does not check
+            if isinstance(e, KeyError) and load.begun:  # from a head, which `from_pretrained` does not check
                 raise CheckpointError(
                     f"the SFA adapter {str(model_id)!r} is incomplete: it lacks {e.args[0]!r}. Download or save it "
                     f"again."
                 ) from e
         raise
-
-
-def _is_of_the_type(error: BaseException) -> bool:
-    """Whether PEFT failed to read the method from a config, so that the adapter may be an SFA adapter."""
-    frames = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
-    return "_get_peft_type" in frames or frames[-1] in ("from_pretrained", "load_adapter")
 
 
 def _is_saved_by_sfa(model_id: str | os.PathLike[str], options: dict[str, Any]) -> bool:

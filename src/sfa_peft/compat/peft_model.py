@@ -21,6 +21,7 @@ import torch.distributed as dist
 from huggingface_hub import CommitInfo
 from peft import PeftModel, get_peft_model_state_dict, peft_model
 from peft import utils as peft_utils
+from peft.utils import hotswap
 from torch import Tensor
 
 from ..checkpoint import CheckpointError
@@ -94,13 +95,16 @@ def save_pretrained(
         tuner_of(model).check_config(name)
     if kwargs.get("path_initial_model_for_weight_conversion") is not None:
         original(save_directory, selected_adapters=names, **kwargs)  # PEFT raises an error for this
-    # Not "auto", with which PEFT asks the Hub for the base's vocabulary. SFA saves no embedding layers.
+    if save_embedding_layers is True:
+        raise ValueError(
+            "SFA saves no embedding layers, since loading them would change the base: name them in `modules_to_save`."
+        )
     tensors = {
         name: get_peft_model_state_dict(  # on every process, since it may be a collective operation
             model,
             state_dict=kwargs.get("state_dict"),
             adapter_name=name,
-            save_embedding_layers=save_embedding_layers is True,
+            save_embedding_layers=False,  # with "auto" PEFT asks the Hub for the base's vocabulary
         )
         for name in names
     }
@@ -110,13 +114,24 @@ def save_pretrained(
     if folder.is_file():
         raise ValueError(f"save_directory={str(folder)!r} is a file; name a folder.")
     card.check_card(folder)
-    with staged(folder, last=(WEIGHTS, CONFIG, card.PICTURE, card.CARD)) as stage:
+    # A save that is killed between two renames leaves a pair of files of two saves. With SFA's weights, SFA reads the
+    # config in the weights file. The config of another method would load without an error, so it is replaced first.
+    is_foreign = any(_is_of_another_method(card.folder_of(folder, name) / CONFIG) for name in names)
+    order = (CONFIG, WEIGHTS) if is_foreign else (WEIGHTS, CONFIG)
+    with staged(folder, last=(*order, card.PICTURE, card.CARD)) as stage:
         if (folder / card.CARD).is_file():
             shutil.copyfile(folder / card.CARD, stage / card.CARD)
         tickets = {name: ticket_of(model.base_model, name) for name in names}
         for name in names:
             _write(model, name, tensors[name], tickets[name].shapes, card.folder_of(stage, name))
         _write_card(model, stage, os.fspath(save_directory), tickets)
+
+
+def _is_of_another_method(config: Path) -> bool:
+    try:
+        return config.is_file() and f'"{NAME}"' not in config.read_text(encoding="utf-8")
+    except (OSError, UnicodeError):
+        return True
 
 
 def _write(
@@ -195,10 +210,21 @@ def load_adapter(original: Method, model: PeftModel, *args: Any, **kwargs: Any) 
 
 
 @patch(peft_model, "load_peft_weights")
+@patch(hotswap, "load_peft_weights")
 def load_peft_weights(original: Method, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-    """The weights of the adapter that is being loaded. Those of an SFA adapter have been read already."""
+    """The weights of the adapter that is being loaded. Those of an SFA adapter have been read already.
+
+    Raises:
+        CheckpointError: If an SFA adapter has no weights.
+    """
     load = LOAD.get()
-    return original(*args, **kwargs) if load is None or load.saved is None else dict(load.saved.tensors)
+    if load is None or not load.begun:
+        others: dict[str, Tensor] = original(*args, **kwargs)
+        return others
+    if load.saved is None:
+        raise CheckpointError(f"the adapter has no {WEIGHTS}; download it again, or save it with save_pretrained.")
+    tensors: dict[str, Tensor] = dict(load.saved.tensors)
+    return tensors
 
 
 @patch(peft, "set_peft_model_state_dict", "model", "peft_model_state_dict", "adapter_name")

@@ -17,7 +17,7 @@ from ..checkpoint.validation import check_finite, check_sizes
 from ..config import SFAConfig
 from ..layers.granularity import position_dtype
 from ..planning.base import base_parameters
-from .loads import AdapterLoad
+from .loads import AdapterLoad, readable_errors
 from .patching import Method, arguments_of, patch
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -41,18 +41,17 @@ def load_adapter_in_transformers(original: Method, model: PreTrainedModel, *args
         CheckpointError: If the adapter is damaged, or does not fit the model.
     """
     given = arguments_of(original, args, kwargs)
-    config = given.get("peft_config")
-    if isinstance(config, SFAConfig):
+    with readable_errors(Load(), _source(given), _options(given)):
+        if not isinstance(given.get("peft_config"), SFAConfig):
+            # transformers reads the config. It is an SFA adapter only if transformers then creates an SFAModel.
+            token = LOAD.set(_HandOver())
+            try:
+                return original(*args, **kwargs)
+            except _HandedOverError:
+                pass
+            finally:
+                LOAD.reset(token)
         return _load_in_transformers(original, model, given)
-    # transformers reads the config. It is an SFA adapter only if transformers then creates an SFAModel.
-    token = LOAD.set(_HandOver())
-    try:
-        return original(*args, **kwargs)
-    except _HandedOverError:
-        pass
-    finally:
-        LOAD.reset(token)
-    return _load_in_transformers(original, model, given)
 
 
 class _HandedOverError(Exception):
@@ -64,15 +63,22 @@ class _HandOver(Load):
         raise _HandedOverError
 
 
-def _load_in_transformers(original: Method, model: PreTrainedModel, given: dict[str, Any]) -> Any:
-    given = given | given.pop("kwargs", {})
-    load_config = given.get("load_config")
-    source: Any = given.get("peft_model_id") or getattr(load_config, "pretrained_model_name_or_path", None)
-    options = {
-        **(getattr(load_config, "download_kwargs", None) or {}),
+def _source(given: dict[str, Any]) -> Any:
+    return given.get("peft_model_id") or getattr(given.get("load_config"), "pretrained_model_name_or_path", None)
+
+
+def _options(given: dict[str, Any]) -> dict[str, Any]:
+    others = given.get("kwargs", {})
+    return {
+        **(getattr(given.get("load_config"), "download_kwargs", None) or {}),
         **(given.get("adapter_kwargs") or {}),
-        **{key: given[key] for key in HUB_OPTIONS if key in given},
+        **{key: others[key] for key in HUB_OPTIONS if key in others},
     }
+
+
+def _load_in_transformers(original: Method, model: PreTrainedModel, given: dict[str, Any]) -> Any:
+    source, options = _source(given), _options(given)
+    given = given | given.pop("kwargs", {})
     config: Any = given.get("peft_config")
     tensors = given.get("adapter_state_dict")
     if tensors is None and source is None:

@@ -100,17 +100,24 @@ class Run:
         self.checkpoint: SearchCheckpoint | None = None
 
     def resume(self, checkpoint: SearchCheckpoint) -> None:
-        """Resume from the progress in a file, if it exists, and save later progress there."""
+        """Resume from the progress in a file, if it exists, and save later progress there.
+
+        Raises:
+            CheckpointError: If the file is damaged.
+        """
         self.checkpoint = checkpoint
         progress = checkpoint.load()
         if progress is None:
             return
         self.losses = progress.losses
-        self.training.load_state_dict(progress.tensors)
-        self.calls.load_state(progress.tensors["called"])
-        with torch.no_grad():
-            for name, buffer in self._buffers():
-                buffer.copy_(progress.tensors[f"buffer:{name}"])
+        try:
+            self.training.load_state_dict(progress.tensors)
+            self.calls.load_state(progress.tensors["called"])
+            with torch.no_grad():
+                for name, buffer in self._buffers():
+                    buffer.copy_(progress.tensors[f"buffer:{name}"])
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise checkpoint.damaged(f"{type(error).__name__}: {error}") from error
 
     def _buffers(self) -> list[tuple[str, Tensor]]:
         """All buffers except the positions of tickets, which a search does not use."""

@@ -89,7 +89,12 @@ def loadable(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) ->
         for p, tensor in wrapper.modules_to_save[adapter_name].state_dict().items():
             key = f"{name}.modules_to_save.{adapter_name}.{p}"
             names[f"{name}.{p}".removeprefix(PREFIX)], heads[key] = key, tensor
-    found = {names.get(key.removeprefix(PREFIX), key): tensor for key, tensor in tensors.items()}
+    found: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = names.get(key.removeprefix(PREFIX), key)  # PEFT has renamed those of the heads already
+        if name in found or key in expected:
+            raise CheckpointError(f"the checkpoint has {key!r} twice, once with the adapter's name; save it again.")
+        found[name] = tensor
 
     # What is read from a file during a load has been checked for finite values.
     load = LOAD.get()
@@ -120,6 +125,11 @@ def check_heads(found: Mapping[str, Tensor], heads: Mapping[str, Tensor]) -> Non
             raise CheckpointError(
                 f"the checkpoint has {key!r}, which belongs neither to the adapter nor to its `modules_to_save`. "
                 f"Loading it would change the base model, so it is refused. Download or save the adapter again."
+            )
+        if tensor.is_floating_point() != heads[key].is_floating_point() or tensor.is_complex():
+            raise CheckpointError(
+                f"{key!r} has dtype {tensor.dtype} in the checkpoint, and {heads[key].dtype} in the model. The "
+                f"checkpoint is damaged; download or save it again."
             )
         if heads[key].shape != tensor.shape:
             raise CheckpointError(
