@@ -222,7 +222,8 @@ def patterns(world: World, seed: int, count: int) -> Iterator[Attack]:
                     parts.fields.update(budget=None, internal_density=0.1)
 
             name = f"{field}: {label}"
-            yield from _forged_and_edited("patterns", name, change, ways=("from_pretrained", "transformers"))
+            ways = ("from_pretrained",) if label == "10 MB" else ("from_pretrained", "transformers")
+            yield from _forged_and_edited("patterns", name, change, ways=ways)
             if field == "external_width":
 
                 def unsized(parts: Parts, change: Callable[[Parts], None] = change) -> None:
