@@ -224,7 +224,8 @@ def patterns(world: World, seed: int, count: int) -> Iterator[Attack]:
                     parts.fields.update(budget=None, internal_density=0.1)
 
             name = f"{field}: {label}"
-            yield from _forged_and_edited("patterns", name, change, ways=("from_pretrained", "transformers"))
+            ways = ("from_pretrained",) if label == "10 MB" else ("from_pretrained", "transformers")
+            yield from _forged_and_edited("patterns", name, change, ways=ways)
             if field == "external_width":
 
                 def unsized(parts: Parts, change: Callable[[Parts], None] = change) -> None:
@@ -385,14 +386,14 @@ def bombs(world: World, seed: int, count: int) -> Iterator[Attack]:
         ways = ("from_pretrained", "inspect")
         yield Attack("bombs", f"{number:,} empty tensors", partial(many, number=number), ways, must_refuse=True)
 
-    def long_header(folder: Path, text: str) -> None:
+    def long_header(folder: Path, character: str, size: int) -> None:
         parts = Parts(folder)
         parts.write_unsealed()
-        save_file(parts.tensors, folder / WEIGHTS, {"format": "pt", "x": text})
+        save_file(parts.tensors, folder / WEIGHTS, {"format": "pt", "x": character * size})
 
-    for label, text in (("a", "a"), ("brackets", "["), ("escapes", "\n")):
-        size = 90_000_000 // (1 if text != "\n" else 2)
-        yield Attack("bombs", f"a header of 90 MB of {label}", partial(long_header, text=text * size))
+    for label, character in (("a", "a"), ("brackets", "["), ("escapes", "\n")):
+        size = 90_000_000 // len(json.dumps(character)[1:-1])
+        yield Attack("bombs", f"a header of 90 MB of {label}", partial(long_header, character=character, size=size))
 
     def ticket(folder: Path, **changes: Any) -> None:
         shutil.copy(world.ticket_file, folder / TICKET)

@@ -23,8 +23,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, BertConfig, Dinov2Model, SwinForImageClassification
 
 import tiny
-from sfa_peft import SFAConfig
+from sfa_peft import SFAConfig, describe_adapter
 
+import dense.run
 from dense import nano_backbone
 from dense.arguments import parse
 from dense.checkpoints import Checkpoints, Progress, Training, check
@@ -236,7 +237,8 @@ def test_every_task_trains_saves_loads_draws_and_reports(folders, tmp_path, task
         assert (tmp_path / "pictures" / f"step_{step:06d}.jpg").stat().st_size > 10_000
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/") == 5  # three pictures, the curves, the ticket
-    assert "http" not in page
+    assert "http:" not in page
+    assert "https:" not in page
     assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))
 
     described = json.loads((tmp_path / "run.json").read_text())
@@ -301,10 +303,24 @@ def test_what_is_doubtful_in_the_data_is_said_and_kept(folders, tmp_path, capsys
     assert told.index("warning: validation") < told.index("step 1: ")
 
 
+AT_LEAST_1 = (
+    *("steps", "batch_size", "eval_batch_size", "gradient_accumulation_steps", "logging_steps", "eval_steps"),
+    *("shuffle_buffer", "max_train_samples", "max_eval_samples", "head_channels"),
+)
+AT_LEAST_0 = ("search_steps", "num_workers", "checkpoints_total_limit", "seed", "data_seed")
+
+
 def test_flags_that_cannot_be_meant_are_refused(folders, tmp_path, capsys):
     for arguments, message in (
         (["--budget", "2"], "--budget must be a fraction"),
-        (["--steps", "0"], "--steps must be at least 1"),
+        (["--dataset", "\udcff"], r"--dataset '\udcff' is no text in UTF-8"),
+        *(([f"--{name}", "0"], f"argument --{name}: must be at least 1, not 0") for name in AT_LEAST_1),
+        *(([f"--{name}", "-1"], f"argument --{name}: must be at least") for name in (*AT_LEAST_1, *AT_LEAST_0)),
+        (["--learning_rate", "-0.1"], "argument --learning_rate: must not be negative"),
+        (["--head_learning_rate", "nan"], "argument --head_learning_rate: must be a finite number"),
+        (["--max_grad_norm", "0"], "argument --max_grad_norm: must be above 0"),
+        (["--seed", "4294967295"], "argument --seed: must be at most"),
+        (["--steps", "many"], "argument --steps: must be a whole number, not 'many'"),
         (["--method", "full", "--push_to_hub", "me/x"], "--push_to_hub pushes adapters"),
         (["--bad_data", "error", "--streaming"], "choose one"),
     ):
@@ -335,6 +351,8 @@ def test_flags_that_cannot_be_meant_are_refused(folders, tmp_path, capsys):
     for arguments, message in (
         (["--log_with", "clearml"], "--log_with clearml: no such tracker"),
         (["--checkpointing_steps", "often"], "'often' is neither a number"),
+        (["--checkpointing_steps", "-5"], "--checkpointing_steps '-5' is neither a number"),
+        (["--checkpointing_steps", "\u00b2"], "is neither a number"),
         (["--checkpointing_steps", "epoch", "--streaming"], "a stream has no known length"),
     ):
         with pytest.raises(FlagError, match=message):
@@ -636,16 +654,114 @@ def test_the_random_states_of_a_run_are_checked_before_it_goes_on(folders, tmp_p
     assert all(torch.equal(tensor, trained(tmp_path / "stopped")[name]) for name, tensor in expected.items())
 
 
+# What fails after the training
+
+
+def test_what_cannot_stand_in_the_model_card_is_refused_before_the_training(folders, tmp_path, monkeypatch):
+    def refuse(model, *, dataset, **options):
+        raise ValueError(f"dataset={dataset!r} is no name")
+
+    monkeypatch.setattr("dense.run.describe_adapter", refuse)
+    with pytest.raises(FlagError, match=r"--dataset '.*/data', .* named in the model card, and dataset=.* is no name"):
+        run(SemanticSegmentation, flags_of(folders, SemanticSegmentation, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_dataset_may_be_in_a_folder_of_any_name(folders, tmp_path):
+    data = tmp_path / "a|b `c` $d$ ![](x)"
+    shutil.copytree(folders / "data", data)
+    run(SemanticSegmentation, flags_of(folders, SemanticSegmentation, tmp_path / "out", "--dataset", str(data)))
+    assert (tmp_path / "out" / "README.md").is_file()
+
+
+def failing(*arguments, **options):
+    raise RuntimeError("no disk, no memory, a bug")
+
+
+@pytest.mark.slow
+def test_a_failure_in_what_is_told_does_not_end_a_run(folders, tmp_path, monkeypatch, capsys):
+    described = iter((describe_adapter,))  # before the training, to check the flags
+    monkeypatch.setattr("dense.run.describe_adapter", lambda *a, **o: next(described, failing)(*a, **o))
+    monkeypatch.setattr("dense.report.save_grid", failing)
+    monkeypatch.setattr("dense.report.draw_curves", failing)
+    results = run(SemanticSegmentation, flags_of(folders, SemanticSegmentation, tmp_path))
+    told = capsys.readouterr().out
+    for what in ("the pictures", "the report", "the scores in the model card"):
+        assert f"warning: {what} could not be written: RuntimeError('no disk, no memory, a bug')" in told
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert trained(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["evaluate", "Run._finish", "Run._check_reloaded", "write_json"])
+def test_what_was_trained_is_saved_before_anything_can_fail(folders, tmp_path, monkeypatch, capsys, what):
+    run(SemanticSegmentation, flags_of(folders, SemanticSegmentation, tmp_path / "whole"))
+    fit = dense.run.fit
+
+    def fit_then_fail(*arguments, **options):
+        model = fit(*arguments, **options)
+        monkeypatch.setattr(f"dense.run.{what}", failing)
+        return model
+
+    monkeypatch.setattr("dense.run.fit", fit_then_fail)
+    with pytest.raises(RuntimeError, match="no disk"):
+        run(SemanticSegmentation, flags_of(folders, SemanticSegmentation, tmp_path / "failed"))
+    work = tmp_path / "failed" / "unfinished_run"
+    assert f"what was trained is in {work}; keep a copy" in capsys.readouterr().out
+    expected = trained(tmp_path / "whole")
+    assert all(torch.equal(tensor, trained(work)[name]) for name, tensor in expected.items())
+
+
+@pytest.mark.slow
+def test_scores_that_are_not_finite_do_not_lose_a_run(folders, tmp_path, monkeypatch):
+    by_class = SemanticSegmentation.by_class
+    monkeypatch.setattr(SemanticSegmentation, "by_class", lambda self, s: by_class(self, s) | {"odd": float("inf")})
+    results = run(SemanticSegmentation, flags_of(folders, SemanticSegmentation, tmp_path))
+    assert results["after"]["odd"] is None
+
+
+HOSTILE = [
+    *(r"$\foo$", "$", "\ud800", "![](http://x/y.png)", "<script>alert(1)</script>", "<img src=//x/y.png>"),
+    *("long " * 999, "", "a\x1b[31m\nb"),
+]
+
+
+@pytest.mark.slow
+def test_classes_of_any_name_end_no_run_and_are_text_in_its_report(folders, tmp_path, capsys):
+    names = tmp_path / "names.json"
+    names.write_text(json.dumps(dict(enumerate(HOSTILE))))
+    out = tmp_path / "out"
+    run(SemanticSegmentation, flags_of(folders, SemanticSegmentation, out, "--id2label", str(names)))
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "&lt;script&gt;alert(1)" in page
+    assert not re.search(r"<script|<img src=//|src=.http", page)
+    assert "default-src 'none'; img-src data:" in page
+    described = json.loads((out / "run.json").read_text())
+    assert described["id2label"]["1"] == "$"
+    told = capsys.readouterr().out
+    assert "could not be written" not in told
+    assert "\x1b[31m" not in told
+
+
+@pytest.mark.slow
+def test_a_terminal_without_unicode_ends_no_run(folders, tmp_path):
+    (tmp_path / "names.json").write_text(json.dumps({i: f"\u5929{i}" for i in range(len(CLASSES) + 1)}))
+    flags = flags_of(folders, SemanticSegmentation, tmp_path / "out", "--id2label", str(tmp_path / "names.json"))
+    done = launch("semantic_segmentation.py", *flags, "--search_steps", "0", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 # Several processes
 
 
-def launch(script, *arguments, launcher=()):
+def launch(script, *arguments, launcher=(), **environment):
     return subprocess.run(
         [sys.executable, *launcher, str(EXAMPLES / script), *arguments],
         capture_output=True,
         text=True,
         timeout=280,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"} | environment,
     )
 
 

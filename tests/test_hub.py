@@ -1,11 +1,13 @@
 """The way to the Hub and back, with the real client against a small server; and the model card."""
 
 import itertools
+import os
 import re
 import sys
 import textwrap
 import time
 import warnings
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -21,6 +23,7 @@ from torch import nn
 
 import tiny
 from sfa_peft import SFAConfig, Ticket, describe_adapter, search_ticket, ticket_of
+from sfa_peft.hub.card import write_card
 from sfa_peft.ticket.text import printable
 
 REPO = "me/swin-nano-scenes-sfa"
@@ -348,10 +351,10 @@ class Body(nn.Module):
         super().__init__()
         self.body = nn.Linear(4, 4)
         self.add_module(head, nn.Linear(4, 2))
-        self.head = head
+        self.of_head = head
 
     def forward(self, x):
-        return getattr(self, self.head)(self.body(x))
+        return getattr(self, self.of_head)(self.body(x))
 
 
 def named(class_name="Body", head="head"):
@@ -565,13 +568,32 @@ def test_a_card_on_the_hub_that_cannot_be_read_stays_as_it_is(hub, model):
     assert hub.repos[REPO].branches["main"][-1]["files"]["README.md"] == b"\xff"
 
 
-def test_a_folder_in_place_of_a_card_is_told(model, tmp_path):
+@pytest.mark.parametrize(
+    "make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to(path)], ids=["folder", "pipe", "loop"]
+)
+def test_a_card_that_is_no_file_stays_as_it_is(model, tmp_path, make):
     model.save_pretrained(tmp_path)
     (tmp_path / "README.md").unlink()
-    (tmp_path / "README.md").mkdir()
-    with pytest.warns(UserWarning, match="README.md is as it was"):
-        model.create_or_update_model_card(tmp_path)
-    assert (tmp_path / "README.md").is_dir()
+    make(tmp_path / "README.md")
+    with pytest.warns(UserWarning, match="README.md is as it was, since it is not a file") as caught:
+        write_card(model, tmp_path, str(tmp_path))
+    assert len(caught) == 1
+    assert not (tmp_path / "README.md").is_file()
+    assert same(model, tmp_path)
+
+
+def test_a_base_whose_name_and_tags_are_not_utf8(tmp_path):
+    model = named()
+    model.save_pretrained(tmp_path)
+    base = model.get_base_model()
+    base.name_or_path, base.model_tags = "/data/\udcff", ["\ud800", "mine", 5]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_card(model, tmp_path, str(tmp_path), tags=["a\nb", "\udcff"])
+        first = (tmp_path / "README.md").read_bytes()
+        write_card(model, tmp_path, str(tmp_path))
+    assert (tmp_path / "README.md").read_bytes() == first
+    assert card(tmp_path).data.tags == ["\\ud800", "\\udcff", "a\\nb", "mine", "peft", "sfa"]
 
 
 @pytest.mark.parametrize("broken", ["begin", "end", "end begin", "begin end", "begin begin end"])

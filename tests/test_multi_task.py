@@ -40,6 +40,7 @@ from multi_task import main as multi_task
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 CPU = torch.device("cpu")
+HOSTILE = "<img src=http://x.invalid/y.png onerror=alert(1)>"
 SMALL = {
     "segmentation": ("SemanticSegmentation", ["--head", "upernet", "--head_channels", "16"]),
     "detection": ("ObjectDetection", ["--head_channels", "32", "--queries", "10", "--query_groups", "2"]),
@@ -59,7 +60,12 @@ def folders(tmp_path_factory):
     (root / "data").mkdir()
     for split in ("train", "validation"):
         (root / f"{split}.parquet").rename(root / "data" / f"{split}.parquet")
-    names = {"0": "sky", **{str(i): f"class {i}" for i in range(1, 9)}}
+    names = {
+        "0": "sky",
+        "1": HOSTILE,
+        "2": "![](http://x.invalid/y.png)",
+        **{str(i): f"class {i}" for i in range(3, 9)},
+    }
     (root / "data" / "id2label.json").write_text(json.dumps(names))
     for name, (task, own) in SMALL.items():
         flags = [
@@ -485,8 +491,10 @@ def test_a_person_uploads_an_image_and_switches_tasks(page_url, tmp_path):
             executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
         )
         page = browser.new_page()
-        errors = []
+        errors, asked = [], []
         page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("dialog", lambda dialog: errors.append(dialog.message))
+        page.on("request", lambda request: asked.append(request.url))
         page.goto(page_url)
         expect(page.locator("#words")).to_contain_text("of the backbone trained", timeout=60_000)
 
@@ -502,6 +510,7 @@ def test_a_person_uploads_an_image_and_switches_tasks(page_url, tmp_path):
         assert pixels_of(page, "ticket")[0] > 300
         expect(page.locator("#before")).to_contain_text("Untrained head on the frozen backbone")
         sky = page.locator("#legend li", has_text="sky").locator("i")
+        expect(page.locator("#legend")).to_contain_text(HOSTILE)
         colour = "rgb({:.0f}, {:.0f}, {:.0f})".format(*(255 * part for part in palette(1)[0]))
         expect(sky).to_have_css("background-color", colour)
         ticket = page.locator("#ticket img").get_attribute("src")
@@ -528,4 +537,5 @@ def test_a_person_uploads_an_image_and_switches_tasks(page_url, tmp_path):
         expect(page.get_by_text("Error", exact=True)).to_have_count(0)
         assert_nothing_is_shown(page)
         assert not errors
+        assert not [url for url in asked if not url.startswith((page_url, "data:", "blob:"))]
         browser.close()

@@ -326,7 +326,7 @@ def _name_base(data: dict[Any, Any], base_id: str | None, tags: Sequence[str]) -
     elif isinstance(data.get("base_model"), str) and not hub_id(data["base_model"]):
         del data["base_model"]  # PEFT may have written the name of a folder
     prefix = "base_model:adapter:"
-    added = {"sfa", "peft", *map(printable, tags), *([prefix + base_id] if base_id else [])}
+    added = {"sfa", "peft", *(printable(str(tag)) for tag in tags), *([prefix + base_id] if base_id else [])}
     given = data.get("tags") if isinstance(data.get("tags"), list) else [data.get("tags")]
     others = [t for t in given or () if not (isinstance(t, str) and t.startswith(prefix) and t not in added)]
     data["tags"] = with_texts(others, added)

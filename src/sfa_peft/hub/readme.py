@@ -77,6 +77,8 @@ class Readme:
         Raises:
             ReadmeError: If it cannot be read, is not UTF-8 text, or its front matter is not a mapping in YAML.
         """
+        if not path.is_file():  # a folder, or a pipe, which would be waited for
+            raise ReadmeError("it is not a file")
         try:
             content = path.read_bytes().decode("utf-8-sig")
         except OSError as error:
