@@ -50,7 +50,7 @@ from sfa_peft import SFAConfig
         ("layers_pattern", "layer"),
         ("layers_to_transform", "x"),
         ("modules_to_save", "decode_head"),
-        ("modules_to_save", ["("]),
+        ("modules_to_save", [""]),
     ],
 )
 def test_a_bad_value_names_its_field_and_itself(field, value):

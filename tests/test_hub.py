@@ -572,11 +572,9 @@ def test_a_card_on_the_hub_that_cannot_be_read_stays_as_it_is(hub, model):
     "make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to(path)], ids=["folder", "pipe", "loop"]
 )
 def test_a_card_that_is_no_file_stays_as_it_is(model, tmp_path, make):
-    model.save_pretrained(tmp_path)
-    (tmp_path / "README.md").unlink()
     make(tmp_path / "README.md")
     with pytest.warns(UserWarning, match="README.md is as it was, since it is not a file") as caught:
-        write_card(model, tmp_path, str(tmp_path))
+        model.save_pretrained(tmp_path)
     assert len(caught) == 1
     assert not (tmp_path / "README.md").is_file()
     assert same(model, tmp_path)
@@ -584,14 +582,14 @@ def test_a_card_that_is_no_file_stays_as_it_is(model, tmp_path, make):
 
 def test_a_base_whose_name_and_tags_are_not_utf8(tmp_path):
     model = named()
-    model.save_pretrained(tmp_path)
     base = model.get_base_model()
     base.name_or_path, base.model_tags = "/data/\udcff", ["\ud800", "mine", 5]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        model.save_pretrained(tmp_path)
         write_card(model, tmp_path, str(tmp_path), tags=["a\nb", "\udcff"])
         first = (tmp_path / "README.md").read_bytes()
-        write_card(model, tmp_path, str(tmp_path))
+        model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_bytes() == first
     assert card(tmp_path).data.tags == ["\\ud800", "\\udcff", "a\\nb", "mine", "peft", "sfa"]
 
@@ -660,3 +658,14 @@ def test_formulas_in_names_are_drawn_as_text(tmp_path, pictures):
         warnings.simplefilter("error")
         model.save_pretrained(tmp_path)
     assert (tmp_path / "ticket.png").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_a_save_that_is_interrupted_at_the_picture_is_complete(model, tmp_path, monkeypatch, error):
+    def stop(ticket, path):
+        raise error
+
+    monkeypatch.setattr("sfa_peft.hub.card.draw_ticket", stop)
+    with pytest.raises(error):
+        model.save_pretrained(tmp_path)
+    assert same(model, tmp_path)

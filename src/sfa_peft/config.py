@@ -408,9 +408,7 @@ class SFAConfig(PeftConfig):
         if targets and self.target_modules is not None:
             self._fail("target_heads", "it needs `target_modules=None`; name the head's modules in `target_modules`")
         heads = self.modules_to_save
-        is_list = isinstance(heads, list | tuple | set) and all(
-            isinstance(head, str) and re.fullmatch(r"[\w.-]+", head) for head in heads
-        )
+        is_list = isinstance(heads, list | tuple | set) and all(isinstance(h, str) and h for h in heads)
         self._check("modules_to_save", heads is None or is_list, "use a list of module names")
         layers = self.layers_to_transform
         indices = layers if isinstance(layers, list | tuple) else [layers]

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
 import tempfile
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -36,15 +34,11 @@ from ..hub.upload import upload
 from ..layers.adapted import sfa_layers
 from ..layers.offloading import brought, is_hooked
 from ..search import ticket_of
-from ..ticket import Ticket
 from ..tuner.model import tuner_of
 from .hotswap import resized
 from .loads import AdapterLoad, readable_errors
 from .patching import Method, arguments_of, patch
 from .registration import NAME
-
-# The original, since the patched version writes the whole card.
-_PEFT_CARD = PeftModel.create_or_update_model_card
 
 
 def is_sfa(model: PeftModel) -> bool:
@@ -75,14 +69,16 @@ def save_pretrained(
     is_main_process: bool = True,
     **kwargs: Any,
 ) -> None:
-    """Save adapters as `PeftModel.save_pretrained` does, atomically, with a model card and its picture.
+    """Save adapters as `PeftModel.save_pretrained` does, atomically, and then write a model card with a picture.
 
-    A process that is killed leaves the old checkpoint or the new one. With torch.distributed, only rank 0 writes.
+    A process that is killed leaves the old checkpoint or the new one; of several adapters, each is whole. With
+    torch.distributed, only rank 0 writes. If the card cannot be written, there is a warning, and the checkpoint is
+    complete.
 
     Raises:
         ValueError: If `safe_serialization` is False, since an SFA checkpoint is never a pickle; if a config no longer
-            matches its adapter; if a value is not finite, or not in `values_dtype` or `heads_dtype`; or if an existing
-            model card cannot be read. Nothing is written then.
+            matches its adapter; if a value is not finite, or not in `values_dtype` or `heads_dtype`; or if
+            `save_embedding_layers` is True. Nothing is written then.
     """
     if not safe_serialization:
         raise ValueError(
@@ -113,18 +109,15 @@ def save_pretrained(
     folder = Path(save_directory)
     if folder.is_file():
         raise ValueError(f"save_directory={str(folder)!r} is a file; name a folder.")
-    card.check_card(folder)
     # A save that is killed between two renames leaves a pair of files of two saves. With SFA's weights, SFA reads the
     # config in the weights file. The config of another method would load without an error, so it is replaced first.
     is_foreign = any(_is_of_another_method(card.folder_of(folder, name) / CONFIG) for name in names)
     order = (CONFIG, WEIGHTS) if is_foreign else (WEIGHTS, CONFIG)
-    with staged(folder, last=(*order, card.PICTURE, card.CARD)) as stage:
-        if (folder / card.CARD).is_file():
-            shutil.copyfile(folder / card.CARD, stage / card.CARD)
+    with staged(folder, last=order) as stage:
         tickets = {name: ticket_of(model.base_model, name) for name in names}
         for name in names:
             _write(model, name, tensors[name], tickets[name].shapes, card.folder_of(stage, name))
-        _write_card(model, stage, os.fspath(save_directory), tickets)
+    card.write_card(model, folder, os.fspath(save_directory), tickets=tickets)
 
 
 def _is_of_another_method(config: Path) -> bool:
@@ -276,13 +269,7 @@ def _check_same(saved: SFAConfig, present: SFAConfig) -> None:
 @patch(PeftModel, "create_or_update_model_card", "output_dir", applies=is_sfa)
 def create_or_update_model_card(original: Method, model: PeftModel, output_dir: str) -> None:
     """Write the model card as `PeftModel.create_or_update_model_card` does, with a section on the saved adapters."""
-    _write_card(model, Path(output_dir), os.fspath(output_dir), {})
-
-
-def _write_card(model: PeftModel, folder: Path, source: str, tickets: Mapping[str, Ticket]) -> None:
-    tags = card.begin_card(model, folder)  # PEFT drops tags that it does not know
-    _PEFT_CARD(model, str(folder))
-    card.update_card(model, folder, source, tags=tags, tickets=tickets)
+    card.write_card(model, Path(output_dir), os.fspath(output_dir))
 
 
 @patch(PeftModel, "push_to_hub", "repo_id", applies=is_sfa)

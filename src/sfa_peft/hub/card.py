@@ -180,35 +180,6 @@ def write_card(
     return written
 
 
-# What `compat` calls until it calls `write_card`. PEFT's function runs between the last two.
-
-
-def check_card(folder: Path) -> None:
-    """Nothing in a card stops a save."""
-
-
-def begin_card(model: PeftModel, folder: Path) -> list[str]:
-    """Put an empty card in place of an existing one, which PEFT's function might not be able to read."""
-    if (folder / CARD).exists():
-        os.replace(folder / CARD, folder / f".{CARD}")
-    Readme({"library_name": "peft"}).write(folder / CARD)
-    return []
-
-
-def update_card(
-    model: PeftModel,
-    folder: Path,
-    source: str,
-    tags: Sequence[str] = (),
-    tickets: Mapping[str, Ticket] = MappingProxyType({}),
-) -> None:
-    """Take up the card that `begin_card` has put aside, and write it."""
-    (folder / CARD).unlink()
-    if (folder / f".{CARD}").exists():
-        os.replace(folder / f".{CARD}", folder / CARD)
-    write_card(model, folder, source, tags=tags, tickets=tickets)
-
-
 def _named(error: Exception) -> str:
     return printable(f"{type(error).__name__}: {error}")
 
