@@ -18,7 +18,7 @@ Cells = dict[tuple[str, str], float]
 
 # Names are shown as they are: matplotlib would read `$` as the begin of a formula, and fail if it is none.
 _AS_IT_IS: dict[str, Any] = {"parse_math": False, "usetex": False}
-_LONGEST = 80  # characters of a name
+_LONGEST = 40  # characters of a name, which leave room for the picture
 
 
 def draw_ticket(ticket: Ticket, path: str | Path | None = None) -> Figure:
