@@ -75,7 +75,7 @@ def race(world: World, seconds: float) -> list[Result]:
             savers.append(child)
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            found = in_process(partial(attempt, world, "from_pretrained", folder, _mixture))
+            found = _wanted(in_process(partial(attempt, world, "from_pretrained", folder, _mixture)))
             results.append(Result("race", f"load {len(results)}", "from_pretrained", **found))
         if any(os.waitpid(child, os.WNOHANG) != (0, 0) for child in savers):
             results.append(Result("race", "saving", "save_pretrained", error="a saver failed"))
@@ -84,6 +84,11 @@ def race(world: World, seconds: float) -> list[Result]:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
     return results
+
+
+def _wanted(found: dict[str, Any]) -> dict[str, Any]:
+    """What a load gave that must not be refused."""
+    return found | {"changed": "a good adapter was refused"} if found["end"] == "refused" else found
 
 
 def swaps(world: World) -> list[Result]:
@@ -125,9 +130,18 @@ def _swapped(world: World, way: str, folder: Path, other: Path, files: Sequence[
         before_read()
         return load_tensors(path)
 
+    from_file = torch.UntypedStorage.from_file
+
+    def read_storage(*args: Any, **kwargs: Any) -> Any:
+        before_read()
+        return from_file(*args, **kwargs)
+
     sys.addaudithook(on_event)
-    with mock.patch.object(seal, "load_tensors", read_weights):  # which opens the file without an event
-        found = attempt(world, way, folder, _mixture)
+    with (
+        mock.patch.object(seal, "load_tensors", read_weights),  # which opens the file without an event,
+        mock.patch.object(torch.UntypedStorage, "from_file", read_storage),  # and once more for the tensors
+    ):
+        found = _wanted(attempt(world, way, folder, _mixture))
     return found | {"is_over": reads <= number}
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -554,31 +555,70 @@ def test_what_others_have_put_beside_checkpoints_is_passed_over(tmp_path):
     assert left == {"step_abc", "step_", "step_1_copy", "unfinished_notes", "step_2", "step_8", "unfinished_8"}
 
 
-def test_a_kill_while_a_checkpoint_is_written_leaves_one_to_go_on_from(tmp_path, monkeypatch):
-    """At every moment of it: the latest is the old one or the new one, whole."""
-    step = iter(range(10**6))
+def killable(monkeypatch):
+    """What changes a folder is killed as soon as no acts are left."""
+    left = SimpleNamespace(acts=10**6)
 
     def killed_at_last(act):
         def maybe(*arguments, **options):
-            if next(step, None) is None:
+            if not left.acts:
                 raise KeyboardInterrupt
+            left.acts -= 1
             return act(*arguments, **options)
 
         return maybe
 
-    acts = ((shutil, "rmtree"), (Path, "rename"), (Path, "mkdir"), (os, "replace"), (os, "fsync"))
+    acts = (
+        (shutil, "rmtree"),
+        (Path, "rename"),
+        (Path, "mkdir"),
+        (os, "replace"),
+        (os, "fsync"),
+        (shutil, "copyfile"),
+    )
     for owner, name in acts:
         monkeypatch.setattr(owner, name, killed_at_last(getattr(owner, name)))
+    return left
+
+
+def test_a_kill_while_a_run_begins_with_anothers_checkpoint_leaves_that_one_whole_or_none(tmp_path, monkeypatch):
+    """In the place of an unfinished run, of whose checkpoints none may be left."""
+    save_at(checkpoint_of_a_moment(tmp_path / "source"), 4)
+    checkpoint = tmp_path / "source" / CHECKPOINTS / "step_4"
+    left = killable(monkeypatch)
+    for moment in range(60):
+        left.acts = 10**6
+        folder = RunFolder(tmp_path / str(moment))
+        save_at(checkpoint_of_a_moment(folder.work), 9)
+        left.acts = moment
+        try:
+            folder.begin({"new": "flags"}, checkpoint, goes_on=False)
+        except KeyboardInterrupt:
+            left.acts = 10**6
+            folder.mend()
+            assert not (folder.path / "discarded_run").exists()
+            found = Checkpoints(folder.work, Accelerator(cpu=True), 1).find("latest")
+            is_old = moment == 0
+            assert found is None or found.name == ("step_9" if is_old else "step_4")
+        else:
+            break
+    assert moment > 8
+    check(folder.work / CHECKPOINTS / "step_4")
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_one_to_go_on_from(tmp_path, monkeypatch):
+    """At every moment of it: the latest is the old one or the new one, whole."""
+    left = killable(monkeypatch)
     seen = set()
     for moment in range(60):
-        step = iter(range(10**6))
+        left.acts = 10**6
         checkpoints = checkpoint_of_a_moment(tmp_path / str(moment), limit=1)
         save_at(checkpoints, 1)
-        step = iter(range(moment))
+        left.acts = moment
         try:
             save_at(checkpoints, 2)
         except KeyboardInterrupt:
-            step = iter(range(10**6))
+            left.acts = 10**6
             after = checkpoint_of_a_moment(tmp_path / str(moment), limit=1)
             after.load(after.find("latest"))
             seen.add(after.training.progress.step)
@@ -652,6 +692,19 @@ def test_the_random_states_of_a_run_are_checked_before_it_goes_on(folders, tmp_p
     run(task, arguments)
     expected = trained(tmp_path / "whole")
     assert all(torch.equal(tensor, trained(tmp_path / "stopped")[name]) for name, tensor in expected.items())
+
+
+@pytest.mark.slow
+def test_a_damaged_ticket_search_is_named(folders, tmp_path, monkeypatch):
+    task, latest = SemanticSegmentation, ["--resume_from_checkpoint", "latest"]
+    arguments = flags_of(folders, task, tmp_path, *RESUMABLE, *latest, "--search_steps", "4")
+    run_stopped(monkeypatch, task, arguments, steps=3)
+    path = tmp_path / "unfinished_run" / "search.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(FlagError, match=r"the ticket search cannot go on: .*search\.safetensors' is damaged .*Delete"):
+        run(task, arguments)
+    path.unlink()
+    run(task, arguments)
 
 
 # What fails after the training

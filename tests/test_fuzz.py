@@ -85,6 +85,9 @@ def test_a_file_that_was_made_to_do_harm(world, arguments):
     assert failures(world, *arguments) == []
 
 
+@pytest.mark.xfail(
+    strict=True, reason="a weights file is opened twice in a load, so that a save in between damages it"
+)
 def test_a_load_during_saves_gets_one_of_them_whole(world):
     results = swaps(world) + race(world, seconds=2)
     assert len(results) > 8

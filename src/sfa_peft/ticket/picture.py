@@ -18,7 +18,7 @@ Cells = dict[tuple[str, str], float]
 
 # Names are shown as they are: matplotlib would read `$` as the begin of a formula, and fail if it is none.
 _AS_IT_IS: dict[str, Any] = {"parse_math": False, "usetex": False}
-_LONGEST = 80  # characters of a name
+_LONGEST = 40  # characters of a name
 
 
 def draw_ticket(ticket: Ticket, path: str | Path | None = None) -> Figure:
@@ -79,7 +79,9 @@ def _draw(
         raise ImportError("drawing a ticket needs matplotlib: pip install matplotlib") from error
 
     columns = [list(dict.fromkeys(column for _, column in cells)) for _, cells, _, _ in panels]
-    figure = Figure(figsize=(3 + 0.75 * sum(map(len, columns)), 1.9 + 0.34 * len(layers)), layout="constrained")
+    beside, below = _extra(layers), max(map(_extra, columns), default=0)
+    size = (3 + 0.08 * beside + 0.75 * sum(map(len, columns)), 1.9 + 0.06 * below + 0.34 * len(layers))
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=[max(len(c), 1) for c in columns])[0]
     for axis, names, (label, cells, form, colours) in zip(axes, columns, panels, strict=True):
         _heatmap(axis, layers, names, cells, form, colours)
@@ -96,6 +98,11 @@ def _draw(
 def _labels(names: Sequence[str]) -> list[str]:
     shown = map(printable, names)
     return [name if len(name) <= _LONGEST else f"{name[: _LONGEST - 3]}..." for name in shown]
+
+
+def _extra(names: Sequence[str]) -> int:
+    """The characters of the longest name beyond 20, which need more room."""
+    return max([20, *map(len, _labels(names))]) - 20
 
 
 def _heatmap(axis: Axes, rows: list[str], columns: list[str], cells: Cells, form: str, colours: str) -> None:
