@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from .error import CheckpointError
@@ -36,16 +36,16 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     if not path.is_file():  # reading a pipe would wait for ever
         raise CheckpointError(f"{str(path)!r} is not a file.")
+    # Opened once: safetensors opens a file twice, and a save in between would mix two versions.
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    if MAX_HEADER < size < len(data):
+        raise CheckpointError(f"{str(path)!r} has a header of {size:,} bytes, and no adapter has {MAX_HEADER:,}.")
     try:
-        with open(path, "rb") as start:
-            header = int.from_bytes(start.read(8), "little")
-        if MAX_HEADER < header < os.path.getsize(path):
-            raise CheckpointError(
-                f"{str(path)!r} has a header of {header:,} bytes, and no adapter has {MAX_HEADER:,}."
-            )
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, RuntimeError, OverflowError, KeyError, TypeError) as error:
+        tensors = load(data)
+        metadata: dict[str, str] = json.loads(data[8 : 8 + size]).get("__metadata__") or {}
+        return tensors, metadata
+    except (SafetensorError, RuntimeError, ValueError, OverflowError, KeyError, TypeError) as error:
         raise CheckpointError(f"{str(path)!r} is not a safetensors file, or damaged: {error}") from error
 
 
