@@ -41,7 +41,7 @@ from .patching import Method, arguments_of, patch
 from .registration import NAME
 
 
-def is_sfa(model: PeftModel) -> bool:
+def is_sfa(model: Any) -> bool:
     return getattr(model, "peft_type", None) == NAME
 
 
@@ -224,17 +224,26 @@ def load_peft_weights(original: Method, *args: Any, **kwargs: Any) -> dict[str, 
 @patch(peft_model, "set_peft_model_state_dict", "model", "peft_model_state_dict", "adapter_name")
 @patch(peft_utils, "set_peft_model_state_dict", "model", "peft_model_state_dict", "adapter_name")
 def set_peft_model_state_dict(original: Method, *args: Any, **kwargs: Any) -> Any:
-    """Load a state dict as PEFT does. PEFT's version ends in a KeyError if a tensor of a head is missing.
+    """Load a state dict as PEFT does. PEFT ends in a KeyError if a tensor of a head is missing, and overwrites
+    one that has the adapter's name in its own.
 
     Raises:
         CheckpointError: If the tensors are damaged, or do not fit the adapter.
     """
+    given = arguments_of(original, args, kwargs)
+    if not is_sfa(given.get("model")):
+        return original(*args, **kwargs)
+    tensors: Any = given["peft_model_state_dict"]
+    named = [key for key in tensors if f".modules_to_save.{given['adapter_name']}." in key]
+    if named:
+        raise CheckpointError(
+            f"the state dict has {named[0]!r}, with the name of the adapter; save the adapter again."
+        )
     try:
         return original(*args, **kwargs)
     except KeyError as error:
-        given = arguments_of(original, args, kwargs)
         key = error.args[0]
-        if not is_sfa(given["model"]) or key in given["peft_model_state_dict"]:
+        if key in tensors:
             raise
         raise CheckpointError(
             f"the state dict lacks {key!r} of `modules_to_save`; take it from get_peft_model_state_dict(model)."
