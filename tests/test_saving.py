@@ -416,7 +416,7 @@ def test_a_cast_of_the_same_base_is_the_same_base(tmp_path, dtype, saved_as):
 
 def test_another_base_is_told(tmp_path, pair):
     pair[0].save_pretrained(tmp_path)
-    with pytest.warns(BaseMismatchWarning, match=r"of 71 parameters have other values, such as 'backbone\.swin"):
+    with pytest.warns(BaseMismatchWarning, match=r"of \d+ parameters have other values, such as 'backbone\.swin"):
         PeftModel.from_pretrained(tiny.swin(seed=1), tmp_path)
     with pytest.warns(BaseMismatchWarning, match="other shapes"):
         PeftModel.from_pretrained(tiny.swin(window_size=2), tmp_path)
@@ -427,6 +427,41 @@ def test_another_base_is_told(tmp_path, pair):
         with pytest.raises(BaseMismatchWarning):
             PeftModel.from_pretrained(base, tmp_path)
     assert tiny.same_state(tiny.state(base), before)
+
+
+def test_every_part_of_the_backbone_is_compared(tmp_path):
+    for make, number in ((tiny.swin, 0), (tiny.vit, 1), (tiny.dpt_on_dinov2, 2)):
+        get_peft_model(make(), SFAConfig(budget=0.1)).save_pretrained(tmp_path / str(number))
+        parts = [
+            name for name, _ in make().named_parameters() if "embeddings" in name or "norm" in name.split(".")[-2]
+        ]
+        assert any("patch_embeddings" in part for part in parts)
+        for part in parts:
+            if "backbone" not in part and number != 1:
+                continue
+            base = make()
+            with torch.no_grad():
+                base.get_parameter(part).add_(0.5)
+            with pytest.warns(BaseMismatchWarning, match="other values"):
+                PeftModel.from_pretrained(base, tmp_path / str(number))
+
+
+def test_a_base_in_bfloat16_that_was_cast_to_float16_is_the_same_base(tmp_path):
+    base = tiny.swin()
+    with torch.no_grad():
+        for i, p in enumerate(base.parameters()):
+            p.normal_(std=10.0 ** -(i % 9))
+    base.to(torch.bfloat16)
+    weights = tiny.state(base)
+    get_peft_model(base, SFAConfig(budget=0.1)).save_pretrained(tmp_path)
+    for chain in ([torch.float16], [torch.float16, torch.float32], [torch.float32], [torch.float16, torch.bfloat16]):
+        again = tiny.swin().to(torch.bfloat16)
+        again.load_state_dict(weights)
+        for dtype in chain:
+            again.to(dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", BaseMismatchWarning)
+            PeftModel.from_pretrained(again, tmp_path)
 
 
 def test_what_the_adapter_has_nothing_to_do_with_may_differ(tmp_path, pair):

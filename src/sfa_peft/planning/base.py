@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..checkpoint.fingerprint import BaseMismatchWarning, Fingerprint
 from ..config import SFAConfig
@@ -108,7 +109,7 @@ def check_base(model: nn.Module, adapter_name: str, config: SFAConfig, adapted: 
     if any(layer.merged for _, layer in sfa_layers(model)):
         return  # merged weights are not those of the base
     if config.base_fingerprint is None:
-        roots = _roots(adapted, config)
+        roots = _roots(model, adapted, config)
         fingerprint = Fingerprint.of(roots, base_parameters(model, roots, config))
         config.base_fingerprint = None if fingerprint is None else fingerprint.to_dict()
         return
@@ -134,21 +135,30 @@ def check_base(model: nn.Module, adapter_name: str, config: SFAConfig, adapted: 
         config.base_fingerprint = None if fingerprint is None else fingerprint.to_dict()
 
 
-def _roots(adapted: Iterable[str], config: SFAConfig) -> list[str]:
-    """The modules that the fingerprint covers: the smallest one with all adapted modules, and the `target_heads`.
+def _roots(model: nn.Module, adapted: Iterable[str], config: SFAConfig) -> list[str]:
+    """The modules that the fingerprint covers: the backbone, and the `target_heads`.
 
-    The whole model may have a head without adapters that is newly initialized at every start.
+    The backbone is the largest model of transformers inside the base that has all adapted modules, or else the base.
+    The base itself may have a head without adapters that is newly initialized at every start.
     """
     heads = config.target_heads or ()
     roots, common = set(), None
     for name in adapted:
-        parts = name.split(".")
-        inside = [".".join(parts[:i]) for i in range(1, len(parts) + 1) if in_module(".".join(parts[:i]), heads)]
-        if inside:
-            roots.add(inside[0])
+        inside = next((path for path in _paths(name.split(".")) if in_module(path, heads)), None)
+        if inside is not None:
+            roots.add(inside)
         else:
-            common = parts[:-1] if common is None else list(_same_begin(common, parts))
-    return sorted(roots | ({".".join(common)} if common is not None else set()))
+            parts = name.split(".")[:-1]
+            common = parts if common is None else list(_same_begin(common, parts))
+    if common is not None:
+        models = (path for path in _paths(common) if isinstance(model.get_submodule(path), PreTrainedModel))
+        roots.add(next(models, ""))
+    return sorted(roots)
+
+
+def _paths(parts: Sequence[str]) -> list[str]:
+    """The names of the modules around a module, from the outside, and its own."""
+    return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
 
 
 def _same_begin(a: Sequence[str], b: Sequence[str]) -> Iterator[str]:
