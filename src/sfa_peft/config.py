@@ -119,6 +119,11 @@ class SFAConfig(PeftConfig):
             None keeps the dtype of training. The model itself does not change, and values are loaded in its dtype.
         heads_dtype (`str`, *optional*, defaults to `None`):
             The dtype of heads in a saved file, as `values_dtype`.
+        keep_weights (`bool`, *optional*, defaults to `None`):
+            Whether to keep the changed weights between forward passes instead of computing them in each. True gives
+            the fastest passes, at the cost of a copy of the adapted weights; False needs the least memory. None keeps
+            them under autocast, where they take the place of the casts that autocast makes. The outputs are the same.
+            With several adapters, the last one decides.
         external_widths (`dict`, *optional*, defaults to `None`):
             Filled in at injection: for each place, the width of the external adapter on each module. With it, an
             adapter can be sized before its weights are read.
@@ -203,6 +208,10 @@ class SFAConfig(PeftConfig):
     )
     heads_dtype: str | None = field(
         default=None, metadata={"help": f"Dtype of heads in a file, one of {sorted(DTYPES)}; None: as trained."}
+    )
+    keep_weights: bool | None = field(
+        default=None,
+        metadata={"help": "Keep the changed weights between forward passes: True, False, or None: under autocast."},
     )
     external_widths: dict[str, dict[str, int]] | None = field(
         default=None, metadata={"help": "Filled in at injection: place -> module -> width."}
@@ -378,6 +387,7 @@ class SFAConfig(PeftConfig):
         if self.internal_granularity == "block":
             raise CheckpointError(f"SFAConfig.internal_granularity='block' is not valid; {NO_BLOCKS}.")
         self._check("init_weights", isinstance(self.init_weights, bool), "use True or False")
+        self._check("keep_weights", isinstance(self.keep_weights, bool | None), "use True, False or None")
         for name, choices in (
             ("external_activation", ACTIVATIONS),
             ("external_placement", PLACEMENTS),

@@ -14,15 +14,16 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from .bottleneck import ExternalAdapter
+from .bottleneck import ExternalAdapter, add_in_dtype
 from .granularity import Granularity
+from .kept import ChangedParameters
 from .leaves import base_parameters_of, channels_of
 from .merged import AddExternals
 from .mixed import Mixture, joined, mixture_of
 from .offloading import brought, is_hooked
 from .ops import Op
 from .parallel import ParallelInput
-from .sparse import Changeable, SparseDelta, changed_parameter, changes_of, sparse_forward
+from .sparse import Changeable, Kept, SparseDelta, changed_parameter, changes_of, sparse_forward
 
 A = TypeVar("A", bound=nn.Module)
 
@@ -54,16 +55,25 @@ class SFALayer(nn.Module, BaseTunerLayer):
         active (`Sequence[str]`): The adapters of the model that are active.
         block (`nn.Module`, *optional*, defaults to `None`):
             For a leaf without parameters: the module around it, whose device and dtype the adapter gets.
+        shared (`ChangedParameters`, *optional*, defaults to `None`):
+            Keeps the changed parameters of all layers between forward passes.
     """
 
     adapter_layer_names = ("sfa_internal", "sfa_external", "sfa_parallel")
     other_param_names = ("parallel_inputs",)
     takes_internal = False
 
-    def __init__(self, base_layer: nn.Module, active: Sequence[str], block: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        active: Sequence[str],
+        block: nn.Module | None = None,
+        shared: ChangedParameters | None = None,
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self._block = (block,)  # in a tuple, so that it does not become a submodule
+        self._shared = (shared,)
         self.sfa_internal = cast("Adapters[SparseDelta]", nn.ModuleDict())
         self.sfa_external = cast("Adapters[ExternalAdapter]", nn.ModuleDict())
         self.sfa_parallel = cast("Adapters[ExternalAdapter]", nn.ModuleDict())
@@ -213,7 +223,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
         y: Tensor = self.base_layer(x, *args, **kwargs)
         return y
 
-    def _changed_forward(self, x: Tensor, deltas: Sequence[SparseDelta]) -> Tensor:
+    def _changed_forward(self, x: Tensor, deltas: Sequence[SparseDelta], keeps: bool = False) -> Tensor:
         base: Any = self.get_base_layer()
         if base._forward_hooks or base._forward_pre_hooks:
             warnings.warn(
@@ -224,7 +234,21 @@ class SFALayer(nn.Module, BaseTunerLayer):
         if is_hooked(base):
             with brought(base, *deltas):
                 return sparse_forward(self.op, x.to(base.weight.device), base.weight, base.bias, deltas)
-        return sparse_forward(self.op, x, base.weight, base.bias, deltas)
+        op = self.op
+        kept = self._kept(op, x, deltas[0]) if keeps and len(deltas) == 1 else None
+        return sparse_forward(op, x, base.weight, base.bias, deltas, kept)
+
+    def _kept(self, op: Op, x: Tensor, delta: SparseDelta) -> Kept | None:
+        """The changed parameters, if they are kept between forward passes."""
+        (shared,) = self._shared
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or shared is None or not shared.keeps(x):
+            return None
+        base = self.changeable
+        # Not those that are made anew in every pass (FSDP, `torch.func`), and not those without versions.
+        tensors = [t for t in (base.weight, base.bias, *delta.parameters()) if t is not None]
+        if any(type(t) is not nn.Parameter or t.is_meta or t.is_inference() for t in tensors):
+            return None
+        return shared.of(self, base, delta, op.compute_dtype(x, base.weight))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the leaf with its active adapters; in a mixed batch, each sample with its adapter.
@@ -252,7 +276,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
         names = self.merged_adapters if self.merged else self.active_adapters
         folded = self.merged or self.searching
         deltas = [] if folded else [self.sfa_internal[name] for name in names if name in self.sfa_internal]
-        y = self._changed_forward(x, deltas) if deltas else self._base_forward(x, *args, **kwargs)
+        y = self._changed_forward(x, deltas, keeps=True) if deltas else self._base_forward(x, *args, **kwargs)
         y = self._add_externals(y, names)
         self._forget_inputs()
         return y
@@ -277,12 +301,13 @@ class SFALayer(nn.Module, BaseTunerLayer):
         result = y
         for name in names:
             if name in self.sfa_external:
-                result = result + self.sfa_external[name](y)
+                result = add_in_dtype(result, self.sfa_external[name](y, keeps_dtype=False))
             if name in self.sfa_parallel:
                 value = self.parallel_inputs[name].hook.take()
                 if mixture is not None:
                     value = value.index_select(0, mixture.rows(value)[name])
-                result = result + self.sfa_parallel[name](value).to(y)
+                delta = self.sfa_parallel[name](value, keeps_dtype=False)
+                result = add_in_dtype(result, delta.to(y.device))
         return result
 
     def get_delta_weight(self, adapter: str, parameter: str = "weight") -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,8 +31,8 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def autocasts(x: Tensor) -> bool:
-    """Whether autocast is on for the device of `x`."""
-    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    """Whether autocast is on for the device of `x`. It leaves float64 as it is."""
+    return not x.is_meta and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
 
 
 def compute_dtype(x: Tensor, otherwise: torch.dtype) -> torch.dtype:
@@ -40,8 +42,42 @@ def compute_dtype(x: Tensor, otherwise: torch.dtype) -> torch.dtype:
     return otherwise
 
 
+class _LastCast(threading.local):
+    """The last input that was cast in this thread, and its cast. Both live only as long as others use them."""
+
+    def __init__(self) -> None:
+        self.source: weakref.ref[Tensor] | None = None
+        self.result: weakref.ref[Tensor] | None = None
+        self.version = -1
+
+
+_last_cast = _LastCast()
+
+
+def cast_input(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in `dtype`. Modules in a row with the same input (query, key and value; `fc1` and a parallel adapter) share
+    one cast, and one cast of its gradient.
+    """
+    if x.dtype == dtype or torch.compiler.is_compiling() or torch.jit.is_tracing() or x.is_inference():
+        return x.to(dtype)
+    last = _last_cast
+    if last.source is not None and last.result is not None and last.source() is x and last.version == x._version:
+        result = last.result()
+        if result is not None and result.dtype == dtype and result.requires_grad == _needs_grad(x):
+            return result
+    result = x.to(dtype)
+    last.source, last.result, last.version = weakref.ref(x), weakref.ref(result), x._version
+    return result
+
+
+def _needs_grad(x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
+
+
 class BottleneckFunction(torch.autograd.Function):
-    """``scale * up(act(down(x)))``. Saves only `x`: backward computes the hidden states again, which are narrow."""
+    """``scale * up(act(down(x)))``, in `dtype`. Saves only `x`: backward computes the hidden states again, which are
+    narrow.
+    """
 
     @staticmethod
     def forward(
@@ -54,32 +90,44 @@ class BottleneckFunction(torch.autograd.Function):
         scale: float,
         dtype: torch.dtype,
     ) -> Tensor:
+        ctx.dtypes = x.dtype, down.dtype, bias.dtype, up.dtype
+        x, down, bias, up = x.to(dtype), down.to(dtype), bias.to(dtype), up.to(dtype)
         ctx.save_for_backward(x, down, bias, up)
-        ctx.activation, ctx.scale, ctx.dtype = activation, scale, dtype
-        hidden = F.linear(x.to(dtype), down.to(dtype), bias.to(dtype))
-        return F.linear(ACTIVATIONS[activation].forward(hidden) * scale, up.to(dtype)).to(x.dtype)
+        ctx.activation, ctx.scale = activation, scale
+        return F.linear(_scaled(ACTIVATIONS[activation].forward(F.linear(x, down, bias)), scale), up)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, down, bias, up = ctx.saved_tensors
-        activation, dtype = ACTIVATIONS[ctx.activation], ctx.dtype
-        flat_x = x.reshape(-1, x.shape[-1]).to(dtype)
-        flat_grad = grad.reshape(-1, grad.shape[-1]).to(dtype)
+        x_dtype, down_dtype, bias_dtype, up_dtype = ctx.dtypes
+        activation = ACTIVATIONS[ctx.activation]
+        flat_x = x.reshape(-1, x.shape[-1])
+        flat_grad = grad.reshape(-1, grad.shape[-1])
 
-        hidden = F.linear(flat_x, down.to(dtype), bias.to(dtype))
-        grad_hidden = activation.backward((flat_grad @ up.to(dtype)) * ctx.scale, hidden)
+        hidden = F.linear(flat_x, down, bias)
+        grad_hidden = activation.backward(_scaled(flat_grad @ up, ctx.scale), hidden)
 
         grad_x = grad_down = grad_bias = grad_up = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_hidden @ down.to(dtype)).to(x.dtype).view(x.shape)
+            grad_x = (grad_hidden @ down).to(x_dtype).view(x.shape)
         if ctx.needs_input_grad[1]:
-            grad_down = (grad_hidden.t() @ flat_x).to(down.dtype)
+            grad_down = (grad_hidden.t() @ flat_x).to(down_dtype)
         if ctx.needs_input_grad[2]:
-            grad_bias = grad_hidden.sum(0).to(bias.dtype)
+            grad_bias = grad_hidden.sum(0, dtype=bias_dtype)
         if ctx.needs_input_grad[3]:
-            grad_up = (flat_grad.t() @ (activation.forward(hidden) * ctx.scale)).to(up.dtype)
+            grad_up = (flat_grad.t() @ _scaled(activation.forward(hidden), ctx.scale)).to(up_dtype)
         return grad_x, grad_down, grad_bias, grad_up, None, None, None
+
+
+def _scaled(values: Tensor, scale: float) -> Tensor:
+    return values if scale == 1 else values * scale
+
+
+def add_in_dtype(y: Tensor, delta: Tensor) -> Tensor:
+    """``y + delta`` in the dtype of `y`."""
+    is_narrower = torch.promote_types(y.dtype, delta.dtype) == y.dtype
+    return y + (delta if is_narrower else delta.to(y.dtype))
 
 
 class ExternalAdapter(nn.Module):
@@ -125,12 +173,19 @@ class ExternalAdapter(nn.Module):
     def width(self) -> int:
         return self.down.out_features
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute ``delta(x)``. Input and output have shape ``(..., channels)`` or ``(batch, channels, ...)``."""
+    def forward(self, x: Tensor, keeps_dtype: bool = True) -> Tensor:
+        """Compute ``delta(x)``.
+
+        Args:
+            x: A tensor of shape ``(..., channels)`` or ``(batch, channels, ...)``, as the output.
+            keeps_dtype: Whether the output has the dtype of `x`, and not that of the matrix products.
+        """
         if is_hooked(self.down):
             with brought(self.down, self.up):
-                return self._delta(x.to(self.down.weight.device))
-        return self._delta(x)
+                delta = self._delta(x.to(self.down.weight.device))
+        else:
+            delta = self._delta(x)
+        return delta.to(x.dtype) if keeps_dtype else delta
 
     def _delta(self, x: Tensor) -> Tensor:
         if self.channel_dim != -1:
@@ -141,10 +196,16 @@ class ExternalAdapter(nn.Module):
             # With dropout, autograd keeps the hidden states, so that the mask is the same in backward; these are only
             # `width` numbers per token. TorchScript supports no autograd functions.
             hidden = ACTIVATIONS[self.activation].forward(self.down(x.to(dtype)))
-            delta = self.up(F.dropout(hidden, self.dropout, self.training) * self.scale).to(x.dtype)
+            delta = self.up(F.dropout(hidden, self.dropout, self.training) * self.scale)
         else:
             delta = BottleneckFunction.apply(
-                x, self.down.weight, self.down.bias, self.up.weight, self.activation, self.scale, dtype
+                cast_input(x, dtype),
+                self.down.weight,
+                self.down.bias,
+                self.up.weight,
+                self.activation,
+                self.scale,
+                dtype,
             )
         return delta if self.channel_dim == -1 else delta.movedim(-1, self.channel_dim)
 

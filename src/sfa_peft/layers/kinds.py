@@ -37,7 +37,7 @@ class Conv2d(SFALayer):
         padding = (0, 0) if padded or isinstance(base.padding, str) else base.padding
         return Conv2dOp(base.stride, padding, base.dilation, base.groups)
 
-    def _changed_forward(self, x: Tensor, deltas: Sequence[SparseDelta]) -> Tensor:
+    def _changed_forward(self, x: Tensor, deltas: Sequence[SparseDelta], keeps: bool = False) -> Tensor:
         base = cast(nn.Conv2d, self.get_base_layer())
         unbatched = x.dim() == 3
         if unbatched:
@@ -45,7 +45,7 @@ class Conv2d(SFALayer):
         if base.padding_mode != "zeros" or base.padding == "same":
             mode = "constant" if base.padding_mode == "zeros" else base.padding_mode
             x = F.pad(x, base._reversed_padding_repeated_twice, mode=mode)
-        y = super()._changed_forward(x, deltas)
+        y = super()._changed_forward(x, deltas, keeps)
         return y.squeeze(0) if unbatched else y
 
 
@@ -73,7 +73,7 @@ class QuantizedLinear(SFALayer):
     def changeable(self) -> Changeable:
         return zeros_like_parameters(cast(nn.Linear, self.get_base_layer()))
 
-    def _changed_forward(self, x: Tensor, deltas: Sequence[SparseDelta]) -> Tensor:
+    def _changed_forward(self, x: Tensor, deltas: Sequence[SparseDelta], keeps: bool = False) -> Tensor:
         y = self._base_forward(x)
         zeros = zeros_like_parameters(cast(nn.Linear, self.get_base_layer()), x.dtype)
         return y + sparse_forward(self.op, x, zeros.weight, zeros.bias, deltas).to(y.dtype)

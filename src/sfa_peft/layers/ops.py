@@ -12,6 +12,8 @@ from torch import Tensor
 from .bottleneck import autocasts, compute_dtype
 from .granularity import Column, Granularity, Row
 
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
 
 class Op(Protocol):
     """The function of one kind of leaf, and its gradients, with a changed weight and bias."""
@@ -20,13 +22,16 @@ class Op(Protocol):
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]: ...
 
-    def grad_input(
-        self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, saved: tuple[Tensor, ...]
-    ) -> Tensor: ...
-
-    def grad_weight(self, grad: Tensor, x: Tensor, weight: Tensor, saved: tuple[Tensor, ...]) -> Tensor: ...
-
-    def grad_bias(self, grad: Tensor) -> Tensor: ...
+    def gradients(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        saved: tuple[Tensor, ...],
+        needs: tuple[bool, bool, bool],
+    ) -> Gradients:
+        """The gradients of the input, the weight and the bias, where they are needed."""
 
     def grad_units(
         self, grad: Tensor, x: Tensor, weight: Tensor, granularity: Granularity, positions: Tensor
@@ -43,16 +48,21 @@ class LinearOp:
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         return F.linear(x, weight, bias), ()
 
-    def grad_input(
-        self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, saved: tuple[Tensor, ...]
-    ) -> Tensor:
-        return grad @ weight
-
-    def grad_weight(self, grad: Tensor, x: Tensor, weight: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
-        return grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
-
-    def grad_bias(self, grad: Tensor) -> Tensor:
-        return grad.reshape(-1, grad.shape[-1]).sum(0)
+    def gradients(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        saved: tuple[Tensor, ...],
+        needs: tuple[bool, bool, bool],
+    ) -> Gradients:
+        flat = grad.reshape(-1, grad.shape[-1])
+        return (
+            grad @ weight if needs[0] else None,
+            flat.t() @ x.reshape(-1, x.shape[-1]) if needs[1] else None,
+            flat.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)) if needs[2] else None,
+        )
 
     def grad_units(
         self, grad: Tensor, x: Tensor, weight: Tensor, granularity: Granularity, positions: Tensor
@@ -78,22 +88,24 @@ class Conv2dOp:
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups), ()
 
-    def _backward(self, grad: Tensor, x: Tensor, weight: Tensor, groups: int, mask: list[bool]) -> list[Tensor]:
-        grads: list[Tensor] = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, self.stride, self.padding, self.dilation, False, [0, 0], groups, mask
+    def _backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, groups: int, needs: tuple[bool, bool, bool]
+    ) -> Gradients:
+        grads: Gradients = torch.ops.aten.convolution_backward(
+            grad, x, weight, [weight.shape[0]], self.stride, self.padding, self.dilation, False, [0, 0], groups, needs
         )
         return grads
 
-    def grad_input(
-        self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, saved: tuple[Tensor, ...]
-    ) -> Tensor:
-        return self._backward(grad, x, weight, self.groups, [True, False, False])[0]
-
-    def grad_weight(self, grad: Tensor, x: Tensor, weight: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
-        return self._backward(grad, x, weight, self.groups, [False, True, False])[1]
-
-    def grad_bias(self, grad: Tensor) -> Tensor:
-        return grad.sum(dim=tuple(d for d in range(grad.dim()) if d != grad.dim() - 3))
+    def gradients(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        saved: tuple[Tensor, ...],
+        needs: tuple[bool, bool, bool],
+    ) -> Gradients:
+        return self._backward(grad, x, weight, self.groups, needs)
 
     def grad_units(
         self, grad: Tensor, x: Tensor, weight: Tensor, granularity: Granularity, positions: Tensor
@@ -103,10 +115,12 @@ class Conv2dOp:
         match granularity:
             case Row():
                 grad, weight = grad.index_select(1, positions), weight.index_select(0, positions)
-                return self._backward(grad, x, weight, 1, [False, True, False])[1]
+                return self._backward(grad, x, weight, 1, (False, True, False))[1]
             case Column():
                 x, weight = x.index_select(1, positions), weight.index_select(1, positions)
-                return self._backward(grad, x, weight, 1, [False, True, False])[1].transpose(0, 1)
+                columns = self._backward(grad, x, weight, 1, (False, True, False))[1]
+                assert columns is not None
+                return columns.transpose(0, 1)
         return None
 
 
@@ -124,24 +138,17 @@ class LayerNormOp:
         y, mean, rstd = torch.native_layer_norm(x, self.shape, weight, bias, self.eps)
         return y, (mean, rstd)
 
-    def _backward(
-        self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, saved: tuple[Tensor, ...], mask: list[bool]
-    ) -> list[Tensor]:
-        grads: list[Tensor] = torch.ops.aten.native_layer_norm_backward(
-            grad, x, self.shape, *saved, weight, bias, mask
-        )
+    def gradients(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        saved: tuple[Tensor, ...],
+        needs: tuple[bool, bool, bool],
+    ) -> Gradients:
+        grads: Gradients = torch.ops.aten.native_layer_norm_backward(grad, x, self.shape, *saved, weight, bias, needs)
         return grads
-
-    def grad_input(
-        self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, saved: tuple[Tensor, ...]
-    ) -> Tensor:
-        return self._backward(grad, x, weight, bias, saved, [True, False, False])[0]
-
-    def grad_weight(self, grad: Tensor, x: Tensor, weight: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
-        return self._backward(grad, x, weight, None, saved, [False, True, False])[1]
-
-    def grad_bias(self, grad: Tensor) -> Tensor:
-        return grad.reshape(-1, *self.shape).sum(0)
 
     def grad_units(
         self, grad: Tensor, x: Tensor, weight: Tensor, granularity: Granularity, positions: Tensor

@@ -2,7 +2,8 @@
 
 Forward computes the changed weight ``W + delta``, uses it and drops it. Backward computes it again, and takes only the
 chosen positions from the gradient of the weight (for rows and columns it computes only those). So no tensor of the
-weight's size is kept between forward and backward, the optimizer gets none, and `W` gets no gradient.
+weight's size is kept between forward and backward, the optimizer gets none, and `W` gets no gradient. Both use the
+changed weight that is kept between forward passes (`ChangedParameters`), if there is one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from .bottleneck import autocasts
+from .bottleneck import autocasts, cast_input
 from .granularity import Granularity, position_dtype
 from .ops import Op
 
@@ -80,6 +81,23 @@ class SparseDelta(nn.Module):
         return f"{self.num_values} values, granularity={self.granularity.name}"
 
 
+class Kept(NamedTuple):
+    """The changed parameters of a leaf, and the version of their memory when they were read."""
+
+    weight: Tensor
+    bias: Tensor | None
+    flat: Tensor
+    version: int
+
+    @property
+    def parameters(self) -> tuple[Tensor, Tensor | None]:
+        return self.weight, self.bias
+
+    @property
+    def is_unchanged(self) -> bool:
+        return self.flat._version == self.version
+
+
 class Change(NamedTuple):
     """The values that are added at some positions of one parameter."""
 
@@ -129,11 +147,12 @@ class SparseDeltaFunction(torch.autograd.Function):
         op: Op,
         dtype: torch.dtype,
         layout: tuple[tuple[str, Granularity], ...],
+        kept: Kept | None,
         *tensors: Tensor,
     ) -> Tensor:
-        changes = _unflatten(layout, tensors)
-        y, saved = op.forward(x, *_changed(weight, bias, changes, dtype))
-        ctx.op, ctx.dtype, ctx.layout, ctx.num_saved = op, dtype, layout, len(saved)
+        changed = _changed(weight, bias, _unflatten(layout, tensors), dtype) if kept is None else kept.parameters
+        y, saved = op.forward(x, *changed)
+        ctx.op, ctx.dtype, ctx.layout, ctx.kept, ctx.num_saved = op, dtype, layout, kept, len(saved)
         ctx.save_for_backward(x, weight, bias, *saved, *tensors)
         return y
 
@@ -143,28 +162,36 @@ class SparseDeltaFunction(torch.autograd.Function):
         x, weight, bias, *rest = ctx.saved_tensors
         saved, tensors = tuple(rest[: ctx.num_saved]), rest[ctx.num_saved :]
         changes = _unflatten(ctx.layout, tensors)
-        # The gradient has the dtype of the op's output, which is this dtype, with and without autocast.
-        new_weight, new_bias = _changed(weight, bias, changes, ctx.dtype)
+        # The gradient has the dtype of the op's output, which is this dtype, with and without autocast. What is kept
+        # may have changed in a later forward pass, such as that of another adapter.
+        is_kept = ctx.kept is not None and ctx.kept.is_unchanged
+        new_weight, new_bias = ctx.kept.parameters if is_kept else _changed(weight, bias, changes, ctx.dtype)
 
-        grad_x = ctx.op.grad_input(grad, x, new_weight, new_bias, saved) if ctx.needs_input_grad[0] else None
+        wanted = [change for i, change in enumerate(changes) if ctx.needs_input_grad[FIRST_CHANGE + 2 * i + 1]]
+        units: dict[int, Tensor] = {}  # the gradients that are computed for the chosen units only
+        for change in wanted:
+            if change.name == "weight":
+                part = ctx.op.grad_units(grad, x, new_weight, change.granularity, change.positions)
+                if part is not None:
+                    units[id(change.values)] = part
+        names = {change.name for change in wanted if id(change.values) not in units}
+        needs = ctx.needs_input_grad[0], "weight" in names, "bias" in names
+        grad_x, *dense = ctx.op.gradients(grad, x, new_weight, new_bias, saved, needs)
+        full = {name: tensor.contiguous() for name, tensor in zip(PARAMETERS, dense, strict=True) if name in names}
 
-        full: dict[str, Tensor] = {}  # temporary full gradients, each shared by all changes of one parameter
         grads: list[Tensor | None] = []
         for i, change in enumerate(changes):
             values_grad = None
-            if ctx.needs_input_grad[6 + 2 * i + 1]:
-                positions = change.positions.long()
-                if change.name == "weight":
-                    values_grad = ctx.op.grad_units(grad, x, new_weight, change.granularity, positions)
+            if ctx.needs_input_grad[FIRST_CHANGE + 2 * i + 1]:
+                values_grad = units.get(id(change.values))
                 if values_grad is None:
-                    if change.name not in full:
-                        is_weight = change.name == "weight"
-                        dense = ctx.op.grad_weight(grad, x, new_weight, saved) if is_weight else ctx.op.grad_bias(grad)
-                        full[change.name] = dense.contiguous()
-                    values_grad = change.granularity.read(full[change.name], positions)
+                    values_grad = change.granularity.read(full[change.name], change.positions)
                 values_grad = values_grad.reshape(change.values.shape).to(change.values.dtype)
             grads += [None, values_grad]
-        return grad_x, None, None, None, None, None, *grads
+        return grad_x, None, None, None, None, None, None, *grads
+
+
+FIRST_CHANGE = 7  # the arguments of `SparseDeltaFunction.forward` before the tensors of the changes
 
 
 def _unflatten(layout: Sequence[tuple[str, Granularity]], tensors: Sequence[Tensor]) -> list[Change]:
@@ -185,17 +212,19 @@ def _changed(
     return new(weight, "weight"), None if bias is None else new(bias, "bias")
 
 
-def sparse_forward(op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Sequence[SparseDelta]) -> Tensor:
-    """Run `op` on `x`, with the sum of all `deltas` added to `weight` and `bias`."""
+def sparse_forward(
+    op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Sequence[SparseDelta], kept: Kept | None = None
+) -> Tensor:
+    """Run `op` on `x`, with the sum of all `deltas` added to `weight` and `bias`. `kept` are these sums, if known."""
     changes = changes_of(deltas)
     dtype = op.compute_dtype(x, weight)
     if autocasts(x):
-        x = x.to(dtype)
+        x = cast_input(x, dtype)
     if torch.jit.is_tracing():  # TorchScript supports no autograd functions
         return op.forward(x, *_changed(weight, bias, changes, dtype, _traced_parameter))[0]
     if not torch.is_grad_enabled():
-        return op.forward(x, *_changed(weight, bias, changes, dtype))[0]
+        return op.forward(x, *(_changed(weight, bias, changes, dtype) if kept is None else kept.parameters))[0]
     layout = tuple((change.name, change.granularity) for change in changes)
     tensors = [t for change in changes for t in (change.positions, change.values)]
-    y: Tensor = SparseDeltaFunction.apply(x, weight, bias, op, dtype, layout, *tensors)
+    y: Tensor = SparseDeltaFunction.apply(x, weight, bias, op, dtype, layout, kept, *tensors)
     return y

@@ -22,6 +22,7 @@ from ..config import SFAConfig
 from ..layers.adapted import SFALayer, sfa_layers
 from ..layers.bottleneck import ExternalAdapter
 from ..layers.heads import wrap_heads
+from ..layers.kept import ChangedParameters
 from ..layers.kinds import QuantizedLinear
 from ..layers.mixed import BASE
 from ..layers.statistics import keep_statistics, release_statistics
@@ -68,6 +69,7 @@ class SFAModel(BaseTuner):
         load = LOAD.get()
         if load is not None:
             load.before_injection()
+        self.changed = ChangedParameters()
         super().__init__(*args, **kwargs)
         self.card_notes: dict[str, Any] = {}  # for each adapter, the data for its model card
 
@@ -111,6 +113,7 @@ class SFAModel(BaseTuner):
         config.ticket_sizes = ticket_sizes(plan.positions)
         config.weights_digest = None
         self.peft_config[adapter_name] = config
+        self.changed.always = config.keep_weights
         try:
             with self._following(plan, config):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -167,7 +170,7 @@ class SFAModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = target if isinstance(target, SFALayer) else wrap_leaf(self.model, current_key, self.active_adapters)
+        layer = target if isinstance(target, SFALayer) else self._wrap(current_key)
         assert self._plan is not None
         config = self.peft_config[adapter_name]
         positions = self._plan.positions.get(current_key)
@@ -188,6 +191,9 @@ class SFAModel(BaseTuner):
         layer.train(layer.training)
         layer.finish_adapter(adapter_name, inference_mode=config.inference_mode)
 
+    def _wrap(self, name: str) -> SFALayer:
+        return wrap_leaf(self.model, name, self.active_adapters, self.changed)
+
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version also copies `weight` from the replaced module, which a head may not have.
         setattr(parent, child_name, new_module)
@@ -205,6 +211,7 @@ class SFAModel(BaseTuner):
         """
         active = [name for name in self.active_adapters if name != adapter_name]
         super().delete_adapter(adapter_name)
+        self.changed.clear()
         self.card_notes.pop(adapter_name, None)
         unwrap_empty_layers(self.model)
         names = active or list(self.peft_config)[:1]
@@ -303,6 +310,7 @@ class SFAModel(BaseTuner):
                 finite. Then nothing is changed.
         """
         merged = [(layer, len(layer.merged_adapters)) for _, layer in sfa_layers(self.model)]
+        self.changed.clear()
         try:
             super().merge_adapter(adapter_names, safe_merge)
         except BaseException:
@@ -516,7 +524,7 @@ class SFAModel(BaseTuner):
                     layer.remove_internal(adapter_name)
                     layer.remove_externals(adapter_name)
                 for name, (internal, externals) in kept.items():
-                    layer = layers.get(name) or wrap_leaf(self.model, name, self.active_adapters)
+                    layer = layers.get(name) or self._wrap(name)
                     if internal is not None:
                         layer.sfa_internal[adapter_name] = internal
                     for adapter, container in externals:

@@ -6,22 +6,24 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..layers.adapted import SFALayer, sfa_layers
+from ..layers.kept import ChangedParameters
 from ..layers.kinds import layer_class
 from ..layers.leaves import base_parameters_of
 from ..layers.statistics import release_statistics
 
 
-def wrap_leaf(model: nn.Module, name: str, active: list[str]) -> SFALayer:
+def wrap_leaf(model: nn.Module, name: str, active: list[str], shared: ChangedParameters) -> SFALayer:
     """Replace a leaf by an `SFALayer` around it.
 
     Args:
         model: The base model.
         name: The name of the leaf.
         active: The adapters that are active.
+        shared: Keeps the changed parameters of all layers.
     """
     leaf = model.get_submodule(name)
     block = _block_of(model, name) if next(leaf.parameters(), None) is None else None
-    layer = layer_class(leaf)(leaf, active, block)
+    layer = layer_class(leaf)(leaf, active, block, shared)
     layer.train(leaf.training)
     model.set_submodule(name, layer)
     return layer
