@@ -27,10 +27,11 @@ from .checkpoint.packing import CODES
 from .checkpoint.reader import contents_of, difference_of, tensors_of, weights_of
 from .checkpoint.seal import AdapterFile, digest_of, read
 from .config import SFAConfig
-from .layers.adapted import sfa_layers
+from .layers.merged import merged_leaves, remove_externals
 from .planning.base import in_module
 from .ticket import Ticket, TicketReport
 from .ticket.text import printable
+from .tuner.folding import ExternalsKeptWarning, fold_externals
 
 OK, BAD, TROUBLE = 0, 1, 2
 EXTERNAL_FOLDER = "external"
@@ -200,9 +201,10 @@ def verify(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
 
 
 def merge(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
-    """Merge the internal adapters and the heads into the base model, and save it.
+    """Merge an adapter and its heads into the base model, and save it as a model of transformers.
 
-    External adapters cannot be merged into weights. They are saved in a subfolder, as an adapter for the merged model.
+    External adapters become wider MLPs. Those that cannot (another place or activation, SwiGLU, Swinv2) are saved in a
+    subfolder, as an adapter for the merged model.
     """
     saved = Saved.load(args.adapter, _options(args))
     out = Path(args.out)
@@ -210,14 +212,22 @@ def merge(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
         raise RefusedError(f"--out {str(out)!r} is not empty; name a new folder.")
     model = _load(args, saved.config)
     tensors = {k: t for k, t in get_peft_model_state_dict(model).items() if is_adapter_key(k) and INTERNAL not in k}
-    for _, layer in sfa_layers(model):
-        layer.remove_externals("default")
-    merged = model.merge_and_unload(safe_merge=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExternalsKeptWarning)
+        merged = model.merge_and_unload(safe_merge=True, widen=False)
+    kept = fold_externals(merged, args.widen)
+    leaves = merged_leaves(merged)
+    remove_externals(merged, leaves.values())
     merged.save_pretrained(out)
     text = f"merged model: {out}"
-    found: dict[str, Any] = {"out": str(out), "external": None}
-    if tensors:
+    found: dict[str, Any] = {"out": str(out), "external": None, "not_folded": kept}
+    if kept:
+        widths = {
+            place: {name: width for name, width in modules.items() if name in kept}
+            for place, modules in (saved.config.external_widths or {}).items()
+        }
         fields = saved.config.to_dict() | {
+            "external_widths": widths,
             "ticket_sizes": {},
             "target_modules": [],
             "target_heads": None,
@@ -227,10 +237,12 @@ def merge(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
             "external_share": 1.0,
         }
         rest = PeftModel(merged, SFAConfig(**fields))
-        set_peft_model_state_dict(rest, tensors)
+        prefixes = tuple(f"{PREFIX}{name}." for name in kept)
+        set_peft_model_state_dict(rest, {k: t for k, t in tensors.items() if k.startswith(prefixes)})
         rest.save_pretrained(str(out / EXTERNAL_FOLDER))
         found["external"] = str(out / EXTERNAL_FOLDER)
-        text += f"; its external adapters: {out / EXTERNAL_FOLDER}"
+        text += f"\nexternal adapters on {len(kept)} modules are not in it, but in {out / EXTERNAL_FOLDER}:\n"
+        text += "\n".join(f"  {why}" for why in dict.fromkeys(kept.values()))
     return OK, found, text
 
 
@@ -385,6 +397,13 @@ def _parser() -> argparse.ArgumentParser:
         subparser.add_argument("--num-labels", type=int, help="classes of the head, if they differ from the base's")
         if run is merge:
             subparser.add_argument("--out", required=True, metavar="DIR", help="a new folder for the merged model")
+            subparser.add_argument(
+                "--widen",
+                action=argparse.BooleanOptionalAction,
+                default="auto",
+                help="make MLPs wider with zeros wherever external adapters need it, or never (default: where it adds "
+                "at most a tenth to the MLPs)",
+            )
     command(diff).add_argument("other", metavar="OTHER", help="another adapter")
     return parser
 
