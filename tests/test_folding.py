@@ -304,6 +304,19 @@ def with_own_parameter():
     return model
 
 
+def with_other_activation():
+    model = vit_classifier()
+    for layer in model.vit.layers:
+        layer.mlp.activation_fn = nn.Softmax(dim=-1)
+    return model
+
+
+def without_layer_scale():
+    model = tiny.dinov3()
+    model.model.layer[0].layer_scale2 = nn.Identity()
+    return model
+
+
 def without_bias():
     return DINOv3ViTModel(DINOv3ViTConfig(**tiny._vit_options(), mlp_bias=False)).eval()
 
@@ -320,6 +333,8 @@ REFUSED = {
     "before it": (vit_classifier, {"external_places": ["mlp", "mlp_parallel"]}, "another external adapter reads"),
     "activation": (vit_classifier, {"external_activation": "relu"}, "'relu' is not the activation of the MLP"),
     "gelu variant": (with_tanh_gelu, {}, "'gelu' is not the activation of the MLP"),
+    "not elementwise": (with_other_activation, {}, "'gelu' is not the activation of the MLP"),
+    "no factor": (without_layer_scale, {"exclude_modules": ["0.layer_scale2"]}, "`lambda1`"),
     "gated": (tiny.dinov3_gated, {}, "not a plain MLP"),
     "swiglu": (tiny.dinov2_swiglu, {}, "not a plain MLP"),
     "post norm": (tiny.swinv2, {}, "Swinv2Layer normalizes the output of its MLP"),

@@ -125,7 +125,7 @@ def fold_externals(model: nn.Module, widen: Widen = "auto") -> dict[str, str]:
         groups[key].append(block)
         try:
             _check_mlp(block, shared)
-        except _CannotFoldError as why:
+        except (_CannotFoldError, AttributeError) as why:  # a block that was rebuilt may lack a part
             whole.setdefault(key, f"{prefix}{known.mlp_input}: {why}")
             _keep(kept, prefix + leaf, why)
             continue
@@ -169,7 +169,7 @@ def warn_of_kept(model: nn.Module, kept: dict[str, str]) -> None:
     )
 
 
-def _keep(kept: dict[str, str], leaf: str, why: _CannotFoldError) -> None:
+def _keep(kept: dict[str, str], leaf: str, why: Exception) -> None:
     if leaf in kept:
         kept[leaf] = str(why)
 
@@ -248,7 +248,12 @@ def _check_activation(block: _Block, adapter: ExternalAdapter) -> None:
     """Check that the adapter and the MLP have the same function. Names do not tell: there are several GELUs."""
     activation = block.part(block.mlp.activation)
     x = torch.linspace(-10, 10, 2001, device=adapter.down.weight.device)
-    if not torch.allclose(activation(x), ACTIVATIONS[adapter.activation].forward(x), rtol=1e-5, atol=1e-6):
+    expected = ACTIVATIONS[adapter.activation].forward(x)
+    try:
+        is_same = torch.allclose(activation(x), expected, rtol=1e-5, atol=1e-6)
+    except Exception:  # not an elementwise function
+        is_same = False
+    if not is_same:
         raise _CannotFoldError(
             f"external_activation={adapter.activation!r} is not the activation of the MLP ({activation})"
         )
