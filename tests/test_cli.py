@@ -178,6 +178,37 @@ def test_merge_of_a_head_with_other_classes(run, folder, tmp_path):
     assert torch.allclose(tiny.output(merged), tiny.output(model), atol=1e-6)
 
 
+def test_extract(run, folder, tmp_path):
+    run("merge", "internal", "--base", "base", "--out", tmp_path / "tuned")
+    code, found, _ = run("extract", "base", tmp_path / "tuned", "--out", tmp_path / "all", "--json")
+    assert code == 0
+    assert found["size"] == found["changed"] == run("inspect", "internal", "--json")[1]["ticket"]["size"]
+    assert (found["left_out"], found["out"]) == ({}, str(tmp_path / "all"))
+    assert torch.allclose(with_adapter(folder, tmp_path / "all"), with_adapter(folder, "internal"), atol=1e-6)
+    assert run("verify", tmp_path / "all")[0] == 0  # with the base that it names
+    code, text, _ = run("extract", "base", tmp_path / "tuned", "--out", tmp_path / "some", "--budget", "0.01")
+    assert code == 0
+    assert "changed weights; relative error 0." in text
+    assert run("extract", "base", tmp_path / "tuned", "--out", tmp_path / "some")[0] == 2
+    code, _, errors = run("extract", "base", "base", "--out", tmp_path / "same")
+    assert code == 2
+    assert "do not differ" in errors
+    code, _, errors = run("extract", "base", "nowhere", "--out", tmp_path / "nothing")
+    assert code == 2
+    assert "FINETUNED 'nowhere' cannot be loaded" in errors
+
+
+def test_extract_takes_heads_over(run, folder, tmp_path):
+    run("merge", "heads", "--base", "base", "--no-widen", "--out", tmp_path / "tuned")
+    arguments = ("extract", "base", tmp_path / "tuned", "--out", tmp_path / "out")
+    code, _, errors = run(*arguments)
+    assert code == 2
+    assert "Name heads in `modules_to_save`" in errors
+    assert run(*arguments, "--modules-to-save", "decode_head")[0] == 0
+    expected = tiny.output(UperNetForSemanticSegmentation.from_pretrained(tmp_path / "tuned"))
+    assert torch.allclose(with_adapter(folder, tmp_path / "out"), expected, atol=1e-6)
+
+
 def test_diff(run):
     code, found, _ = run("diff", "both", "random", "--json")
     assert code == 1
