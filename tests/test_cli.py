@@ -32,6 +32,8 @@ def folder(tmp_path_factory):
         "internal": {"external_share": 0.0},
         "rows": {"internal_granularity": "row"},
         "scaled": {"external_scale": 0.5},
+        "relu": {"external_activation": "relu"},
+        "places": {"external_places": ["attention", "mlp_parallel"]},
         "heads": {"modules_to_save": ["decode_head"]},
         "adapted_head": {"target_heads": ["decode_head"], "modules_to_save": ["batch_norm", "classifier"]},
     }.items():
@@ -117,22 +119,40 @@ def test_verify_of_a_damaged_adapter(run, folder, tmp_path):
         assert "digest" in errors
 
 
-@pytest.mark.parametrize("name", ["internal", "both", "rows", "heads"])
+def with_adapter(folder, name):
+    """The outputs of the base with an adapter."""
+    base = UperNetForSemanticSegmentation.from_pretrained(folder / "base")
+    return tiny.output(PeftModel.from_pretrained(base, folder / name))
+
+
+@pytest.mark.parametrize("name", ["internal", "both", "rows", "heads", "scaled"])
 def test_merge_gives_the_same_outputs(run, folder, tmp_path, name):
     out = tmp_path / "out"
     code, found, _ = run("merge", name, "--base", "base", "--out", out, "--json")
     assert code == 0
-    expected = tiny.output(
-        PeftModel.from_pretrained(UperNetForSemanticSegmentation.from_pretrained(folder / "base"), folder / name)
-    )
+    assert found == {"out": str(out), "external": None, "not_folded": {}}
     merged = UperNetForSemanticSegmentation.from_pretrained(out)
-    if name == "internal":
-        assert found["external"] is None
-    else:
-        assert not torch.equal(tiny.output(merged), expected)
-        merged = PeftModel.from_pretrained(merged, found["external"])
-    assert torch.allclose(tiny.output(merged), expected, atol=1e-6)
+    assert torch.allclose(tiny.output(merged), with_adapter(folder, name), atol=1e-6)
+    assert (merged.config.backbone_config.mlp_ratio > 4) == (name != "internal")
     assert run("merge", name, "--base", "base", "--out", out)[0] == 2  # it is not empty any more
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "count"), [("relu", [], 4), ("places", [], 4), ("both", ["--no-widen"], 4)]
+)
+def test_merge_saves_beside_the_model_what_is_not_folded(run, folder, tmp_path, name, options, count):
+    out = tmp_path / "out"
+    code, text, errors = run("merge", name, "--base", "base", "--out", out, *options)
+    assert (code, errors) == (0, "")
+    assert f"external adapters on {count} modules are not in it, but in {out / 'external'}" in text
+    merged = UperNetForSemanticSegmentation.from_pretrained(out)
+    expected = with_adapter(folder, name)
+    assert not torch.allclose(tiny.output(merged), expected, atol=1e-6)
+    assert (merged.config.backbone_config.mlp_ratio > 4) == (name == "places")
+    widths = SFAConfig.from_pretrained(out / "external").external_widths
+    assert sum(len(modules) for modules in widths.values()) == count
+    merged = PeftModel.from_pretrained(merged, out / "external")
+    assert torch.allclose(tiny.output(merged), expected, atol=1e-6)
 
 
 def test_merge_into_another_base_is_refused(run, tmp_path):
@@ -153,10 +173,40 @@ def test_merge_of_a_head_with_other_classes(run, folder, tmp_path):
         "merge", tmp_path / "seven", "--base", "base", "--out", tmp_path / "out", "--num-labels", "7", "--json"
     )
     assert code == 0
-    merged = PeftModel.from_pretrained(
-        UperNetForSemanticSegmentation.from_pretrained(tmp_path / "out"), found["external"]
-    )
+    assert found["external"] is None
+    merged = UperNetForSemanticSegmentation.from_pretrained(tmp_path / "out")
     assert torch.allclose(tiny.output(merged), tiny.output(model), atol=1e-6)
+
+
+def test_extract(run, folder, tmp_path):
+    run("merge", "internal", "--base", "base", "--out", tmp_path / "tuned")
+    code, found, _ = run("extract", "base", tmp_path / "tuned", "--out", tmp_path / "all", "--json")
+    assert code == 0
+    assert found["size"] == found["changed"] == run("inspect", "internal", "--json")[1]["ticket"]["size"]
+    assert (found["left_out"], found["out"]) == ({}, str(tmp_path / "all"))
+    assert torch.allclose(with_adapter(folder, tmp_path / "all"), with_adapter(folder, "internal"), atol=1e-6)
+    assert run("verify", tmp_path / "all")[0] == 0  # with the base that it names
+    code, text, _ = run("extract", "base", tmp_path / "tuned", "--out", tmp_path / "some", "--budget", "0.01")
+    assert code == 0
+    assert "changed weights; relative error 0." in text
+    assert run("extract", "base", tmp_path / "tuned", "--out", tmp_path / "some")[0] == 2
+    code, _, errors = run("extract", "base", "base", "--out", tmp_path / "same")
+    assert code == 2
+    assert "do not differ" in errors
+    code, _, errors = run("extract", "base", "nowhere", "--out", tmp_path / "nothing")
+    assert code == 2
+    assert "FINETUNED 'nowhere' cannot be loaded" in errors
+
+
+def test_extract_takes_heads_over(run, folder, tmp_path):
+    run("merge", "heads", "--base", "base", "--no-widen", "--out", tmp_path / "tuned")
+    arguments = ("extract", "base", tmp_path / "tuned", "--out", tmp_path / "out")
+    code, _, errors = run(*arguments)
+    assert code == 2
+    assert "Name heads in `modules_to_save`" in errors
+    assert run(*arguments, "--modules-to-save", "decode_head")[0] == 0
+    expected = tiny.output(UperNetForSemanticSegmentation.from_pretrained(tmp_path / "tuned"))
+    assert torch.allclose(with_adapter(folder, tmp_path / "out"), expected, atol=1e-6)
 
 
 def test_diff(run):

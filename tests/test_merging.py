@@ -10,6 +10,7 @@ from torch import nn
 import tiny
 from adapters import trained
 from sfa_peft import SFAConfig, SFALayer, search_ticket
+from sfa_peft.tuner.folding import ExternalsKeptWarning
 
 PLACES = {"sequential": ["attention", "mlp"], "parallel": ["attention", "mlp_parallel"]}
 
@@ -50,7 +51,9 @@ def test_a_merged_model_computes_the_same(places):
 def test_merge_and_unload_gives_a_plain_model(places):
     model = trained(external_places=places)
     expected = tiny.output(model)
-    plain = model.merge_and_unload(safe_merge=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExternalsKeptWarning)
+        plain = model.merge_and_unload(safe_merge=True, widen=False)
     assert torch.equal(tiny.output(plain), expected)
     assert not any(isinstance(m, SFALayer) for m in plain.modules())
     assert not hasattr(plain, "peft_config")
@@ -171,7 +174,8 @@ def test_external_adapters_on_shared_modules_need_no_warning():
 
 
 def test_a_merged_model_is_not_adapted_on_top_of_its_externals():
-    plain = trained().merge_and_unload()
+    with pytest.warns(ExternalsKeptWarning):
+        plain = trained(external_places=["attention"]).merge_and_unload()
     with pytest.raises(ValueError, match="earlier merge_and_unload"):
         get_peft_model(plain, SFAConfig(budget=0.1))
 

@@ -11,7 +11,14 @@ from .compat.patching import apply_patches  # noqa: E402
 from .config import SFAConfig  # noqa: E402
 from .hub.card import describe_adapter  # noqa: E402
 from .layers.adapted import SFALayer  # noqa: E402
-from .search import TicketSearchError, install_ticket, search_ticket, ticket_of  # noqa: E402
+from .search import (  # noqa: E402
+    Extraction,
+    TicketSearchError,
+    extract_adapter,
+    install_ticket,
+    search_ticket,
+    ticket_of,
+)
 from .ticket import Evidence, Quotas, Ticket, TicketReport, criterion  # noqa: E402
 from .tuner.model import SFAModel  # noqa: E402
 
@@ -27,9 +34,11 @@ __all__ = [
     "search_ticket",
     "install_ticket",
     "ticket_of",
+    "extract_adapter",
     "describe_adapter",
     "criterion",
     "Evidence",
+    "Extraction",
     "Quotas",
     "Ticket",
     "TicketReport",

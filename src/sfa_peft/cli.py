@@ -1,4 +1,4 @@
-"""The `sfa-peft` command: inspects, verifies, merges and compares saved adapters."""
+"""The `sfa-peft` command: inspects, verifies, merges, compares and extracts saved adapters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -27,10 +27,12 @@ from .checkpoint.packing import CODES
 from .checkpoint.reader import contents_of, difference_of, tensors_of, weights_of
 from .checkpoint.seal import AdapterFile, digest_of, read
 from .config import SFAConfig
-from .layers.adapted import sfa_layers
+from .layers.merged import merged_leaves, remove_externals
 from .planning.base import in_module
+from .search import extract_adapter
 from .ticket import Ticket, TicketReport
 from .ticket.text import printable
+from .tuner.folding import ExternalsKeptWarning, fold_externals
 
 OK, BAD, TROUBLE = 0, 1, 2
 EXTERNAL_FOLDER = "external"
@@ -200,24 +202,31 @@ def verify(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
 
 
 def merge(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
-    """Merge the internal adapters and the heads into the base model, and save it.
+    """Merge an adapter and its heads into the base model, and save it as a model of transformers.
 
-    External adapters cannot be merged into weights. They are saved in a subfolder, as an adapter for the merged model.
+    External adapters become wider MLPs. Those that cannot (another place or activation, SwiGLU, Swinv2) are saved in a
+    subfolder, as an adapter for the merged model.
     """
     saved = Saved.load(args.adapter, _options(args))
-    out = Path(args.out)
-    if out.exists() and any(out.iterdir()):
-        raise RefusedError(f"--out {str(out)!r} is not empty; name a new folder.")
+    out = _new_folder(args)
     model = _load(args, saved.config)
     tensors = {k: t for k, t in get_peft_model_state_dict(model).items() if is_adapter_key(k) and INTERNAL not in k}
-    for _, layer in sfa_layers(model):
-        layer.remove_externals("default")
-    merged = model.merge_and_unload(safe_merge=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExternalsKeptWarning)
+        merged = model.merge_and_unload(safe_merge=True, widen=False)
+    kept = fold_externals(merged, args.widen)
+    leaves = merged_leaves(merged)
+    remove_externals(merged, leaves.values())
     merged.save_pretrained(out)
     text = f"merged model: {out}"
-    found: dict[str, Any] = {"out": str(out), "external": None}
-    if tensors:
+    found: dict[str, Any] = {"out": str(out), "external": None, "not_folded": kept}
+    if kept:
+        widths = {
+            place: {name: width for name, width in modules.items() if name in kept}
+            for place, modules in (saved.config.external_widths or {}).items()
+        }
         fields = saved.config.to_dict() | {
+            "external_widths": widths,
             "ticket_sizes": {},
             "target_modules": [],
             "target_heads": None,
@@ -227,11 +236,40 @@ def merge(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
             "external_share": 1.0,
         }
         rest = PeftModel(merged, SFAConfig(**fields))
-        set_peft_model_state_dict(rest, tensors)
+        prefixes = tuple(f"{PREFIX}{name}." for name in kept)
+        set_peft_model_state_dict(rest, {k: t for k, t in tensors.items() if k.startswith(prefixes)})
         rest.save_pretrained(str(out / EXTERNAL_FOLDER))
         found["external"] = str(out / EXTERNAL_FOLDER)
-        text += f"; its external adapters: {out / EXTERNAL_FOLDER}"
+        text += f"\nexternal adapters on {len(kept)} modules are not in it, but in {out / EXTERNAL_FOLDER}:\n"
+        text += "\n".join(f"  {why}" for why in dict.fromkeys(kept.values()))
     return OK, found, text
+
+
+def extract(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
+    """Make an adapter out of a base model and a fine-tuned model, of the weights where they differ.
+
+    Without --budget it has all differences. With it, it has the largest ones, and the norm of those that are left out
+    is printed. The heads that are named with --modules-to-save are taken over whole.
+    """
+    out = _new_folder(args)
+    goal = _model(args.finetuned, "FINETUNED", {}, ())
+    labels = {"num_labels": args.num_labels, "ignore_mismatched_sizes": True} if args.num_labels else {}
+    base = _model(args.base, "BASE", labels, (type(goal).__name__,))
+    model, extraction = extract_adapter(base, goal, args.budget, modules_to_save=args.modules_to_save)
+    model.save_pretrained(str(out))
+    found = {"out": str(out), **asdict(extraction)}
+    return OK, found, f"adapter: {out}\n{extraction}"
+
+
+def _new_folder(args: argparse.Namespace) -> Path:
+    out = Path(args.out)
+    if out.exists() and any(out.iterdir()):
+        raise RefusedError(f"--out {str(out)!r} is not empty; name a new folder.")
+    return out
+
+
+def _budget(text: str) -> int | float:
+    return float(text) if "." in text or "e" in text else int(text)
 
 
 def diff(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
@@ -321,32 +359,35 @@ def _base(args: argparse.Namespace, config: SFAConfig) -> nn.Module:
     safetensors, and code from the Hub, which a config may ask for, is not run: neither modules nor kernels.
     """
     labels = {} if args.num_labels is None else {"num_labels": args.num_labels, "ignore_mismatched_sizes": True}
-    name = _base_name(args, config)
-    where: dict[str, Any] = {"trust_remote_code": False}
-    if not args.base and config.revision:
-        where["revision"] = config.revision
+    where = {"revision": config.revision} if not args.base and config.revision else {}
+    return _model(_base_name(args, config), "--base", labels | where, (_class_name(config),))
+
+
+def _model(name: str, argument: str, options: dict[str, Any], classes: Sequence[Any]) -> nn.Module:
+    """A model in the first of `classes` that fits its config, or otherwise in the class that its config names."""
+    where = {"trust_remote_code": False} | {key: options[key] for key in ("revision",) if key in options}
     try:
-        cls = _class_of(config, transformers.AutoConfig.from_pretrained(name, **where))
+        cls = _class_of(classes, transformers.AutoConfig.from_pretrained(name, **where))
         if cls is not None:
             safe: dict[str, Any] = {"use_safetensors": True, "attn_implementation": "eager"}
-            base: nn.Module = cls.from_pretrained(name, **where, **safe, **labels)
-            return base
+            model: nn.Module = cls.from_pretrained(name, **options | where | safe)
+            return model
     except Exception as error:  # a config can make transformers fail in any way
         why = str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
         if "safetensors" in why:
             why += (
                 " The command reads only safetensors, since a pickle can run code. If you trust the model, load it in "
-                "Python, save it with save_pretrained, and give --base that folder."
+                f"Python, save it with save_pretrained, and give {argument} that folder."
             )
-        raise RefusedError(f"--base {name!r} cannot be loaded: {why}") from error
-    raise RefusedError(f"--base {name!r} has a class that transformers does not have; load it in Python.")
+        raise RefusedError(f"{argument} {name!r} cannot be loaded: {why}") from error
+    raise RefusedError(f"{argument} {name!r} has a class that transformers does not have; load it in Python.")
 
 
 def _class_of(
-    config: SFAConfig, base_config: transformers.PreTrainedConfig
+    classes: Sequence[Any], base_config: transformers.PreTrainedConfig
 ) -> type[transformers.PreTrainedModel] | None:
     """The first class that is named and that transformers has for such a base; None if there is none."""
-    for name in (_class_name(config), *(base_config.architectures or ())):
+    for name in (*classes, *(base_config.architectures or ())):
         cls = getattr(transformers, name, None) if isinstance(name, str) else None
         if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
             of = cls.config_class
@@ -361,21 +402,25 @@ Command = Callable[[argparse.Namespace], tuple[int, dict[str, Any], str]]
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sfa-peft",
-        description="Inspect, verify, merge and compare saved SFA adapters. Exit codes: 0 success; 1 the adapter is "
-        "damaged, does not fit the base model, or differs from the other one; 2 the command could not run.",
+        description="Inspect, verify, merge, compare and extract saved SFA adapters. Exit codes: 0 success; 1 the "
+        "adapter is damaged, does not fit the base model, or differs from the other one; 2 the command could not run.",
     )
     parser.add_argument("--version", action="version", version=f"sfa-peft {metadata.version('sfa-peft')}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    def command(run: Command) -> argparse.ArgumentParser:
+    def plain(run: Command) -> argparse.ArgumentParser:
         text = (run.__doc__ or "").strip()
         subparser = commands.add_parser(run.__name__, help=text.splitlines()[0], description=text)
         subparser.set_defaults(run=run)
+        subparser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+        return subparser
+
+    def command(run: Command) -> argparse.ArgumentParser:
+        subparser = plain(run)
         subparser.add_argument("adapter", metavar="PATH_OR_REPO", help="a folder, or a repository on the Hub")
         subparser.add_argument("--revision", help="revision of the repository")
         subparser.add_argument("--subfolder", help="subfolder of the folder or repository")
         subparser.add_argument("--token", help="token for a private repository (default: the stored token)")
-        subparser.add_argument("--json", action="store_true", help="print JSON instead of tables")
         return subparser
 
     command(inspect)
@@ -385,7 +430,21 @@ def _parser() -> argparse.ArgumentParser:
         subparser.add_argument("--num-labels", type=int, help="classes of the head, if they differ from the base's")
         if run is merge:
             subparser.add_argument("--out", required=True, metavar="DIR", help="a new folder for the merged model")
+            subparser.add_argument(
+                "--widen",
+                action=argparse.BooleanOptionalAction,
+                default="auto",
+                help="make MLPs wider with zeros wherever external adapters need it, or never (default: where it adds "
+                "at most a tenth to the MLPs)",
+            )
     command(diff).add_argument("other", metavar="OTHER", help="another adapter")
+    subparser = plain(extract)
+    subparser.add_argument("base", metavar="BASE", help="the base model: a folder, or a repository on the Hub")
+    subparser.add_argument("finetuned", metavar="FINETUNED", help="the fine-tuned model")
+    subparser.add_argument("--out", required=True, metavar="DIR", help="a new folder for the adapter")
+    subparser.add_argument("--budget", type=_budget, help="most values: a number, or a fraction of the backbone")
+    subparser.add_argument("--modules-to-save", nargs="+", metavar="MODULE", help="heads, which are taken over whole")
+    subparser.add_argument("--num-labels", type=int, help="classes of the base's head, if they differ from its own")
     return parser
 
 

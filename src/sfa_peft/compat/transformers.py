@@ -1,4 +1,4 @@
-"""The patch of transformers' `load_adapter` for SFA adapters.
+"""The patches of transformers: `load_adapter` for SFA adapters, and `save_pretrained` for merged models.
 
 transformers reads an adapter's file itself, and has no hook to decode it.
 """
@@ -16,6 +16,7 @@ from ..checkpoint.seal import WEIGHTS
 from ..checkpoint.validation import check_finite, check_sizes
 from ..config import SFAConfig
 from ..layers.granularity import position_dtype
+from ..layers.merged import merged_leaves
 from ..planning.base import base_parameters
 from .loads import AdapterLoad, readable_errors
 from .patching import Method, arguments_of, patch
@@ -106,3 +107,18 @@ def _load_in_transformers(original: Method, model: PreTrainedModel, given: dict[
             return original(**given | replaced)
         except RuntimeError as error:  # from torch, about tensors of other shapes
             raise CheckpointError(f"the adapter does not fit this {type(model).__name__}: {error}") from error
+
+
+@patch(PreTrainedModel, "save_pretrained", applies=lambda model: bool(merged_leaves(model)))
+def save_pretrained_of_merged(original: Method, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """Refuse to save a merged model that has external adapters as modules: its config does not describe them.
+
+    Raises:
+        ValueError: Always.
+    """
+    leaves = list(merged_leaves(model))
+    raise ValueError(
+        f"this {type(model).__name__} has external adapters as modules on {len(leaves)} of its modules (such as "
+        f"{leaves[0]!r}). Its config does not describe them, so from_pretrained would lose them. Save the adapter "
+        f"itself, with save_pretrained of the PeftModel before merge_and_unload, and load it onto the base model."
+    )

@@ -20,7 +20,7 @@ from ..config import PATTERN_FIELDS, SFAConfig
 from ..layers.adapted import SFALayer
 from ..layers.kinds import internal_parameters
 from ..layers.leaves import base_layer_of, channels_of
-from ..layers.merged import AddExternals
+from ..layers.merged import hook_of
 from ..layers.quantized import dequantized, is_quantized
 from ..ticket.criteria import CRITERIA, Evidence
 from ..ticket.selection import Positions, choose, count_elements
@@ -359,7 +359,7 @@ class Planner:
             )
 
     def _refuse_merged(self, name: str) -> None:
-        if any(isinstance(hook, AddExternals) for hook in self.model.get_submodule(name)._forward_hooks.values()):
+        if hook_of(self.model.get_submodule(name)) is not None:
             raise ValueError(
                 f"{name!r} has external adapters of an earlier merge_and_unload; adapt the original base model "
                 f"instead, where several adapters can be active together."

@@ -32,6 +32,7 @@ from ..planning.plan import TASK_HEADS, Plan, Planner, ticket_sizes
 from ..ticket.selection import Positions
 from .checks import check_config
 from .combining import check_combinable, combined, fill
+from .folding import Widen, fold_externals, warn_of_kept
 from .layout import layout_in, lengths
 from .mixing import mixing
 from .optimizers import holds_any
@@ -330,6 +331,39 @@ class SFAModel(BaseTuner):
             self.merge_adapter(adapter_names, safe_merge)
         model = cast(nn.Module, super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names))
         release_statistics(model)
+        return model
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        widen: Widen = "auto",
+    ) -> nn.Module:
+        """Merge the adapters into the weights, and return the plain model.
+
+        Internal adapters are changes of weights. External adapters at the place `mlp_parallel` with the activation of
+        the MLP are folded into a wider MLP, which the config of the returned model describes. Other external adapters
+        stay modules, with a warning; `save_pretrained` of such a model is an error, since it would lose them.
+
+        Args:
+            progressbar (`bool`, defaults to `False`): Whether to show a progress bar.
+            safe_merge (`bool`, defaults to `False`): Whether to check that the merged parameters are finite.
+            adapter_names (`list[str]`, *optional*, defaults to `None`): The adapters. None merges the active ones.
+            widen (`bool` or `"auto"`, defaults to `"auto"`):
+                Whether hidden units of zeros may be added where a config cannot give an MLP exactly the hidden units
+                that it needs. With `"auto"`, up to a tenth of the MLPs' parameters. With False nothing is folded.
+
+        Returns:
+            The base model, changed in place.
+
+        Raises:
+            ValueError: If `widen` is not valid, or as in `merge_adapter`. Then nothing is changed.
+        """
+        if widen not in (True, False, "auto"):
+            raise ValueError(f"widen={widen!r}: use True, False or 'auto'.")
+        model = super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        warn_of_kept(model, fold_externals(model, widen))
         return model
 
     def unload(self) -> nn.Module:
