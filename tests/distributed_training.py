@@ -26,6 +26,7 @@ def half(batch):
 model = in_eval()
 if way == "ddp":
     model = accelerator.prepare(model)
+    assert not [name for name in model.named_module_buffers if "_positions" in name]
 else:
     mesh = init_device_mesh("cpu", (2,))
     for module in (*(m for m in model.modules() if isinstance(m, SwinLayer)), model):

@@ -271,7 +271,7 @@ def test_an_optimizer_of_other_parameters_is_not_told(replace):
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_two_processes_train_what_one_trains(way, tmp_path):
-    script = Path(__file__).with_name("distributed_training.py")
+    script = Path(__file__).with_name("distributed_training.py")  # it checks what is sent, too
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(script), way, str(tmp_path)],
         capture_output=True,

@@ -15,7 +15,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..checkpoint import CheckpointError
-from ..checkpoint.names import PREFIX, is_adapter_key
+from ..checkpoint.names import PREFIX, is_adapter_key, is_positions_key
 from ..checkpoint.reader import LOAD
 from ..checkpoint.validation import check_positions
 from ..config import SFAConfig
@@ -194,6 +194,12 @@ class SFAModel(BaseTuner):
 
     def _wrap(self, name: str) -> SFALayer:
         return wrap_leaf(self.model, name, self.active_adapters, self.changed)
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        # Positions are the same on all processes and not trained, but DistributedDataParallel would send all buffers
+        # in every forward pass. It reads this attribute of the module that it wraps; a `PeftModel` asks its tuner.
+        return [f"base_model.{name}" for name, _ in self.named_buffers() if is_positions_key(name)]
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version also copies `weight` from the replaced module, which a head may not have.
