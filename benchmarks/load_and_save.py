@@ -1,8 +1,8 @@
-"""Time to load and to save an adapter, beside PEFT's LoRA with as many parameters, and what SFA does for one load.
+"""Time to inject, load, save and switch to an adapter beside PEFT's LoRA of the same size, and what SFA does for a load.
 
     python benchmarks/load_and_save.py --model dinov2-s
 
-Loads and saves of the two take turns in one process. Prints medians of the times and of their ratios. A first save
+The two take turns in one process. Prints medians of the times and of their ratios. A first save
 draws the picture of the ticket; those after it, as in a training, do not, and are what is counted here. Syncs to the
 disk are left out, since they take what the disk takes.
 """
@@ -68,16 +68,30 @@ def main() -> None:
         models = dict(zip(KINDS, (lora, sfa), strict=True))
         for kind, model in models.items():
             model.save_pretrained(str(folders[kind]))
-        times: dict[str, dict[str, list[float]]] = {"load": {k: [] for k in KINDS}, "save": {k: [] for k in KINDS}}
+        whats = ("get_peft_model", "load", "save", "switch")
+        times: dict[str, dict[str, list[float]]] = {what: {kind: [] for kind in KINDS} for what in whats}
+        configs = {KINDS[0]: LoraConfig(r=8, target_modules=LINEARS), KINDS[1]: SFAConfig(budget=budget)}
+        for kind, model in models.items():
+            model.add_adapter("other", configs[kind])
         for _ in range(args.rounds + 1):
             for kind, model in models.items():
+                torch.manual_seed(0)
+                base = MODELS[args.model]()
+                gc.collect()
+                start = time.perf_counter()
+                get_peft_model(base, configs[kind])
+                middle = time.perf_counter()
+                for name in ("other", "default"):
+                    model.set_adapter(name)
+                times["get_peft_model"][kind].append(middle - start)
+                times["switch"][kind].append((time.perf_counter() - middle) / 2)
                 torch.manual_seed(0)
                 base = MODELS[args.model]()
                 gc.collect()  # not within what is timed
                 start = time.perf_counter()
                 PeftModel.from_pretrained(base, str(folders[kind]))
                 middle = time.perf_counter()
-                model.save_pretrained(str(folders[kind]))
+                model.save_pretrained(str(folders[kind]), selected_adapters=["default"])
                 times["load"][kind].append(middle - start)
                 times["save"][kind].append(time.perf_counter() - middle)
         print(f"{args.model}, {budget:,} trained parameters, {os.cpu_count()} cores, one thread")
