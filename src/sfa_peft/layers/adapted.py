@@ -6,6 +6,7 @@ next to an adapter that uses other places.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, cast
@@ -25,6 +26,10 @@ from .parallel import ParallelInput
 from .sparse import Changeable, SparseDelta, changed_parameter, changes_of, sparse_forward
 
 A = TypeVar("A", bound=nn.Module)
+
+# When adapters are merged and then disabled, the first forward pass unmerges them, and several threads may run it. The
+# lock is no attribute of a layer, since layers are copied and pickled.
+_UNMERGING = threading.RLock()
 
 
 class Adapters(Protocol[A]):
@@ -242,7 +247,9 @@ class SFALayer(nn.Module, BaseTunerLayer):
         """
         if self.disable_adapters:
             if self.merged:
-                self.unmerge()
+                with _UNMERGING:
+                    if self.merged:  # it may have waited for another thread
+                        self.unmerge()
             self._forget_inputs()
             return self._base_forward(x, *args, **kwargs)
         mixture = mixture_of(self)
@@ -352,16 +359,17 @@ class SFALayer(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         base = self.get_base_layer()
-        while len(self.merged_adapters) > keep:
-            adapter_name = self.merged_adapters[-1]
-            with torch.no_grad():
+        with _UNMERGING, torch.no_grad():
+            while len(self.merged_adapters) > keep:
+                adapter_name = self.merged_adapters[-1]
                 for name, (granularity, positions, values) in self._originals[adapter_name].items():
                     parameter = getattr(base, name)
                     restored = parameter.detach().clone(memory_format=torch.contiguous_format)
                     granularity.write(restored, positions.to(restored.device), values.to(restored))
                     parameter.copy_(restored)
-            self.merged_adapters.pop()  # at last, so that an interrupted call can be repeated
-            self._originals.pop(adapter_name, None)
+                # At last, so that an interrupted call can be repeated, and no other thread takes it for done before.
+                self.merged_adapters.pop()
+                self._originals.pop(adapter_name, None)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
