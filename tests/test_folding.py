@@ -446,6 +446,18 @@ def test_folding_can_be_refused_and_required():
         adapted(tiny.dinov2).merge_and_unload()
 
 
+def test_a_warning_that_is_an_error_leaves_the_adapter():
+    model = adapted(external_places=["attention", "mlp_parallel"])
+    before, expected = tiny.state(model), outputs(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ExternalsKeptWarning)
+        with pytest.raises(ExternalsKeptWarning):
+            model.merge_and_unload()
+    assert tiny.same_state(tiny.state(model), before)
+    assert model.get_base_model().config.intermediate_size == 32
+    assert torch.equal(outputs(model), expected)
+
+
 def test_a_model_with_kept_adapters_can_be_copied_pickled_and_read(tmp_path):
     model = adapted(external_places=["attention", "mlp_parallel"])
     expected = outputs(copy.deepcopy(model))  # transformers' hooks for hidden states cannot be pickled
