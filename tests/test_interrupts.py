@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sfa_peft
 import tiny
 from adapters import disturb
-from sfa_peft import SFAConfig, install_ticket, search_ticket, ticket_of
+from sfa_peft import SFAConfig, extract_adapter, install_ticket, search_ticket, ticket_of
 from sfa_peft.tuner import optimizers, rollback
 from sfa_peft.tuner.rollback import Rollback, Uninterrupted
 
@@ -97,6 +97,13 @@ def loading_a_state_dict(saved):
     return model, lambda: set_peft_model_state_dict(model, tensors)
 
 
+def extracting(saved):
+    model, finetuned = base(), base()
+    with torch.no_grad():
+        finetuned.layers[0].mlp.fc1.bias.add_(1)
+    return model, lambda: extract_adapter(model, finetuned, budget=10)
+
+
 def searching(saved, **options):
     model = of_three()
     model.unmerge_adapter()
@@ -127,6 +134,7 @@ CHANGES = {
     "hotswap": of(trained, lambda model, saved: hotswap_adapter(model, saved, "default")),
     "set_peft_model_state_dict": loading_a_state_dict,
     "install_ticket": installing,
+    "extract_adapter": extracting,
     "search_ticket": searching,
     "search_ticket with probes": placing,
     "add_weighted_adapter": of(
@@ -242,9 +250,12 @@ def interrupted_at(n, change):
         return trace
 
     sys.settrace(trace)
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
         again(change)
-    sys.settrace(None)
+    except KeyboardInterrupt:  # not suppressed by contextlib, which is interrupted too
+        pass
+    finally:
+        sys.settrace(None)
     return lines
 
 
