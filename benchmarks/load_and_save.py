@@ -1,4 +1,4 @@
-"""Time to inject, load, save and switch to an adapter beside PEFT's LoRA of the same size, and what SFA does for a load.
+"""Time to inject, load, save and switch adapters beside PEFT's LoRA of the same size, and what SFA does for a load.
 
     python benchmarks/load_and_save.py --model dinov2-s
 

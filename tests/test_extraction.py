@@ -184,6 +184,19 @@ def test_what_cannot_be_extracted_is_refused_and_changes_nothing(base, goal, opt
     assert tiny.same_state(tiny.state(base), before)
 
 
+def test_an_interrupt_leaves_the_base_as_it_was(monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    base = tiny.swin()
+    before = tiny.state(base)
+    monkeypatch.setattr("sfa_peft.search.extraction._fill", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        extract_adapter(base, finetuned(base), modules_to_save=["decode_head"])
+    assert tiny.same_state(tiny.state(base), before)
+    assert not hasattr(base, "peft_config")
+
+
 def test_an_adapter_is_extracted_as_it_was():
     model = get_peft_model(tiny.swin(), SFAConfig(internal_density=0.02, external_modules=[], init_weights=False))
     expected, ticket = tiny.output(model), positions(model)

@@ -392,6 +392,21 @@ def test_an_adapter_on_fc1_keeps_the_others():
     assert difference(outputs(merged), expected) < TOLERANCE
 
 
+def test_one_block_that_cannot_be_wider_keeps_all_with_its_config():
+    class OwnLinear(nn.Linear):
+        pass
+
+    base = vit_classifier()
+    base.vit.layers[0].mlp.fc1.__class__ = OwnLinear
+    model = get_peft_model(base, SFAConfig(budget=0.1, init_weights=False))
+    expected = outputs(model)
+    message = r"layers\.0.*are not both nn\.Linear.*layers\.1.*another block with the same config.*vit\.layers\.0\.mlp"
+    with pytest.warns(ExternalsKeptWarning, match=message):
+        merged = model.merge_and_unload()
+    assert difference(outputs(merged), expected) < TOLERANCE
+    assert merged.config.intermediate_size == 32
+
+
 def test_models_of_others_are_not_folded():
     own = nn.Sequential(nn.Linear(4, 4))
     model = get_peft_model(
@@ -429,6 +444,18 @@ def test_folding_can_be_refused_and_required():
     assert merged.config.intermediate_size == 32
     with pytest.warns(ExternalsKeptWarning, match=r"zeros would add [\d,]+ parameters, \d+% of the MLPs'"):
         adapted(tiny.dinov2).merge_and_unload()
+
+
+def test_a_warning_that_is_an_error_leaves_the_adapter():
+    model = adapted(external_places=["attention", "mlp_parallel"])
+    before, expected = tiny.state(model), outputs(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ExternalsKeptWarning)
+        with pytest.raises(ExternalsKeptWarning):
+            model.merge_and_unload()
+    assert tiny.same_state(tiny.state(model), before)
+    assert model.get_base_model().config.intermediate_size == 32
+    assert torch.equal(outputs(model), expected)
 
 
 def test_a_model_with_kept_adapters_can_be_copied_pickled_and_read(tmp_path):

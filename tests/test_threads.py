@@ -12,6 +12,7 @@ from torch import nn
 import tiny
 from adapters import disturb
 from sfa_peft import SFAConfig
+from sfa_peft.layers.granularity import Element
 
 NAMES = [
     ["both", "__base__", "external", "internal"],
@@ -180,6 +181,34 @@ def test_replicas_in_threads(model, images):
         replicas = [replica(model) for _ in NAMES]
         found = in_threads([lambda i=i: run(replicas[i], images[i], NAMES[i]) for i in range(len(NAMES))])
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_the_first_forward_pass_that_unmerges_is_waited_for_by_other_threads(images, monkeypatch):
+    base = tiny.swin()
+    expected = run(base, images[0])
+    model = get_peft_model(base, SFAConfig(budget=0.1)).eval()
+    disturb(model, "default")
+    before = tiny.state(model)
+    model.merge_adapter()
+    write, is_inside, is_done = Element.write, threading.Event(), threading.Event()
+
+    def slow_write(*args):
+        if not is_inside.is_set():  # the second thread runs while the first one is here
+            is_inside.set()
+            is_done.wait(0.3)
+        write(*args)
+
+    def second():
+        assert is_inside.wait(SECONDS)
+        result = run(model, images[0])
+        is_done.set()
+        return result
+
+    monkeypatch.setattr(Element, "write", slow_write)
+    with model.disable_adapter():
+        found = in_threads([lambda: run(model, images[0]), second])
+    assert all(torch.equal(y, expected) for y in found)
+    assert tiny.same_state(tiny.state(model), before)
 
 
 def test_a_model_that_splits_the_batch_inside_is_refused(model, images):

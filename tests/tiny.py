@@ -112,8 +112,8 @@ def dinov3_gated():
     return _alone(DINOv3ViTModel, DINOv3ViTConfig(**_vit_options(), use_gated_mlp=True))
 
 
-def vit():
-    return _alone(ViTModel, ViTConfig(**_vit_options()))
+def vit(**changes):
+    return _alone(ViTModel, ViTConfig(**_vit_options() | changes))
 
 
 def dpt_on_dinov2():

@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextvars import copy_context
 from typing import Any, cast
 
 import peft
@@ -19,11 +18,13 @@ from ..checkpoint.reader import LOAD, Load, difference_of
 from ..config import SFAConfig
 from ..layers.adapted import sfa_layers
 from ..planning.base import check_base
-from ..planning.plan import Planner
+from ..planning.plan import Plan, Planner
 from ..tuner.model import SFAModel, tuner_of
 from ..tuner.optimizers import tell_left_behind
+from ..tuner.rollback import Rollback
+from ..tuner.state import tensors_of
 from .loads import AdapterLoad, readable_errors
-from .patching import Method, arguments_of, patch
+from .patching import Method, arguments_of, in_own_context, patch
 from .registration import NAME, incompatible
 
 
@@ -61,21 +62,21 @@ def swap(model: nn.Module, tensors: dict[str, Tensor], adapter_name: str, config
             f"Configs are incompatible: the adapters differ in {difference}. Load the other one with load_adapter."
         )
     check_base(tuner.model, adapter_name, config, [name for name, _ in layers])
-    if (present.ticket_sizes or {}) == (config.ticket_sizes or {}):
-        peft.set_peft_model_state_dict(peft_model, tensors, adapter_name)
-        return
-    if compiled is not None:
+    has_same_sizes = (present.ticket_sizes or {}) == (config.ticket_sizes or {})
+    if not has_same_sizes and compiled is not None:
         raise ValueError(
             f"the ticket of the new adapter has other sizes than that of {adapter_name!r}, and the model is already "
             f"compiled; swap before torch.compile, or load the new one as another adapter."
         )
-    with resized(peft_model, adapter_name, config):
+    with Rollback(peft_model) as rollback, torch.no_grad():
+        rollback.keep(tensors_of(peft_model, adapter_name))
+        if not has_same_sizes:
+            resize(peft_model, adapter_name, config)
         peft.set_peft_model_state_dict(peft_model, tensors, adapter_name)
 
 
-@contextmanager
-def resized(model: PeftModel, adapter_name: str, config: SFAConfig) -> Iterator[None]:
-    """Give an adapter the sizes of a saved one, whose weights are loaded inside. An error restores the adapter.
+def resize(model: PeftModel, adapter_name: str, config: SFAConfig) -> None:
+    """Give an adapter the sizes of a saved one, whose weights are loaded afterwards.
 
     Args:
         model: The model.
@@ -86,19 +87,19 @@ def resized(model: PeftModel, adapter_name: str, config: SFAConfig) -> Iterator[
         CheckpointError: If the saved adapter does not fit the model.
     """
     tuner = tuner_of(model)
-    token = LOAD.set(LOAD.get() or Load())  # the plan needs no positions, which are loaded with the weights
-    try:
-        plan = Planner(tuner.model, config).plan()
-    finally:
-        LOAD.reset(token)
+
+    def plan_without_positions() -> Plan:  # they are loaded with the weights
+        LOAD.set(LOAD.get() or Load())
+        return Planner(tuner.model, config).plan()
+
+    plan = copy_context().run(plan_without_positions)
     before = tuner.parameters_of(adapter_name)
-    with tuner.restoring(adapter_name, only_on_error=True):
-        tuner.install(adapter_name, plan.positions, plan.all_externals)
-        yield
+    tuner.install(adapter_name, plan.positions, plan.all_externals)
     tell_left_behind(before, tuner.parameters_of(adapter_name), adapter_name)
 
 
 @patch(hotswap, "hotswap_adapter", "model", "model_name_or_path", "adapter_name", "kwargs")
+@in_own_context
 def hotswap_adapter(original: Method, *args: Any, **kwargs: Any) -> Any:
     """Swap an adapter as PEFT does. The file of an SFA adapter is read once, with its checks.
 
@@ -121,8 +122,7 @@ def hotswap_adapter_from_state_dict(original: Method, *args: Any, **kwargs: Any)
     given = arguments_of(original, args, kwargs)
     if not isinstance(given.get("config"), SFAConfig):
         return original(*args, **kwargs)
-    with torch.no_grad():
-        return swap(given["model"], given["state_dict"], given["adapter_name"], given["config"])
+    return swap(given["model"], given["state_dict"], given["adapter_name"], given["config"])
 
 
 if not hasattr(hotswap, "CONFIG_KEYS_TO_CHECK"):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 
@@ -20,13 +19,13 @@ from ..checkpoint.reader import LOAD, Load, weights_of
 from ..checkpoint.renaming import KeyMapping
 from ..checkpoint.seal import CONFIG, read
 from ..config import SFAConfig
-from ..layers.adapted import sfa_layers
-from ..tuner.structure import discard_adapter
+from ..tuner.rollback import Rollback
+from ..tuner.state import tensors_of
 from .registration import NAME
 
 
 class AdapterLoad(Load):
-    """A load of an adapter. If it fails, the adapter is removed again, unless it existed before.
+    """A load of an adapter. If it fails, the model is restored: the adapter is removed, or as it was before.
 
     It does nothing until an SFA config is read, since the adapter may be one of another method.
     """
@@ -34,41 +33,24 @@ class AdapterLoad(Load):
     def __init__(self, model: Any, adapter_name: Any, mapping: KeyMapping | None = None) -> None:
         super().__init__(mapping or {})
         self.model, self.adapter_name = model, adapter_name
+        self.rollback: Rollback | None = None
 
     def begin(self) -> None:
         if self.begun or not isinstance(self.model, nn.Module):  # PEFT raises an error for this
             return
+        rollback = Rollback(self.model)
+        rollback.keep(tensors_of(self.model, self.adapter_name))
+        self.rollback = rollback
         super().begin()
-        self.base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        self.flags = [(p, p.requires_grad) for p in self.base.parameters()]
-        self.had_config = hasattr(self.base, "peft_config")
-        self.was_loaded = getattr(self.base, "_hf_peft_config_loaded", None)  # set by transformers
-        self.had_adapter = self.adapter_name in getattr(self.base, "peft_config", {})
 
     def __enter__(self) -> AdapterLoad:
         self.token = LOAD.set(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self.rollback is not None:
+            self.rollback.restore()
         LOAD.reset(self.token)
-        if kind is not None and self.begun and not self.had_adapter:
-            self._undo()
-
-    def _undo(self) -> None:
-        base, name = self.base, self.adapter_name
-        is_new = any(name in layer.adapter_names for _, layer in sfa_layers(base))
-        if is_new:
-            discard_adapter(base, name)
-        for p, requires_grad in self.flags:
-            p.requires_grad_(requires_grad)
-        if self.was_loaded is not None:
-            base._hf_peft_config_loaded = self.was_loaded
-        if is_new or not sfa_layers(base):
-            configs = getattr(base, "peft_config", {})
-            if isinstance(configs.get(name), SFAConfig):
-                configs.pop(name)
-            if not self.had_config and not configs and hasattr(base, "peft_config"):
-                del base.peft_config
 
 
 @contextmanager

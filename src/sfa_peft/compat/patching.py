@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from contextvars import copy_context
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from .registration import incompatible
 
@@ -113,3 +114,16 @@ def arguments_of(function: Method, args: tuple[Any, ...], kwargs: dict[str, Any]
         return {}
     bound.apply_defaults()
     return bound.arguments
+
+
+def in_own_context(function: F) -> F:
+    """Run a function in a copy of the context variables, so that none that it sets outlives it.
+
+    A `finally` that resets them may be interrupted, and the mark of a load would remain for ever.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return copy_context().run(function, *args, **kwargs)
+
+    return cast(F, run)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from huggingface_hub import CommitInfo
 from peft import PeftModel, get_peft_model_state_dict, peft_model
 from peft import utils as peft_utils
 from peft.utils import hotswap
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checkpoint import CheckpointError
 from ..checkpoint.files import staged
@@ -35,9 +35,11 @@ from ..layers.adapted import sfa_layers
 from ..layers.offloading import brought, is_hooked
 from ..search import ticket_of
 from ..tuner.model import tuner_of
-from .hotswap import resized
+from ..tuner.rollback import Rollback
+from ..tuner.state import tensors_of
+from .hotswap import resize
 from .loads import AdapterLoad, readable_errors
-from .patching import Method, arguments_of, patch
+from .patching import Method, arguments_of, in_own_context, patch
 from .registration import NAME
 
 
@@ -154,7 +156,24 @@ def _writes(is_main_process: bool) -> bool:
     return is_main_process and not (dist.is_initialized() and dist.get_rank() != 0)
 
 
+@patch(PeftModel, "__init__", "model", "peft_config")
+def init(original: Method, model: PeftModel, *args: Any, **kwargs: Any) -> None:
+    """Adapt a base as PEFT does. If it fails, the base is as it was."""
+    given = arguments_of(original, args, kwargs)
+    concerned = isinstance(given.get("peft_config"), SFAConfig) and isinstance(given.get("model"), nn.Module)
+    with Rollback(given["model"]) if concerned else nullcontext():
+        original(*args, **kwargs)
+
+
+@patch(PeftModel, "add_adapter", "adapter_name", applies=is_sfa)
+def add_adapter(original: Method, model: PeftModel, *args: Any, **kwargs: Any) -> None:
+    """Add an adapter as PEFT does. If it fails, the model is as it was; PEFT's version forgets interrupts."""
+    with Rollback(model):
+        original(*args, **kwargs)
+
+
 @patch(PeftModel, "from_pretrained", "model", "model_id", "adapter_name", "config", "key_mapping", "kwargs")
+@in_own_context
 def from_pretrained(original: Method, cls: type[PeftModel], *args: Any, **kwargs: Any) -> PeftModel:
     """Load an adapter as `PeftModel.from_pretrained` does. A failed load does not change the model.
 
@@ -175,6 +194,7 @@ def from_pretrained(original: Method, cls: type[PeftModel], *args: Any, **kwargs
 
 
 @patch(PeftModel, "load_adapter", "model_id", "adapter_name", "key_mapping", "kwargs", applies=is_sfa)
+@in_own_context
 def load_adapter(original: Method, model: PeftModel, *args: Any, **kwargs: Any) -> Any:
     """Load another adapter as `PeftModel.load_adapter` does. A failed load does not change the model.
 
@@ -186,17 +206,16 @@ def load_adapter(original: Method, model: PeftModel, *args: Any, **kwargs: Any) 
     model_id: Any = given.get("model_id")
     if LOAD.get() is not None:  # `from_pretrained` has read and checked it
         return original(*args, **kwargs)
-    with ExitStack() as stack:
-        load = stack.enter_context(AdapterLoad(model, adapter_name, given.get("key_mapping")))
+    load = AdapterLoad(model, adapter_name, given.get("key_mapping"))
+    with load, readable_errors(load, model_id, options):
         load.begin()
-        stack.enter_context(readable_errors(load, model_id, options))
         configs = tuner_of(model).peft_config
         if adapter_name in configs:  # then PEFT does not read the saved config
             if any(adapter_name in layer.merged_adapters for _, layer in sfa_layers(model)):
                 raise ValueError(f"adapter {adapter_name!r} is merged: call unmerge_adapter() before loading into it.")
             saved, present = SFAConfig.from_pretrained(model_id, **options), configs[adapter_name]
             if _only_sizes_differ(saved, present) and _is_fresh(model, adapter_name):
-                stack.enter_context(resized(model, adapter_name, saved))
+                resize(model, adapter_name, saved)
             else:
                 _check_same(saved, present)
         return original(*args, **kwargs)
@@ -224,8 +243,10 @@ def load_peft_weights(original: Method, *args: Any, **kwargs: Any) -> dict[str, 
 @patch(peft_model, "set_peft_model_state_dict", "model", "peft_model_state_dict", "adapter_name")
 @patch(peft_utils, "set_peft_model_state_dict", "model", "peft_model_state_dict", "adapter_name")
 def set_peft_model_state_dict(original: Method, *args: Any, **kwargs: Any) -> Any:
-    """Load a state dict as PEFT does. PEFT ends in a KeyError if a tensor of a head is missing, and overwrites
-    one that has the adapter's name in its own.
+    """Load a state dict as PEFT does; an error restores the adapter.
+
+    PEFT ends in a KeyError if a tensor of a head is missing, and overwrites one that has the adapter's name in its
+    own.
 
     Raises:
         CheckpointError: If the tensors are damaged, or do not fit the adapter.
@@ -240,7 +261,9 @@ def set_peft_model_state_dict(original: Method, *args: Any, **kwargs: Any) -> An
             f"the state dict has {named[0]!r}, with the name of the adapter; save the adapter again."
         )
     try:
-        return original(*args, **kwargs)
+        with Rollback(given["model"]) as rollback:
+            rollback.keep(tensors_of(given["model"], given["adapter_name"]))
+            return original(*args, **kwargs)
     except KeyError as error:
         key = error.args[0]
         if key in tensors:

@@ -19,7 +19,7 @@ from ..layers.granularity import position_dtype
 from ..layers.merged import merged_leaves
 from ..planning.base import base_parameters
 from .loads import AdapterLoad, readable_errors
-from .patching import Method, arguments_of, patch
+from .patching import Method, arguments_of, in_own_context, patch
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
@@ -35,6 +35,7 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "s
     "load_config",
     "kwargs",
 )
+@in_own_context
 def load_adapter_in_transformers(original: Method, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     """Load an adapter as transformers' `load_adapter` does, with SFA's checks and decoded positions.
 

@@ -6,6 +6,7 @@ next to an adapter that uses other places.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, cast
@@ -26,6 +27,10 @@ from .parallel import ParallelInput
 from .sparse import Changeable, Kept, SparseDelta, changed_parameter, changes_of, sparse_forward
 
 A = TypeVar("A", bound=nn.Module)
+
+# When adapters are merged and then disabled, the first forward pass unmerges them, and several threads may run it. The
+# lock is no attribute of a layer, since layers are copied and pickled.
+_UNMERGING = threading.RLock()
 
 
 class Adapters(Protocol[A]):
@@ -79,7 +84,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
         self.sfa_parallel = cast("Adapters[ExternalAdapter]", nn.ModuleDict())
         self.parallel_inputs: dict[str, ParallelInput] = {}
         self.merged_adapters: list[str] = []
-        self._originals: list[dict[str, tuple[Granularity, Tensor, Tensor]]] = []
+        self._originals: dict[str, dict[str, tuple[Granularity, Tensor, Tensor]]] = {}  # of each merged adapter
         self._disable_adapters = False
         self._active_adapter = list(active)
         self.searching = False
@@ -266,7 +271,9 @@ class SFALayer(nn.Module, BaseTunerLayer):
         """
         if self.disable_adapters:
             if self.merged:
-                self.unmerge()
+                with _UNMERGING:
+                    if self.merged:  # it may have waited for another thread
+                        self.unmerge()
             self._forget_inputs()
             return self._base_forward(x, *args, **kwargs)
         mixture = mixture_of(self)
@@ -351,15 +358,21 @@ class SFALayer(nn.Module, BaseTunerLayer):
                         f"the adapter's values have diverged, or are too large for {value.dtype}."
                     )
             originals = {}
-            with torch.no_grad():
-                for c in changes:
-                    parameter = getattr(base, c.name)
-                    positions = c.positions.long()
-                    old = c.granularity.read(parameter.detach().contiguous(), positions)
-                    originals[c.name] = (c.granularity, positions, old)
-                    parameter.copy_(new[c.name])
-            self._originals.append(originals)
+            for c in changes:
+                positions = c.positions.long()
+                old = c.granularity.read(getattr(base, c.name).detach().contiguous(), positions)
+                originals[c.name] = (c.granularity, positions, old)
+            # The originals are in their place before the first parameter changes, so that an interrupt cannot leave
+            # changes that nothing undoes.
+            self._originals[name] = originals
             self.merged_adapters.append(name)
+            try:
+                with torch.no_grad():
+                    for parameter, value in new.items():
+                        getattr(base, parameter).copy_(value)
+            except BaseException:
+                self.unmerge(keep=len(self.merged_adapters) - 1)
+                raise
 
     def unmerge(self, keep: int = 0) -> None:
         """Restore the base parameters, bit for bit.
@@ -371,14 +384,17 @@ class SFALayer(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         base = self.get_base_layer()
-        while len(self.merged_adapters) > keep:
-            self.merged_adapters.pop()
-            with torch.no_grad():
-                for name, (granularity, positions, values) in self._originals.pop().items():
+        with _UNMERGING, torch.no_grad():
+            while len(self.merged_adapters) > keep:
+                adapter_name = self.merged_adapters[-1]
+                for name, (granularity, positions, values) in self._originals[adapter_name].items():
                     parameter = getattr(base, name)
                     restored = parameter.detach().clone(memory_format=torch.contiguous_format)
                     granularity.write(restored, positions.to(restored.device), values.to(restored))
                     parameter.copy_(restored)
+                # At last, so that an interrupted call can be repeated, and no other thread takes it for done before.
+                self.merged_adapters.pop()
+                self._originals.pop(adapter_name, None)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

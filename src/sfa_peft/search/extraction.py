@@ -22,6 +22,7 @@ from ..planning.budget import absolute_budget
 from ..planning.plan import Planner, without_empty
 from ..ticket.selection import Parameters, choose
 from ..tuner.model import SFAModel, tuner_of
+from ..tuner.rollback import Rollback
 
 
 @dataclass(frozen=True)
@@ -118,24 +119,25 @@ def extract_adapter(
         return _difference(p, goal[name]).abs().float()
 
     positions = without_empty(choose(candidates, score, Element(), size))
-    model = get_peft_model(
-        base,
-        SFAConfig(
-            budget=size,
-            external_modules=[],
-            target_modules=_exactly(positions),
-            modules_to_save=modules_to_save,
-        ),
-        adapter_name=adapter_name,
-    )
-    tuner = tuner_of(model)
-    tuner.install(adapter_name, positions)
-    for name in planner.heads:
-        copied = {k.removeprefix(f"{name}."): t for k, t in goal.items() if k.startswith(f"{name}.")}
-        cast(ModulesToSaveWrapper, tuner.model.get_submodule(name)).modules_to_save[adapter_name].load_state_dict(
-            copied
+    with Rollback(base):
+        model = get_peft_model(
+            base,
+            SFAConfig(
+                budget=size,
+                external_modules=[],
+                target_modules=_exactly(positions),
+                modules_to_save=modules_to_save,
+            ),
+            adapter_name=adapter_name,
         )
-    missing, whole = _fill(tuner, adapter_name, candidates, goal)
+        tuner = tuner_of(model)
+        tuner.install(adapter_name, positions)
+        for name in planner.heads:
+            copied = {k.removeprefix(f"{name}."): t for k, t in goal.items() if k.startswith(f"{name}.")}
+            cast(ModulesToSaveWrapper, tuner.model.get_submodule(name)).modules_to_save[adapter_name].load_state_dict(
+                copied
+            )
+        missing, whole = _fill(tuner, adapter_name, candidates, goal)
     missing, whole = (total + sum(norm**2 for norm in left_out.values()) for total in (missing, whole))
     return model, Extraction(size, changed, math.sqrt(missing / whole), left_out)
 

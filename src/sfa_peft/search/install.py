@@ -12,13 +12,14 @@ from ..layers.adapted import sfa_layers
 from ..ticket.ticket import Ticket, shapes_of
 from ..tuner.model import SFAModel
 from ..tuner.optimizers import tell_left_behind
+from ..tuner.rollback import Rollback
 
 
 def install_ticket(model: nn.Module, ticket: Ticket, adapter_name: str | None = None) -> None:
     """Install a ticket in an SFA adapter: its positions, and the places and widths of its external adapters.
 
     As after a search, the new adapter does not change the model's outputs yet. The parameters are new, so create the
-    optimizer afterwards.
+    optimizer afterwards. After an error or an interrupt, the model is as it was.
 
     Args:
         model (`nn.Module`): The model that `get_peft_model` returned for an `SFAConfig`.
@@ -61,8 +62,9 @@ def install_ticket(model: nn.Module, ticket: Ticket, adapter_name: str | None = 
                 f"{adapter_name!r} is {tuner.budget(adapter_name):,}; raise `budget`."
             )
     before = tuner.parameters_of(adapter_name)
-    tuner.install(adapter_name, ticket.positions, externals)
-    tell_left_behind(before, tuner.parameters_of(adapter_name), adapter_name)
+    with Rollback(tuner):
+        tuner.install(adapter_name, ticket.positions, externals)
+        tell_left_behind(before, tuner.parameters_of(adapter_name), adapter_name)
 
 
 def ticket_of(model: nn.Module, adapter_name: str | None = None) -> Ticket:

@@ -8,8 +8,7 @@ weights of their probe, as a winning ticket does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 import torch
@@ -39,15 +38,14 @@ class Placement:
         self.probes = [(place, _adapter_at(layers[place.module], place, adapter_name)) for place in places]
 
     @classmethod
-    @contextmanager
-    def probing(cls, tuner: SFAModel, adapter_name: str) -> Iterator[Placement]:
-        """Install probes at every place, and remove them at the end."""
+    def with_probes(cls, tuner: SFAModel, adapter_name: str) -> Placement:
+        """Replace an adapter's external adapters by probes at every place."""
         places = tuner.places(adapter_name)
         channels = [place.channels for place in places]
         widths = widths_within(channels, PROBE_BUDGET * tuner.external_allowance(adapter_name))
         tried = [replace(p, width=min(max(w, 2), p.channels)) for p, w in zip(places, widths, strict=True)]
-        with tuner.other_externals(adapter_name, tried):
-            yield cls(tuner, adapter_name, tried)
+        tuner.install(adapter_name, externals=tried)
+        return cls(tuner, adapter_name, tried)
 
     def statistics(self) -> dict[nn.Parameter, tuple[str, ...]]:
         """The statistics that training sums for the probes' parameters."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from ..ticket.selection import Positions, count_elements
 from ..ticket.ticket import Ticket, shapes_of
 from ..tuner.model import SFAModel
 from ..tuner.optimizers import tell_left_behind
+from ..tuner.rollback import Rollback
 from .install import searchable
 from .placement import Chosen, Placement
 from .progress import SearchCheckpoint
@@ -196,67 +197,69 @@ def search_ticket(
         agree=(lambda positions: _from_main_process(positions, device)) if several else lambda positions: positions,
     )
     replaced = tuner.parameters_of(adapter_name)
-    with ExitStack() as stack:
-        stack.enter_context(_rewound(tuner, adapter_name))
-        stack.enter_context(seeded(seed, device))
-        placement = stack.enter_context(Placement.probing(tuner, adapter_name)) if places_externals else None
-        beside = _trained_beside(model, adapter_name)
-        for p in (*(p for named in selector.candidates.values() for p in named.values()), *beside):
-            p.requires_grad_(True)
-        if several:
-            for p in beside:  # heads and external adapters may have other initial values on each process
-                p.data.copy_(broadcast(p.data))
-        probed = placement.statistics() if placement else {}
-        others = [Slot(f"beside.{i}", p, adapter_learning_rate, probed.get(p, ())) for i, p in enumerate(beside)]
-        training = DenseTraining([*selector.make_slots(learning_rate), *others], optimizer_state, seed)
-        stack.callback(training.rewind, to_early=False)
-        places = [name for name, layer in sfa_layers(tuner.model) if layer.externals_of(adapter_name)]
-        names = dict.fromkeys((*candidates, *places))
-        calls = Calls({name: tuner.model.get_submodule(name) for name in names})
-        stack.callback(calls.remove)
-        run = Run(model, training, state, device, autocast, loss_fn or default_loss, seed, calls)
-        if data is not None:
-            if checkpoint is not None:
-                settings = _settings(config) | {
-                    "criterion": rule.name,
-                    "steps": steps,
-                    "rounds": rounds,
-                    "rewind_step": rewind_step,
-                    "quotas": repr(quotas),
-                    "learning_rate": learning_rate,
-                    "adapter_learning_rate": adapter_learning_rate,
-                    "optimizer_state": optimizer_state,
-                    "seed": seed,
-                    "model": training.fingerprint(),
-                }
-                run.resume(SearchCheckpoint(Path(checkpoint), settings))
-            batches = endless(prepared(data, device), steps * rounds)
-            run.through(batches, steps, rounds, selector, rewind_step, checkpoint_every, progress)
-            if rule.needs_data and selector.slots and not training.has_evidence():
-                raise TicketSearchError(
-                    f"the criterion {rule.name!r} saw no change and no gradient in any candidate, so the loss does "
-                    f"not depend on the backbone; check `loss_fn` and the model."
-                )
-        chosen = None
-        with choosing():
-            never = calls.never(device) if needs_data else []
-            selector.leave_out(never)
-            _tell_idle([name for name in places if name in never])
-            if placement:
-                placement.score(training, broadcast if several else None, never)
-                chosen = placement.select(tuner.external_allowance(adapter_name))
-                left = tuner.budget(adapter_name) - chosen.cost
-                positions = selector.choose(training, min(left, selector.total))
-            else:
-                positions = selector.choose(training, selector.size)
-        early = selector.early_values(positions)
-        # Without the probes, which are removed after the search; `chosen` has their values.
-        moved = [slot for slot in others if slot.begin is not slot.before and slot.parameter not in probed]
-        early_beside = [(slot.parameter, slot.begin) for slot in moved]
-    with seeded(seed, device):
-        tuner.install(adapter_name, positions, chosen.externals if chosen else None)
-    _begin(tuner, adapter_name, chosen, early, early_beside)
-    tell_left_behind(replaced, tuner.parameters_of(adapter_name), adapter_name)
+    with Rollback(tuner) as rollback:
+        with seeded(seed, device):
+            _begin_search(tuner, adapter_name, rollback)
+            placement = Placement.with_probes(tuner, adapter_name) if places_externals else None
+            beside = _trained_beside(model, adapter_name)
+            for p in (*(p for named in selector.candidates.values() for p in named.values()), *beside):
+                p.requires_grad_(True)
+            if several:
+                for p in beside:  # heads and external adapters may have other initial values on each process
+                    p.data.copy_(broadcast(p.data))
+            probed = placement.statistics() if placement else {}
+            others = [Slot(f"beside.{i}", p, adapter_learning_rate, probed.get(p, ())) for i, p in enumerate(beside)]
+            training = DenseTraining([*selector.make_slots(learning_rate), *others], optimizer_state, seed)
+            rollback.also(training.release)
+            rollback.also(lambda: training.rewind(to_early=False))
+            places = [name for name, layer in sfa_layers(tuner.model) if layer.externals_of(adapter_name)]
+            names = dict.fromkeys((*candidates, *places))
+            calls = Calls({name: tuner.model.get_submodule(name) for name in names})
+            rollback.also(calls.remove)
+            run = Run(model, training, state, device, autocast, loss_fn or default_loss, seed, calls)
+            if data is not None:
+                if checkpoint is not None:
+                    settings = _settings(config) | {
+                        "criterion": rule.name,
+                        "steps": steps,
+                        "rounds": rounds,
+                        "rewind_step": rewind_step,
+                        "quotas": repr(quotas),
+                        "learning_rate": learning_rate,
+                        "adapter_learning_rate": adapter_learning_rate,
+                        "optimizer_state": optimizer_state,
+                        "seed": seed,
+                        "model": training.fingerprint(),
+                    }
+                    run.resume(SearchCheckpoint(Path(checkpoint), settings))
+                batches = endless(prepared(data, device), steps * rounds)
+                run.through(batches, steps, rounds, selector, rewind_step, checkpoint_every, progress)
+                if rule.needs_data and selector.slots and not training.has_evidence():
+                    raise TicketSearchError(
+                        f"the criterion {rule.name!r} saw no change and no gradient in any candidate, so the loss "
+                        f"does not depend on the backbone; check `loss_fn` and the model."
+                    )
+            chosen = None
+            with choosing():
+                never = calls.never(device) if needs_data else []
+                selector.leave_out(never)
+                _tell_idle([name for name in places if name in never])
+                if placement:
+                    placement.score(training, broadcast if several else None, never)
+                    chosen = placement.select(tuner.external_allowance(adapter_name))
+                    left = tuner.budget(adapter_name) - chosen.cost
+                    positions = selector.choose(training, min(left, selector.total))
+                else:
+                    positions = selector.choose(training, selector.size)
+            early = selector.early_values(positions)
+            # Without the probes, which are removed after the search; `chosen` has their values.
+            moved = [slot for slot in others if slot.begin is not slot.before and slot.parameter not in probed]
+            early_beside = [(slot.parameter, slot.begin) for slot in moved]
+        rollback.restore()
+        with seeded(seed, device):
+            tuner.install(adapter_name, positions, chosen.externals if chosen else None)
+        _begin(tuner, adapter_name, chosen, early, early_beside)
+        tell_left_behind(replaced, tuner.parameters_of(adapter_name), adapter_name)
     if run.checkpoint is not None and state.is_main_process:
         run.checkpoint.remove()
     widths = copy.deepcopy(config.external_widths or {})
@@ -341,38 +344,22 @@ def _trained_beside(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
     return found
 
 
-@contextmanager
-def _rewound(tuner: SFAModel, adapter_name: str) -> Iterator[None]:
-    """Freeze all parameters for a search, and restore the model's state at the end, also after an error.
+def _begin_search(tuner: SFAModel, adapter_name: str, rollback: Rollback) -> None:
+    """Freeze all parameters for a search. Only this adapter is active, without its internal part.
 
-    During the search only this adapter is active, without its internal part. The active adapters, all buffers,
-    gradients, `requires_grad` flags and training modes are restored; the values of trained parameters are not.
+    Args:
+        tuner: The tuner.
+        adapter_name: The adapter.
+        rollback: It restores the state at the end, also the buffers, but not the values of trained parameters.
     """
-    model, active = tuner.model, tuner.active_adapter
-    state = [(p, p.grad, p.requires_grad) for p in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    try:
-        tuner.set_adapter(adapter_name)
-        for p, _, _ in state:
-            p.grad = None
-            p.requires_grad_(False)
-        for _, layer in sfa_layers(model):
-            layer.searching = True
-        model.train()
-        yield
-    finally:
-        tuner.set_adapter(active)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-        for p, grad, requires_grad in state:
-            p.grad = grad
-            p.requires_grad_(requires_grad)
-        for module, training in modes:
-            module.training = training
-        for _, layer in sfa_layers(model):
-            layer.searching = False
+    rollback.keep(tuner.model.buffers())
+    tuner.set_adapter(adapter_name)
+    for p in tuner.model.parameters():
+        p.grad = None
+        p.requires_grad_(False)
+    for _, layer in sfa_layers(tuner.model):
+        layer.searching = True
+    tuner.model.train()
 
 
 def _from_main_process(positions: Positions, device: torch.device) -> Positions:

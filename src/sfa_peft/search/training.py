@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..ticket.criteria import STATISTICS, Criterion, Evidence, Step
 
@@ -114,6 +115,7 @@ class DenseTraining:
 
     def __init__(self, slots: Sequence[Slot], state: str, seed: int) -> None:
         self.slots = list(slots)
+        self.handles: list[RemovableHandle] = []
         self.state = state
         self.dtype = torch.bfloat16 if state == "bf16" else torch.float32
         # On the parameters' device, since noise from another device would have to be copied for each parameter.
@@ -133,15 +135,18 @@ class DenseTraining:
     @contextmanager
     def inside_backward(self) -> Iterator[None]:
         """Update each parameter as soon as its gradient is computed, and drop the gradient."""
-        handles = [
-            slot.parameter.register_post_accumulate_grad_hook(lambda p, slot=slot: self.update(slot))
-            for slot in self.slots
-        ]
         try:
+            for slot in self.slots:
+                hook = slot.parameter.register_post_accumulate_grad_hook(lambda p, slot=slot: self.update(slot))
+                self.handles.append(hook)
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            self.release()
+
+    def release(self) -> None:
+        """Remove the hooks on the parameters."""
+        for handle in self.handles:
+            handle.remove()
 
     @torch.no_grad()
     def update(self, slot: Slot) -> None:

@@ -14,7 +14,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
@@ -39,7 +39,11 @@ class ExternalsKeptWarning(UserWarning):
 
 
 class _CannotFoldError(Exception):
-    """The message says why."""
+    """External adapters cannot be folded. The message says why."""
+
+
+class _CannotWidenError(_CannotFoldError):
+    """The MLP of a block cannot get another width."""
 
 
 @dataclass
@@ -86,6 +90,14 @@ class _Block:
         return int(value * self.channels) if self.mlp.is_ratio else int(value)
 
 
+@dataclass
+class _Group:
+    """The blocks that get their width from one config. With an obstacle none of them can be made wider."""
+
+    blocks: list[_Block] = field(default_factory=list)
+    obstacle: str = ""
+
+
 def fold_externals(model: nn.Module, widen: Widen = "auto") -> dict[str, str]:
     """Fold the external adapters of a merged model into its MLPs, where that is exact, and change its config.
 
@@ -106,48 +118,44 @@ def fold_externals(model: nn.Module, widen: Widen = "auto") -> dict[str, str]:
         return {}
     if widen is False:
         return dict.fromkeys(kept, "widen=False")
-    groups: dict[int, list[_Block]] = defaultdict(list)
-    whole: dict[int, str] = {}  # why no block with this config can be folded
+    for group in _groups(model, kept):
+        folded = [block for block in group.blocks if block.externals]
+        if not folded:
+            continue
+        try:
+            if group.obstacle:
+                raise _CannotFoldError(f"another block with the same config cannot be widened ({group.obstacle})")
+            _fold(model, group.blocks, widen)
+        except _CannotFoldError as why:
+            kept |= {block.name + block.leaf: str(why) for block in folded}
+        else:
+            for block in folded:
+                del kept[block.name + block.leaf]
+    return kept
+
+
+def _groups(model: nn.Module, kept: dict[str, str]) -> list[_Group]:
+    """The blocks of a model by their configs. Reasons why the adapters of single blocks are kept go into `kept`."""
+    groups: dict[int, _Group] = {}
     shared = shared_parameters(model)
     for prefix, module, known in known_modules(model):
         leaf = known.places.get("mlp_parallel")
         if leaf is None or known.mlp_input is None:
             continue
+        group = None
         try:
             if known.mlp is None:
                 raise _CannotFoldError(f"{type(module).__name__} normalizes the output of its MLP")
             block = _Block(prefix, module, known.mlp, leaf, known.mlp_input, [])
-            owner = _owner(model, block)
+            group = groups.setdefault(id(_owner(model, block).config), _Group())
+            group.blocks.append(block)
+            block.externals = _foldable_externals(block, shared)
         except _CannotFoldError as why:
-            _keep(kept, prefix + leaf, why)
-            continue
-        key = id(owner.config)
-        groups[key].append(block)
-        try:
-            _check_mlp(block, shared)
-        except (_CannotFoldError, AttributeError) as why:  # a block that was rebuilt may lack a part
-            whole.setdefault(key, f"{prefix}{known.mlp_input}: {why}")
-            _keep(kept, prefix + leaf, why)
-            continue
-        try:
-            block.externals = _foldable_externals(block)
-        except _CannotFoldError as why:
-            _keep(kept, prefix + leaf, why)
-    for key, blocks in groups.items():
-        folded = [block for block in blocks if block.externals]
-        if not folded:
-            continue
-        try:
-            if key in whole:
-                raise _CannotFoldError(f"another block with the same config cannot be widened ({whole[key]})")
-            _fold(model, blocks, widen)
-        except _CannotFoldError as why:
-            for block in folded:
-                _keep(kept, block.name + block.leaf, why)
-        else:
-            for block in folded:
-                del kept[block.name + block.leaf]
-    return kept
+            if prefix + leaf in kept:
+                kept[prefix + leaf] = str(why)
+            if group is not None and isinstance(why, _CannotWidenError):
+                group.obstacle = f"{prefix}{known.mlp_input}: {why}"
+    return list(groups.values())
 
 
 def warn_of_kept(model: nn.Module, kept: dict[str, str]) -> None:
@@ -167,11 +175,6 @@ def warn_of_kept(model: nn.Module, kept: dict[str, str]) -> None:
         ExternalsKeptWarning,
         stacklevel=3,
     )
-
-
-def _keep(kept: dict[str, str], leaf: str, why: Exception) -> None:
-    if leaf in kept:
-        kept[leaf] = str(why)
 
 
 def _some(names: list[str]) -> str:
@@ -201,32 +204,37 @@ def _check_mlp(block: _Block, shared: dict[int, list[str]]) -> None:
     """Check that the MLP of a block can be made wider.
 
     Raises:
-        _CannotFoldError: If it cannot.
+        _CannotWidenError: If it cannot.
     """
     mlp, container = block.mlp, block.part(block.container)
     parts = {f"{block.container}.{name}" for name, _ in container.named_children()}
     if parts != {mlp.fc1, mlp.activation, mlp.fc2}:
-        raise _CannotFoldError(f"{type(container).__name__} is not a plain MLP of two linear layers (such as SwiGLU)")
+        raise _CannotWidenError(f"{type(container).__name__} is not a plain MLP of two linear layers (such as SwiGLU)")
     if type(block.fc1) is not nn.Linear or type(block.fc2) is not nn.Linear:
-        raise _CannotFoldError(f"{mlp.fc1} and {mlp.fc2} are not both nn.Linear (such as a quantized one)")
+        raise _CannotWidenError(f"{mlp.fc1} and {mlp.fc2} are not both nn.Linear (such as a quantized one)")
     parameters = [*block.fc1.parameters(), block.fc2.weight]
     factor = [] if block.factor is None else [block.factor]
     if any(type(p) is not nn.Parameter or p.is_meta for p in parameters + factor):
-        raise _CannotFoldError("its weights are not plain tensors (quantized, sharded or offloaded)")
+        raise _CannotWidenError("its weights are not plain tensors (quantized, sharded or offloaded)")
     if any(is_hooked(module) for module in (block.fc1, block.fc2, block.place)):
-        raise _CannotFoldError("its weights are offloaded")
+        raise _CannotWidenError("its weights are offloaded")
     if any(id(p) in shared for p in parameters):
-        raise _CannotFoldError("its weights are shared with another module")
+        raise _CannotWidenError("its weights are shared with another module")
     if hook_of(block.fc1) is not None:
-        raise _CannotFoldError(f"an external adapter sits on {mlp.fc1}, whose output would be wider")
+        raise _CannotWidenError(f"an external adapter sits on {mlp.fc1}, whose output would be wider")
 
 
-def _foldable_externals(block: _Block) -> list[ExternalAdapter]:
+def _foldable_externals(block: _Block, shared: dict[int, list[str]]) -> list[ExternalAdapter]:
     """The external adapters at the place of a block.
 
     Raises:
-        _CannotFoldError: If one of them cannot be folded.
+        _CannotWidenError: If its MLP cannot be made wider, even without adapters.
+        _CannotFoldError: If one of the adapters cannot be folded.
     """
+    try:
+        _check_mlp(block, shared)
+    except AttributeError as error:  # the block was rebuilt, and lacks a part
+        raise _CannotWidenError(str(error)) from error
     found = merged_externals(block.place)
     if not any(external.kind == PARALLEL for external in found):
         return []
@@ -428,10 +436,10 @@ def _fold(model: nn.Module, blocks: list[_Block], widen: Widen) -> None:
     """
     owner = _owner(model, blocks[0])
     prefix, root = _around(model, blocks[0].name)[0]
-    field = blocks[0].mlp.field
+    name = blocks[0].mlp.field
     for value in _values(blocks):
         try:
-            configs = _Configs(root, owner, field, value)
+            configs = _Configs(root, owner, name, value)
             saved = configs.saved()
             break
         except StrictDataclassError:  # some classes take whole numbers only
@@ -443,9 +451,9 @@ def _fold(model: nn.Module, blocks: list[_Block], widen: Widen) -> None:
                 f"the config of {type(root).__name__} cannot be saved and loaded: {error}"
             ) from error
     else:
-        raise _CannotFoldError(f"{type(owner.config).__name__} takes no {field}={value}")
+        raise _CannotFoldError(f"{type(owner.config).__name__} takes no {name}={value}")
     units = {id(block): block.units_with(value) for block in blocks}
-    _check_cost(blocks, units, widen, f"{field}={value:g} in {type(owner.config).__name__}")
+    _check_cost(blocks, units, widen, f"{name}={value:g} in {type(owner.config).__name__}")
     _check_shapes(root, owner, saved, {block.name.removeprefix(prefix): (block, units[id(block)]) for block in blocks})
     for block in blocks:
         _check_outputs(block, units[id(block)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -15,14 +15,13 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..checkpoint import CheckpointError
-from ..checkpoint.names import PREFIX, is_adapter_key, is_positions_key
+from ..checkpoint.names import PREFIX, is_adapter_key
 from ..checkpoint.reader import LOAD
 from ..checkpoint.validation import check_positions
 from ..config import SFAConfig
 from ..layers.adapted import SFALayer, sfa_layers
 from ..layers.bottleneck import ExternalAdapter
 from ..layers.heads import wrap_heads
-from ..layers.kept import ChangedParameters
 from ..layers.kinds import QuantizedLinear
 from ..layers.mixed import BASE
 from ..layers.statistics import keep_statistics, release_statistics
@@ -36,8 +35,9 @@ from .folding import Widen, fold_externals, warn_of_kept
 from .layout import layout_in, lengths
 from .mixing import mixing
 from .optimizers import holds_any
+from .rollback import Rollback
 from .state import check_heads, encoded, loadable, unpacked, without_adapter_name
-from .structure import discard_adapter, unwrap_empty_layers, wrap_leaf
+from .structure import unwrap_empty_layers, wrap_leaf
 
 
 class SFAModel(BaseTuner):
@@ -70,7 +70,6 @@ class SFAModel(BaseTuner):
         load = LOAD.get()
         if load is not None:
             load.before_injection()
-        self.changed = ChangedParameters()
         super().__init__(*args, **kwargs)
         self.card_notes: dict[str, Any] = {}  # for each adapter, the data for its model card
 
@@ -88,8 +87,19 @@ class SFAModel(BaseTuner):
         Raises:
             ValueError: If the config does not fit the model. Then the model is not changed.
         """
-        with self._unmerged():
+        merged = [(layer, list(layer.merged_adapters)) for _, layer in sfa_layers(self.model) if layer.merged]
+
+        def merge_again() -> None:
+            for layer, names in merged:
+                if len(layer.merged_adapters) < len(names):
+                    layer.merge(adapter_names=names[len(layer.merged_adapters) :])
+
+        with Rollback(self) as rollback:
+            rollback.also(merge_again)
+            for layer, _ in merged:
+                layer.unmerge()
             self._inject(model, adapter_name, plan, *args, **kwargs)
+            merge_again()
 
     def _inject(self, model: nn.Module, adapter_name: str, plan: Plan | None, *args: Any, **kwargs: Any) -> None:
         # A copy, since injection fills in sizes, and the user may use the config object for another model. A loaded
@@ -114,34 +124,21 @@ class SFAModel(BaseTuner):
         config.ticket_sizes = ticket_sizes(plan.positions)
         config.weights_digest = None
         self.peft_config[adapter_name] = config
-        self.changed.always = config.keep_weights
-        try:
-            with self._following(plan, config):
-                super().inject_adapter(model, adapter_name, *args, **kwargs)
-            is_active = adapter_name in self.active_adapters
-            wrap_heads(model, planner.heads, adapter_name, is_active, config.inference_mode)
-            keep_statistics(model)
-        except BaseException:
-            discard_adapter(model, adapter_name)
-            raise
-
-    @contextmanager
-    def _following(self, plan: Plan, config: SFAConfig) -> Iterator[None]:
-        """Let PEFT inject what is in the plan, which has applied the config's rules.
-
-        By these fields PEFT would choose again, wrap every module whose name ends with the name of a head, and compare
-        each target with each module.
-        """
+        # PEFT is to inject what is in the plan, which has applied the config's rules. By these fields it would choose
+        # again, wrap every module whose name ends with the name of a head, and compare each target with each module.
         hidden = {name: getattr(config, name) for name in ("modules_to_save", "target_modules", "exclude_modules")}
         self._plan = plan
         try:
             for name in hidden:
                 setattr(config, name, None)
-            yield
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             self._plan = None
             for name, value in hidden.items():
                 setattr(config, name, value)
+        is_active = adapter_name in self.active_adapters
+        wrap_heads(model, planner.heads, adapter_name, is_active, config.inference_mode)
+        keep_statistics(model)
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
         # SFA adapts no embeddings, and in some detectors (Deformable DETR, Grounding DINO) PEFT's version fails.
@@ -171,13 +168,18 @@ class SFAModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = target if isinstance(target, SFALayer) else self._wrap(current_key)
         assert self._plan is not None
+        self._adapt(self._plan, adapter_name, current_key)
+
+    def _adapt(self, plan: Plan, adapter_name: str, name: str) -> None:
+        """Add the parts of an adapter that a plan has for one module."""
+        target = self.model.get_submodule(name)
+        layer = target if isinstance(target, SFALayer) else wrap_leaf(self.model, name, self.active_adapters)
         config = self.peft_config[adapter_name]
-        positions = self._plan.positions.get(current_key)
+        positions = plan.positions.get(name)
         if positions is not None:
             layer.add_internal(adapter_name, positions, config.granularity, init_weights=config.init_weights)
-        for external in self._plan.externals.get(current_key, ()):
+        for external in plan.externals.get(name, ()):
             adapter = ExternalAdapter(
                 external.channels,
                 external.width,
@@ -191,15 +193,6 @@ class SFAModel(BaseTuner):
             layer.add_external(adapter_name, adapter, container)
         layer.train(layer.training)
         layer.finish_adapter(adapter_name, inference_mode=config.inference_mode)
-
-    def _wrap(self, name: str) -> SFALayer:
-        return wrap_leaf(self.model, name, self.active_adapters, self.changed)
-
-    @property
-    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        # Positions are the same on all processes and not trained, but DistributedDataParallel would send all buffers
-        # in every forward pass. It reads this attribute of the module that it wraps; a `PeftModel` asks its tuner.
-        return [f"base_model.{name}" for name, _ in self.named_buffers() if is_positions_key(name)]
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version also copies `weight` from the replaced module, which a head may not have.
@@ -216,18 +209,18 @@ class SFAModel(BaseTuner):
         Raises:
             ValueError: If there is no such adapter.
         """
-        active = [name for name in self.active_adapters if name != adapter_name]
-        super().delete_adapter(adapter_name)
-        self.changed.clear()
-        self.card_notes.pop(adapter_name, None)
-        unwrap_empty_layers(self.model)
-        names = active or list(self.peft_config)[:1]
-        # Without this check, adapters that are already active would be unmerged.
-        if names and any(
-            current != names
-            for current in (self.active_adapters, *(layer.active_adapters for _, layer in sfa_layers(self.model)))
-        ):
-            self.set_adapter(names[0] if len(names) == 1 else names)
+        with Rollback(self):
+            active = [name for name in self.active_adapters if name != adapter_name]
+            super().delete_adapter(adapter_name)
+            self.card_notes.pop(adapter_name, None)
+            unwrap_empty_layers(self.model)
+            names = active or list(self.peft_config)[:1]
+            # Without this check, adapters that are already active would be unmerged.
+            if names and any(
+                current != names
+                for current in (self.active_adapters, *(layer.active_adapters for _, layer in sfa_layers(self.model)))
+            ):
+                self.set_adapter(names[0] if len(names) == 1 else names)
 
     @contextmanager
     def _enable_peft_forward_hooks(
@@ -270,16 +263,12 @@ class SFAModel(BaseTuner):
             raise ValueError(f"Invalid combination_type: {combination_type}; SFA has 'linear'.")
         check_combinable(self.model, self.peft_config, adapters, weights)
         config, plan = combined(self.model, self.peft_config, adapters)
-        self.peft_config[adapter_name] = config
-        try:
+        with Rollback(self):
+            self.peft_config[adapter_name] = config
             self.inject_adapter(self.model, adapter_name, plan=plan)
             fill(self.model, adapters, weights, adapter_name)
-        except BaseException:
-            discard_adapter(self.model, adapter_name)
-            self.peft_config.pop(adapter_name, None)
-            raise
-        for p in self.parameters_of(adapter_name):
-            p.requires_grad_(False)
+            for p in self.parameters_of(adapter_name):
+                p.requires_grad_(False)
 
     def _check_merge_allowed(self) -> None:
         """Check that merging changes no other module, and that all weights can be changed.
@@ -316,15 +305,21 @@ class SFAModel(BaseTuner):
             ValueError: If a parameter is shared with another module or quantized, or, with `safe_merge`, would not be
                 finite. Then nothing is changed.
         """
-        merged = [(layer, len(layer.merged_adapters)) for _, layer in sfa_layers(self.model)]
         self.changed.clear()
-        try:
+        with Rollback(self) as rollback:
+            rollback.also(self._unmerging())
             super().merge_adapter(adapter_names, safe_merge)
-        except BaseException:
+
+    def _unmerging(self) -> Callable[[], None]:
+        """A function that unmerges what will have been merged after now."""
+        merged = [(layer, len(layer.merged_adapters)) for _, layer in sfa_layers(self.model)]
+
+        def unmerge() -> None:
             for layer, count in merged:
                 if len(layer.merged_adapters) > count:
                     layer.unmerge(keep=count)
-            raise
+
+        return unmerge
 
     def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT declares None, but returns the model
         self,
@@ -333,10 +328,13 @@ class SFAModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        if merge and safe_merge:  # before the first layer is unloaded
-            self.merge_adapter(adapter_names, safe_merge)
-        model = cast(nn.Module, super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names))
-        release_statistics(model)
+        with Rollback(self) as rollback:
+            rollback.also(self._unmerging())
+            if merge and safe_merge:  # before the first layer is unloaded
+                self.merge_adapter(adapter_names, safe_merge)
+            unloaded = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+            model = cast(nn.Module, unloaded)
+            release_statistics(model)
         return model
 
     def merge_and_unload(
@@ -368,16 +366,19 @@ class SFAModel(BaseTuner):
         """
         if widen not in (True, False, "auto"):
             raise ValueError(f"widen={widen!r}: use True, False or 'auto'.")
-        model = super().merge_and_unload(progressbar, safe_merge, adapter_names)
-        warn_of_kept(model, fold_externals(model, widen))
-        return model
+        with Rollback(self, every_attribute=True) as rollback:
+            rollback.also(self._unmerging())
+            model = super().merge_and_unload(progressbar, safe_merge, adapter_names)
+            warn_of_kept(model, fold_externals(model, widen))
+            return model
 
     def unload(self) -> nn.Module:
         """Return the original base model, bit for bit, with its original heads. PEFT's version keeps trained heads."""
-        for name, module in list(self.model.named_modules()):
-            if isinstance(module, ModulesToSaveWrapper):
-                self.model.set_submodule(name, module.original_module)
-        return super().unload()
+        with Rollback(self):
+            for name, module in list(self.model.named_modules()):
+                if isinstance(module, ModulesToSaveWrapper):
+                    self.model.set_submodule(name, module.original_module)
+            return super().unload()
 
     def candidates(self, adapter_name: str) -> dict[str, dict[str, nn.Parameter]]:
         """The parameters that an adapter's ticket may choose from: for each module, by name, in model order."""
@@ -438,35 +439,32 @@ class SFAModel(BaseTuner):
             positions: For each module and parameter, the sorted positions in the config's granularity. None keeps the
                 ticket.
             externals: The new external adapters. Those of width 0 are left out. None keeps the present ones.
+
+        Raises:
+            Exception: Any error, also an interrupt. Then the model is not changed.
         """
         config = self.peft_config[adapter_name]
-        flags = [(p, p.requires_grad) for p in self.model.parameters()]
         replaced = self.parameters_of(adapter_name)
         upcast = all(p.dtype == torch.float32 for p in replaced)
         trainable = any(p.requires_grad for p in replaced)
         plan = Plan.of(positions or {}, externals or ())
-        for _, layer in sfa_layers(self.model):
-            if positions is not None:
-                layer.remove_internal(adapter_name)
-            if externals is not None:
-                layer.remove_externals(adapter_name)
-        with self._following(plan, config):
+        with Rollback(self) as rollback:
+            for _, layer in sfa_layers(self.model):
+                if positions is not None:
+                    layer.remove_internal(adapter_name)
+                if externals is not None:
+                    layer.remove_externals(adapter_name)
             for name in sorted(plan.modules):
-                parent, _, child = name.rpartition(".")
-                self._create_and_replace(
-                    config, adapter_name, self.model.get_submodule(name), child, self.model.get_submodule(parent), name
-                )
-        unwrap_empty_layers(self.model)
-        self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=upcast)
-        if positions is not None:
-            config.ticket_sizes = ticket_sizes(plan.positions)
-        if externals is not None:
-            config.external_widths = plan.external_widths
-        for p, requires_grad in flags:
-            p.requires_grad_(requires_grad)
-        kept = {id(p) for p, _ in flags}
-        for _, layer in sfa_layers(self.model):
-            for p in layer.parameters_of(adapter_name):
+                self._adapt(plan, adapter_name, name)
+            unwrap_empty_layers(self.model)
+            self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=upcast)
+            if positions is not None:
+                config.ticket_sizes = ticket_sizes(plan.positions)
+            if externals is not None:
+                config.external_widths = plan.external_widths
+            rollback.restore_flags()
+            kept = {id(p) for p in rollback.parameters}
+            for p in self.parameters_of(adapter_name):
                 if id(p) not in kept:
                     p.requires_grad_(trainable)
 
@@ -478,8 +476,9 @@ class SFAModel(BaseTuner):
         # The state of a whole model, as Accelerate saves it, may have the ticket of another search. An adapter that is
         # being loaded has been checked.
         if LOAD.get() is None:
-            for adapter_name in self.peft_config:
-                self._take_layout(adapter_name, state_dict, f"{prefix}model.")
+            with Rollback(self):
+                for adapter_name in self.peft_config:
+                    self._take_layout(adapter_name, state_dict, f"{prefix}model.")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def check_config(self, adapter_name: str) -> None:
@@ -530,59 +529,6 @@ class SFAModel(BaseTuner):
                 f"place; create the adapter with the config that the state was saved with."
             )
         self.install(adapter_name, positions, [replace(places[key], width=width) for key, width in widths.items()])
-
-    @contextmanager
-    def other_externals(self, adapter_name: str, externals: Sequence[External]) -> Iterator[None]:
-        """Replace an adapter's external adapters, and restore the original ones at the end."""
-        with self.restoring(adapter_name):
-            self.install(adapter_name, externals=externals)
-            yield
-
-    @contextmanager
-    def restoring(self, adapter_name: str, only_on_error: bool = False) -> Iterator[None]:
-        """Restore the modules of an adapter at the end, after others were installed.
-
-        Args:
-            adapter_name: The adapter.
-            only_on_error: Whether to restore them only after an error.
-        """
-        config = self.peft_config[adapter_name]
-        sizes = config.ticket_sizes, config.external_widths
-        kept = {
-            name: (layer.internal_of(adapter_name), layer.externals_of(adapter_name))
-            for name, layer in sfa_layers(self.model)
-            if adapter_name in layer.adapter_names
-        }
-        failed = True
-        try:
-            yield
-            failed = False
-        finally:
-            if failed or not only_on_error:
-                layers = dict(sfa_layers(self.model))
-                for layer in layers.values():
-                    layer.remove_internal(adapter_name)
-                    layer.remove_externals(adapter_name)
-                for name, (internal, externals) in kept.items():
-                    layer = layers.get(name) or self._wrap(name)
-                    if internal is not None:
-                        layer.sfa_internal[adapter_name] = internal
-                    for adapter, container in externals:
-                        layer.add_external(adapter_name, adapter, container)
-                config.ticket_sizes, config.external_widths = sizes
-                unwrap_empty_layers(self.model)
-
-    @contextmanager
-    def _unmerged(self) -> Iterator[None]:
-        """Unmerge all adapters, and merge them again at the end."""
-        merged = [(layer, list(layer.merged_adapters)) for _, layer in sfa_layers(self.model) if layer.merged]
-        for layer, _ in merged:
-            layer.unmerge()
-        try:
-            yield
-        finally:
-            for layer, names in merged:
-                layer.merge(adapter_names=names)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

@@ -158,6 +158,14 @@ def _parts(
     return layers, heads
 
 
+def tensors_of(model: nn.Module, adapter_name: str) -> list[Tensor]:
+    """The parameters and buffers of an adapter and its heads."""
+    layers, heads = _parts(model, adapter_name)
+    modules = [module for _, layer in layers for _, module in layer.modules_of(adapter_name)]
+    modules += [head.modules_to_save[adapter_name] for _, head in heads]
+    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+
+
 def _like(tensor: Tensor, present: Tensor) -> Tensor:
     """A tensor with the dtype and device of the tensor that it replaces. A meta tensor gives only the dtype."""
     return tensor.to(present.dtype) if present.is_meta else tensor.to(present)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..layers.adapted import SFALayer, sfa_layers
@@ -34,21 +33,6 @@ def _block_of(model: nn.Module, name: str) -> nn.Module | None:
     path = name.split(".")
     around = (model.get_submodule(".".join(path[:depth])) for depth in reversed(range(len(path))))
     return next((module for module in around if next(base_parameters_of(module), None) is not None), None)
-
-
-def discard_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Remove an adapter from the model, and all wrappers that have no adapter left."""
-    for _, layer in sfa_layers(model):
-        layer.delete_adapter(adapter_name)
-    unwrap_empty_layers(model)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-            others = [other for other in module.modules_to_save if other != adapter_name]
-            if others:
-                active = [other for other in module.active_adapters if other != adapter_name]
-                module.delete_adapter(adapter_name, new_active_adapters=active or others[:1])
-            else:
-                model.set_submodule(name, module.original_module)
 
 
 def unwrap_empty_layers(model: nn.Module) -> None:
