@@ -15,13 +15,14 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..checkpoint import CheckpointError
-from ..checkpoint.names import PREFIX, is_adapter_key
+from ..checkpoint.names import PREFIX, is_adapter_key, is_positions_key
 from ..checkpoint.reader import LOAD
 from ..checkpoint.validation import check_positions
 from ..config import SFAConfig
 from ..layers.adapted import SFALayer, sfa_layers
 from ..layers.bottleneck import ExternalAdapter
 from ..layers.heads import wrap_heads
+from ..layers.kept import ChangedParameters
 from ..layers.kinds import QuantizedLinear
 from ..layers.mixed import BASE
 from ..layers.statistics import keep_statistics, release_statistics
@@ -70,6 +71,7 @@ class SFAModel(BaseTuner):
         load = LOAD.get()
         if load is not None:
             load.before_injection()
+        self.changed = ChangedParameters()
         super().__init__(*args, **kwargs)
         self.card_notes: dict[str, Any] = {}  # for each adapter, the data for its model card
 
@@ -124,6 +126,7 @@ class SFAModel(BaseTuner):
         config.ticket_sizes = ticket_sizes(plan.positions)
         config.weights_digest = None
         self.peft_config[adapter_name] = config
+        self.changed.always = config.keep_weights
         # PEFT is to inject what is in the plan, which has applied the config's rules. By these fields it would choose
         # again, wrap every module whose name ends with the name of a head, and compare each target with each module.
         hidden = {name: getattr(config, name) for name in ("modules_to_save", "target_modules", "exclude_modules")}
@@ -174,7 +177,7 @@ class SFAModel(BaseTuner):
     def _adapt(self, plan: Plan, adapter_name: str, name: str) -> None:
         """Add the parts of an adapter that a plan has for one module."""
         target = self.model.get_submodule(name)
-        layer = target if isinstance(target, SFALayer) else wrap_leaf(self.model, name, self.active_adapters)
+        layer = target if isinstance(target, SFALayer) else self._wrap(name)
         config = self.peft_config[adapter_name]
         positions = plan.positions.get(name)
         if positions is not None:
@@ -194,6 +197,15 @@ class SFAModel(BaseTuner):
         layer.train(layer.training)
         layer.finish_adapter(adapter_name, inference_mode=config.inference_mode)
 
+    def _wrap(self, name: str) -> SFALayer:
+        return wrap_leaf(self.model, name, self.active_adapters, self.changed)
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        # Positions are the same on all processes and not trained, but DistributedDataParallel would send all buffers
+        # in every forward pass. It reads this attribute of the module that it wraps; a `PeftModel` asks its tuner.
+        return [f"base_model.{name}" for name, _ in self.named_buffers() if is_positions_key(name)]
+
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version also copies `weight` from the replaced module, which a head may not have.
         setattr(parent, child_name, new_module)
@@ -212,6 +224,7 @@ class SFAModel(BaseTuner):
         with Rollback(self):
             active = [name for name in self.active_adapters if name != adapter_name]
             super().delete_adapter(adapter_name)
+            self.changed.clear()
             self.card_notes.pop(adapter_name, None)
             unwrap_empty_layers(self.model)
             names = active or list(self.peft_config)[:1]
@@ -305,6 +318,7 @@ class SFAModel(BaseTuner):
             ValueError: If a parameter is shared with another module or quantized, or, with `safe_merge`, would not be
                 finite. Then nothing is changed.
         """
+        self.changed.clear()
         self.changed.clear()
         with Rollback(self) as rollback:
             rollback.also(self._unmerging())
