@@ -30,6 +30,14 @@ OPTIONS |= {"target_modules": TARGETS}
 
 
 @pytest.fixture(autouse=True)
+def pythons_handler():
+    """A shell starts processes in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
 def no_search_for_optimizers(monkeypatch):
     """Reading all objects of the process takes most of the time."""
     monkeypatch.setattr(optimizers.gc, "get_objects", list)

@@ -80,11 +80,13 @@ class Load:
         key_mapping: How modules are renamed: patterns and their replacements.
         saved: The adapter, after it is read. None before, and for an adapter of another method.
         begun: Whether it is known that the adapter is an SFA adapter.
+        restores: Whether an error in this load restores the model, so that its parts need not.
     """
 
     key_mapping: KeyMapping = field(default_factory=dict)
     saved: SavedAdapter[Any] | None = None
     begun: bool = False
+    restores: bool = False
 
     def begin(self) -> None:
         """Called when it is known that the adapter is an SFA adapter, before it is read."""
@@ -95,6 +97,12 @@ class Load:
 
 
 LOAD: ContextVar[Load | None] = ContextVar("load", default=None)
+
+
+def is_restored() -> bool:
+    """Whether a load is in progress that restores the model after an error."""
+    load = LOAD.get()
+    return load is not None and load.restores
 
 
 def weights_of(name: str, subfolder: str | None = None, **kwargs: Any) -> Path | None:

@@ -20,7 +20,7 @@ from ..layers.adapted import sfa_layers
 from ..planning.base import check_base
 from ..planning.plan import Plan, Planner
 from ..tuner.model import SFAModel, tuner_of
-from ..tuner.optimizers import tell_left_behind
+from ..tuner.optimizers import warn_of_replaced
 from ..tuner.rollback import Rollback
 from ..tuner.state import tensors_of
 from .loads import AdapterLoad, readable_errors
@@ -95,7 +95,7 @@ def resize(model: PeftModel, adapter_name: str, config: SFAConfig) -> None:
     plan = copy_context().run(plan_without_positions)
     before = tuner.parameters_of(adapter_name)
     tuner.install(adapter_name, plan.positions, plan.all_externals)
-    tell_left_behind(before, tuner.parameters_of(adapter_name), adapter_name)
+    warn_of_replaced(before, tuner.parameters_of(adapter_name), adapter_name)
 
 
 @patch(hotswap, "hotswap_adapter", "model", "model_name_or_path", "adapter_name", "kwargs")

@@ -40,7 +40,7 @@ class AdapterLoad(Load):
             return
         rollback = Rollback(self.model)
         rollback.keep(tensors_of(self.model, self.adapter_name))
-        self.rollback = rollback
+        self.rollback, self.restores = rollback, True
         super().begin()
 
     def __enter__(self) -> AdapterLoad:

@@ -25,14 +25,14 @@ from torch import Tensor, nn
 from ..checkpoint import CheckpointError
 from ..checkpoint.files import staged
 from ..checkpoint.names import is_adapter_key
-from ..checkpoint.reader import LOAD, difference_of
+from ..checkpoint.reader import LOAD, difference_of, is_restored
 from ..checkpoint.seal import CONFIG, WEIGHTS
 from ..checkpoint.writer import write_adapter
 from ..config import DTYPES, SFAConfig
 from ..hub import card
 from ..hub.upload import upload
 from ..layers.adapted import sfa_layers
-from ..layers.offloading import brought, is_hooked
+from ..layers.offloading import is_hooked, onloaded
 from ..search import ticket_of
 from ..tuner.model import tuner_of
 from ..tuner.rollback import Rollback
@@ -47,20 +47,20 @@ def is_sfa(model: Any) -> bool:
     return getattr(model, "peft_type", None) == NAME
 
 
-def _brings_weights(method: Method) -> Method:
+def _onloads_weights(method: Method) -> Method:
     """Load the adapter and head weights that Accelerate has offloaded, for the time of a call."""
 
     @functools.wraps(method)
-    def bringing(original: Method, model: PeftModel, *args: Any, **kwargs: Any) -> Any:
+    def onloading(original: Method, model: PeftModel, *args: Any, **kwargs: Any) -> Any:
         hooked = [m for n, m in model.named_modules() if is_hooked(m) and (".sfa_" in n or ".modules_to_save." in n)]
-        with brought(*hooked):
+        with onloaded(*hooked):
             return method(original, model, *args, **kwargs)
 
-    return bringing
+    return onloading
 
 
 @patch(PeftModel, "save_pretrained", "save_directory", "selected_adapters", "is_main_process", applies=is_sfa)
-@_brings_weights
+@_onloads_weights
 def save_pretrained(
     original: Method,
     model: PeftModel,
@@ -161,7 +161,7 @@ def init(original: Method, model: PeftModel, *args: Any, **kwargs: Any) -> None:
     """Adapt a base as PEFT does. If it fails, the base is as it was."""
     given = arguments_of(original, args, kwargs)
     concerned = isinstance(given.get("peft_config"), SFAConfig) and isinstance(given.get("model"), nn.Module)
-    with Rollback(given["model"]) if concerned else nullcontext():
+    with Rollback(given["model"]) if concerned and not is_restored() else nullcontext():
         original(*args, **kwargs)
 
 
@@ -261,6 +261,8 @@ def set_peft_model_state_dict(original: Method, *args: Any, **kwargs: Any) -> An
             f"the state dict has {named[0]!r}, with the name of the adapter; save the adapter again."
         )
     try:
+        if is_restored():
+            return original(*args, **kwargs)
         with Rollback(given["model"]) as rollback:
             rollback.keep(tensors_of(given["model"], given["adapter_name"]))
             return original(*args, **kwargs)

@@ -20,8 +20,8 @@ from .granularity import Granularity
 from .kept import ChangedParameters
 from .leaves import base_parameters_of, channels_of
 from .merged import AddExternals
-from .mixed import Mixture, joined, mixture_of
-from .offloading import brought, is_hooked
+from .mixed import Mixture, in_order, mixture_of
+from .offloading import is_hooked, onloaded
 from .ops import Op
 from .parallel import ParallelInput
 from .sparse import Changeable, Kept, SparseDelta, changed_parameter, changes_of, sparse_forward
@@ -237,7 +237,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
                 stacklevel=2,
             )
         if is_hooked(base):
-            with brought(base, *deltas):
+            with onloaded(base, *deltas):
                 return sparse_forward(self.op, x.to(base.weight.device), base.weight, base.bias, deltas)
         op = self.op
         kept = self._kept(op, x, deltas[0]) if keeps and len(deltas) == 1 else None
@@ -298,7 +298,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
             y = self._changed_forward(part, deltas) if deltas else self._base_forward(part, *args, **kwargs)
             parts.append(self._add_externals(y, [name], mixture))
         self._forget_inputs()
-        return joined(parts, list(rows.values()))
+        return in_order(parts, list(rows.values()))
 
     def _forget_inputs(self) -> None:
         for parallel in self.parallel_inputs.values():

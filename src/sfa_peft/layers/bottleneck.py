@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .offloading import brought, is_hooked
+from .offloading import is_hooked, onloaded
 
 
 class Activation(NamedTuple):
@@ -181,7 +181,7 @@ class ExternalAdapter(nn.Module):
             keeps_dtype: Whether the output has the dtype of `x`, and not that of the matrix products.
         """
         if is_hooked(self.down):
-            with brought(self.down, self.up):
+            with onloaded(self.down, self.up):
                 delta = self._delta(x.to(self.down.weight.device))
         else:
             delta = self._delta(x)

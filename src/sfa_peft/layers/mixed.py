@@ -88,7 +88,7 @@ def using(mixtures: Mapping[nn.Module, Mixture]) -> Iterator[None]:
         _call.mixtures = outer
 
 
-def joined(parts: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
+def in_order(parts: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
     """Concatenate the parts of a batch in the order of its rows."""
     return torch.cat(list(parts))[torch.cat(list(rows)).argsort()]
 
@@ -132,7 +132,7 @@ def run_each(
         _check_batch_first(leaves, len(samples[name]), what)
     rows = [torch.tensor(indices) for indices in samples.values()]
     merged = [
-        joined(leaves, [part.to(leaves[0].device) for part in rows]) if isinstance(leaves[0], Tensor) else leaves[0]
+        in_order(leaves, [part.to(leaves[0].device) for part in rows]) if isinstance(leaves[0], Tensor) else leaves[0]
         for leaves in zip(*(leaves for leaves, _ in outputs.values()), strict=True)
     ]
     return pytree.tree_unflatten(merged, next(iter(outputs.values()))[1])

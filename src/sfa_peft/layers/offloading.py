@@ -18,7 +18,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 @contextmanager
-def brought(*modules: nn.Module) -> Iterator[None]:
+def onloaded(*modules: nn.Module) -> Iterator[None]:
     """Load the offloaded weights of modules on their device, and offload them again at the end."""
     hooks: list[tuple[nn.Module, Any]] = [(module, module._hf_hook) for module in modules if is_hooked(module)]
     for module, hook in hooks:

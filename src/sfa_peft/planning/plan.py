@@ -145,8 +145,8 @@ class Planner:
                 f"SFAConfig.exclude_modules={excluded!r} matches no module of {type(self.model).__name__}.",
                 stacklevel=2,
             )
-        self._tell_shared(candidates)
-        self._tell_tied_heads()
+        self._warn_of_shared(candidates)
+        self._warn_of_tied_heads()
         positions = self._initial_ticket(candidates, size)
         if not externals and not any(len(p) for named in positions.values() for p in named.values()):
             raise ValueError(
@@ -164,7 +164,7 @@ class Planner:
                 f"model.compile(), which renames nothing."
             )
 
-    def _tell_shared(self, candidates: Iterable[str]) -> None:
+    def _warn_of_shared(self, candidates: Iterable[str]) -> None:
         names = shared_parameters(self.model)
         for module in candidates:
             for p in self.leaves[module].parameters():
@@ -176,7 +176,7 @@ class Planner:
                         stacklevel=2,
                     )
 
-    def _tell_tied_heads(self) -> None:
+    def _warn_of_tied_heads(self) -> None:
         names = shared_parameters(self.model)
         for head in self.heads:
             parameters = {f"{head}.{name}": name for name, p in self.model.get_submodule(head).named_parameters()}

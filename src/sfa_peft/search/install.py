@@ -11,7 +11,7 @@ from torch import nn
 from ..layers.adapted import sfa_layers
 from ..ticket.ticket import Ticket, shapes_of
 from ..tuner.model import SFAModel
-from ..tuner.optimizers import tell_left_behind
+from ..tuner.optimizers import warn_of_replaced
 from ..tuner.rollback import Rollback
 
 
@@ -64,7 +64,7 @@ def install_ticket(model: nn.Module, ticket: Ticket, adapter_name: str | None = 
     before = tuner.parameters_of(adapter_name)
     with Rollback(tuner):
         tuner.install(adapter_name, ticket.positions, externals)
-        tell_left_behind(before, tuner.parameters_of(adapter_name), adapter_name)
+        warn_of_replaced(before, tuner.parameters_of(adapter_name), adapter_name)
 
 
 def ticket_of(model: nn.Module, adapter_name: str | None = None) -> Ticket:

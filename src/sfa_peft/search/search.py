@@ -27,7 +27,7 @@ from ..ticket.report import TicketReport
 from ..ticket.selection import Positions, count_elements
 from ..ticket.ticket import Ticket, shapes_of
 from ..tuner.model import SFAModel
-from ..tuner.optimizers import tell_left_behind
+from ..tuner.optimizers import warn_of_replaced
 from ..tuner.rollback import Rollback
 from .install import searchable
 from .placement import Chosen, Placement
@@ -233,7 +233,7 @@ def search_ticket(
                     }
                     run.resume(SearchCheckpoint(Path(checkpoint), settings))
                 batches = endless(prepared(data, device), steps * rounds)
-                run.through(batches, steps, rounds, selector, rewind_step, checkpoint_every, progress)
+                run.run_steps(batches, steps, rounds, selector, rewind_step, checkpoint_every, progress)
                 if rule.needs_data and selector.slots and not training.has_evidence():
                     raise TicketSearchError(
                         f"the criterion {rule.name!r} saw no change and no gradient in any candidate, so the loss "
@@ -243,7 +243,7 @@ def search_ticket(
             with choosing():
                 never = calls.never(device) if needs_data else []
                 selector.leave_out(never)
-                _tell_idle([name for name in places if name in never])
+                _warn_of_idle([name for name in places if name in never])
                 if placement:
                     placement.score(training, broadcast if several else None, never)
                     chosen = placement.select(tuner.external_allowance(adapter_name))
@@ -259,7 +259,7 @@ def search_ticket(
         with seeded(seed, device):
             tuner.install(adapter_name, positions, chosen.externals if chosen else None)
         _begin(tuner, adapter_name, chosen, early, early_beside)
-        tell_left_behind(replaced, tuner.parameters_of(adapter_name), adapter_name)
+        warn_of_replaced(replaced, tuner.parameters_of(adapter_name), adapter_name)
     if run.checkpoint is not None and state.is_main_process:
         run.checkpoint.remove()
     widths = copy.deepcopy(config.external_widths or {})
@@ -267,7 +267,7 @@ def search_ticket(
     return TicketReport(found, len(run.losses), tuple(run.losses))
 
 
-def _tell_idle(places: Sequence[str]) -> None:
+def _warn_of_idle(places: Sequence[str]) -> None:
     if places:
         warnings.warn(
             f"the model never calls {list(places[:3])}{' and others' if len(places) > 3 else ''}: the external "

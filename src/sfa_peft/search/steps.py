@@ -130,7 +130,7 @@ class Run:
                 Progress(self.losses, self.training.state_dict() | buffers | {"called": self.calls.state()})
             )
 
-    def through(
+    def run_steps(
         self,
         batches: Iterator[Any],
         steps: int,

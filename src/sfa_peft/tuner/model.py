@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import CheckpointError
 from ..checkpoint.names import PREFIX, is_adapter_key, is_positions_key
-from ..checkpoint.reader import LOAD
+from ..checkpoint.reader import LOAD, is_restored
 from ..checkpoint.validation import check_positions
 from ..config import SFAConfig
 from ..layers.adapted import SFALayer, sfa_layers
@@ -90,6 +90,9 @@ class SFAModel(BaseTuner):
             ValueError: If the config does not fit the model. Then the model is not changed.
         """
         merged = [(layer, list(layer.merged_adapters)) for _, layer in sfa_layers(self.model) if layer.merged]
+        if not merged and is_restored():
+            self._inject(model, adapter_name, plan, *args, **kwargs)
+            return
 
         def merge_again() -> None:
             for layer, names in merged:

@@ -23,7 +23,7 @@ def _trained_by(optimizer: Any) -> set[int]:
     return {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
 
 
-def tell_left_behind(before: Iterable[Tensor], after: Iterable[Tensor], adapter_name: str) -> None:
+def warn_of_replaced(before: Iterable[Tensor], after: Iterable[Tensor], adapter_name: str) -> None:
     """Warn if an optimizer has a parameter that the adapter had before and no longer has."""
     kept = {id(p) for p in after}
     optimizer = holds_any(p for p in before if id(p) not in kept)
