@@ -113,6 +113,39 @@ def test_what_quantized_weights_forbid(folder, backend):
     assert torch.equal(tiny.output(model), before)
 
 
+def relative(a, b):
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@pytest.mark.parametrize(("make", "widen"), [(tiny.vit, "auto"), (tiny.swin, "auto"), (tiny.dinov2, True)])
+def test_a_merged_model_is_quantized_as_its_base_is(make, widen):
+    """Merged, then quantized: every linear layer is, the wider MLPs too, with an error as small as the base's."""
+
+    def quantized(model):
+        torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+        return sum(type(p).__name__ == "Int8Tensor" for p in model.parameters())
+
+    before, base = tiny.output(make()), make()
+    model = get_peft_model(make(), SFAConfig(budget=0.1, init_weights=False))
+    expected = tiny.output(model)
+    merged = model.merge_and_unload(widen=widen)
+    assert quantized(merged) == quantized(base) > 0
+    assert relative(tiny.output(merged), expected) < max(0.02, 3 * relative(tiny.output(base), before))
+    assert relative(before, expected) > 0.2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_merged_folder_is_loaded_quantized(folder, tmp_path, backend):
+    model = get_peft_model(load(folder), SFAConfig(budget=0.1, init_weights=False))
+    expected = tiny.output(model)
+    model.merge_and_unload(widen=True).save_pretrained(tmp_path)
+    merged = load(tmp_path, backend)
+    assert merged.config.mlp_ratio == 5
+    error = relative(tiny.output(load(folder, backend)), tiny.output(load(folder)))
+    assert 0 < relative(tiny.output(merged), expected) < 3 * error
+    assert relative(tiny.output(load(folder)), expected) > 0.2
+
+
 def test_a_ticket_from_a_search_on_the_full_weights(folder):
     config = SFAConfig(budget=600)
     full = get_peft_model(load(folder), config)
