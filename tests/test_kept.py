@@ -163,6 +163,13 @@ def test_another_ticket_and_other_dtypes_are_read_again(pair):
         assert torch.equal(*(tiny.output(model, tiny.pixels().double()) for model in pair))
 
 
+def test_weights_that_were_rounded_in_between_are_read_again(pair):
+    for model in pair:
+        model.bfloat16().float()
+    for _ in range(3):
+        assert torch.equal(*(tiny.output(model) for model in pair))
+
+
 def test_a_copy_is_independent(pair):
     model, expected = pair
     assert not pickle.loads(pickle.dumps(model.base_model.changed))._entries

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, Self, TypeVar, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -167,6 +167,13 @@ class SFALayer(nn.Module, BaseTunerLayer):
     def remove_internal(self, adapter_name: str) -> None:
         if adapter_name in self.sfa_internal:
             del self.sfa_internal[adapter_name]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        (shared,) = self._shared
+        if shared is not None:
+            shared.forget(self)
+        applied: Self = super()._apply(fn, recurse)
+        return applied
 
     def finish_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Move a new adapter to the device and dtype of the leaf, and set which parameters are trainable."""

@@ -157,6 +157,11 @@ class ChangedParameters:
         assert entry.weight is not None
         return Kept(entry.weight, entry.bias, entry.buffer.flat, entry.buffer.flat._version)
 
+    def forget(self, layer: nn.Module) -> None:
+        """Called when the tensors of a layer are replaced. New ones may have the addresses of the old ones."""
+        with self._lock:
+            self._entries.pop(layer, None)
+
     def clear(self) -> None:
         """Free the memory."""
         self._entries.clear()
