@@ -164,7 +164,8 @@ class ChangedParameters:
 
     def clear(self) -> None:
         """Free the memory."""
-        self._entries.clear()
+        with self._lock:
+            self._entries.clear()
 
     def _build(self) -> None:
         groups: dict[tuple[torch.dtype, torch.device], list[Entry]] = {}
