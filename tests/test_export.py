@@ -123,7 +123,7 @@ def test_a_graph_for_batches_and_images_of_any_size(make, dynamic, sizes, kind, 
         assert_close(run_onnx(file, x), model(x))
 
 
-# The older exporter has no adaptive pooling, with which UperNet begins.
+# The older exporter fails on UperNet's pooling where it does not know the size, as behind DINOv2.
 @torchscript
 @pytest.mark.slow
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """Adapters on quantized bases, on CPU: bitsandbytes and torchao, which `make test` keeps beside the environment."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -132,6 +135,15 @@ def test_a_merged_model_is_quantized_as_its_base_is(make, widen):
     assert quantized(merged) == quantized(base) > 0
     assert relative(tiny.output(merged), expected) < max(0.02, 3 * relative(tiny.output(base), before))
     assert relative(before, expected) > 0.2
+
+
+def test_the_example_in_the_documentation_runs():
+    text = (Path(__file__).parent.parent / "docs" / "deploying.md").read_text()
+    (snippet,) = [s for s in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "torchao" in s]
+    names = {"model": get_peft_model(tiny.swin(), SFAConfig(budget=0.1, init_weights=False))}
+    expected = tiny.output(names["model"])
+    exec(snippet, names)
+    assert 0 < relative(tiny.output(names["quantized"]), expected) < 0.02
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,0 +1,273 @@
+"""Export an adapted model: merged, as a plain model of transformers, and as an ONNX file; both are checked and timed.
+
+    python examples/export.py --run out/demo --output_dir out/demo-export
+    python examples/export.py --adapter me/my-adapter --base me/my-base --image_size 224 224
+
+`--run` is the output folder of one of the other examples, trained with SFA; `--adapter` and `--base` name any SFA
+adapter and the model of transformers that it is for. Needs `pip install onnx onnxscript onnxruntime` for ONNX.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import shutil
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.export import Dim
+from transformers import AutoConfig
+
+import sfa_peft  # noqa: F401 - importing registers SFA with PEFT
+
+from dense.augmentation import finished, to_tensors
+from dense.folder import write_json
+from dense.limits import above_0, whole
+from dense.samples import FlagError, Sample
+from dense.scenes import make_scene
+from dense.switching import Trained
+from multi_task import TASKS
+
+MERGED, ONNX, NUMBERS = "merged", "onnx", "export.json"
+UNFINISHED = "unfinished_export"
+CPU = torch.device("cpu")
+WARM_UP = 3
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--run", type=Path, help="Folder of a finished run.")
+    parser.add_argument("--adapter", help="Hub id or folder of an adapter, with --base and --image_size.")
+    parser.add_argument("--base", help="Hub id or folder of the model that the adapter is for.")
+    parser.add_argument(
+        "--image_size", type=whole(1), nargs=2, metavar=("HEIGHT", "WIDTH"), help="Default: that of the run."
+    )
+    parser.add_argument("--batch_size", type=whole(1), default=1, help="Of the ONNX file, and of the timing.")
+    parser.add_argument("--dynamic_batch", action="store_true", help="The ONNX file takes batches of any size.")
+    parser.add_argument(
+        "--widen", action="store_true", help="Fold external adapters into wider MLPs whatever zeros that costs."
+    )
+    parser.add_argument("--tolerance", type=above_0, default=1e-4, help="Of the outputs, relative to the largest.")
+    parser.add_argument("--repeats", type=whole(1), default=20, help="Of the timing, which gives medians.")
+    parser.add_argument("--output_dir", type=Path, default=Path("out/export"))
+    parser.add_argument("--overwrite", action="store_true", help="Replace what an earlier export has left there.")
+    args = parser.parse_args(arguments)
+    if (args.run is None) == (args.adapter is None) or (args.adapter is None) != (args.base is None):
+        parser.error("give --run, or both --adapter and --base")
+    if args.adapter is not None and args.image_size is None:
+        parser.error("--adapter needs --image_size, the height and width of the images")
+    return args
+
+
+def check_is_free(folder: Path, overwrite: bool) -> None:
+    """Check that an export may be written.
+
+    Raises:
+        FlagError: If that would replace an earlier one, and `overwrite` does not say so, or files of something else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FlagError(f"--output_dir {folder} is no folder")
+    there = [name for name in (MERGED, ONNX, NUMBERS) if (folder / name).exists()]
+    if there and NUMBERS not in there:
+        names = ", ".join(there)
+        raise FlagError(f"--output_dir {folder}: {names} would be replaced, and is of no export; name another folder")
+    if there and not overwrite:
+        raise FlagError(f"--output_dir {folder}: an export is there; replace it with --overwrite, or name another one")
+
+
+def load(args: argparse.Namespace) -> tuple[nn.Module, str, tuple[int, int]]:
+    """The base model, where its adapter is, and the height and width of images.
+
+    Raises:
+        FlagError: If one of them cannot be loaded.
+    """
+    if args.run is not None:
+        try:
+            trained = Trained.load(args.run, TASKS)
+        except FlagError as error:
+            raise FlagError(f"--run: {error}") from error
+        height, width = args.image_size or trained.task.size
+        trained.task.args.image_size = (height, width)
+        return trained.task.build(trained.model, CPU).model, str(args.run), (height, width)
+    height, width = args.image_size
+    try:
+        names = AutoConfig.from_pretrained(args.base).architectures or ["none"]
+        kind = getattr(transformers, names[0], None)
+        if kind is None:
+            raise ValueError(f"the architecture in its config is {names[0]}, which is no class of transformers")
+        return kind.from_pretrained(args.base), args.adapter, (height, width)
+    except (OSError, ValueError) as error:
+        raise FlagError(f"--base {args.base}: {error}") from error
+
+
+def merge(model: PeftModel, widen: bool) -> nn.Module:
+    """The plain model of transformers that computes the same.
+
+    Raises:
+        FlagError: If there is none.
+    """
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        merged = model.merge_and_unload(safe_merge=True, widen=True if widen else "auto")
+    foreign = {name: type(part) for name, part in merged.named_modules() if not is_stock(part)}
+    if any(kind.__module__.startswith("sfa_peft.") for kind in foreign.values()):
+        why = " ".join(str(one.message) for one in said).partition("Reasons: ")[2]
+        remedy = "give --widen if it is only for the zeros, or " if not widen else ""
+        raise FlagError(
+            f"external adapters cannot be folded into the model: {why.rstrip('.')}. {remedy}serve the adapter on its "
+            f"base, or merge with `sfa-peft merge`, which leaves these adapters beside the merged model"
+        )
+    if foreign:
+        name, kind = next(iter(foreign.items()))
+        raise FlagError(
+            f"from_pretrained could not load the merged model: its {name or 'class'} is a {kind.__name__}, which is "
+            f"not of transformers (a --head linear, for example)"
+        )
+    return merged
+
+
+def is_stock(module: nn.Module) -> bool:
+    """Whether a module's class is in every installation of transformers."""
+    return type(module).__module__.partition(".")[0] in ("torch", "transformers")
+
+
+class Outputs(nn.Module):
+    """A model that gives its tensors as a tuple, as ONNX has them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensors_of(self.model(pixel_values)).values())
+
+
+def tensors_of(output: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Of what a model gives, the tensors of numbers that are not whole."""
+    return {name: t for name, t in output.items() if isinstance(t, Tensor) and t.is_floating_point()}
+
+
+def difference(ours: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest difference of all outputs, each relative to its largest value."""
+    pairs = zip(ours, expected, strict=True)
+    return max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-12)) for a, b in pairs)
+
+
+def write_onnx(model: nn.Module, pixels: Tensor, names: Sequence[str], file: Path, dynamic: bool) -> None:
+    """Write a model as ONNX.
+
+    Raises:
+        FlagError: If torch cannot export it.
+    """
+    if dynamic:  # a batch of one would be taken for a constant
+        pixels = pixels.repeat(2, 1, 1, 1)
+    shapes = ({0: Dim.DYNAMIC},) if dynamic else None
+    try:
+        program = torch.export.export(Outputs(model), (pixels,), dynamic_shapes=shapes)
+        torch.onnx.export(program, (), file, input_names=["pixel_values"], output_names=list(names), verbose=False)
+    except (RuntimeError, ValueError) as error:  # of torch.export and of torch.onnx
+        remedy = "leave out --dynamic_batch" if dynamic else f"the merged model is in {file.parents[1] / MERGED}"
+        raise FlagError(f"ONNX: torch cannot export this model ({str(error).splitlines()[0]}); {remedy}") from error
+
+
+def latencies(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """The median time of each call in milliseconds."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(WARM_UP + repeats):
+        for name, call in calls.items():  # by turns: what else the machine does slows all of them
+            began = time.perf_counter()
+            call()
+            times[name].append(1000 * (time.perf_counter() - began))
+    return {name: statistics.median(own[WARM_UP:]) for name, own in times.items()}
+
+
+def check(what: str, differs: float, args: argparse.Namespace, work: Path) -> None:
+    """Print how far an export is from the adapted model.
+
+    Raises:
+        FlagError: If that is too far.
+    """
+    print(f"{what}: largest relative difference from the adapted model {differs:.1e}")
+    if not differs <= args.tolerance:
+        raise FlagError(f"{what} differs by {differs:.1e}, more than --tolerance {args.tolerance:g}; it is in {work}")
+
+
+@torch.no_grad()
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Export, check and time; gives what is written to `export.json`."""
+    args = parse_arguments(arguments)
+    check_is_free(args.output_dir, args.overwrite)
+    base, adapter, size = load(args)
+    try:
+        # Two: merging changes the model.
+        adapted, other = (PeftModel.from_pretrained(copy.deepcopy(base), adapter).eval() for _ in range(2))
+    except (OSError, ValueError) as error:
+        raise FlagError(f"the adapter in {adapter} cannot be loaded: {error}") from error
+    merged = merge(other, args.widen).eval().requires_grad_(False)
+    images = [finished(to_tensors(Sample(make_scene(i)["image"]), size))["image"] for i in range(args.batch_size)]
+    pixels = torch.stack(images)
+    expected = tensors_of(adapted(pixels))
+
+    work = args.output_dir / UNFINISHED
+    shutil.rmtree(work, ignore_errors=True)
+    (work / ONNX).mkdir(parents=True)
+    merged.save_pretrained(work / MERGED)
+    plain = type(merged).from_pretrained(work / MERGED).eval()
+    differs = {MERGED: difference(Outputs(plain)(pixels), list(expected.values()))}
+    check("merged", differs[MERGED], args, work / MERGED)
+    calls = {"base": base.eval(), "adapter on its base": adapted, "merged": merged}
+    timed: dict[str, Callable[[], Any]] = {name: lambda m=model: m(pixels) for name, model in calls.items()}
+    if find_spec("onnx") is None or find_spec("onnxscript") is None:
+        (work / ONNX).rmdir()
+        print("no ONNX file was written: pip install onnx onnxscript onnxruntime")
+    else:
+        file = work / ONNX / "model.onnx"
+        write_onnx(merged, pixels, list(expected), file, args.dynamic_batch)
+        if find_spec("onnxruntime") is None:
+            print("the ONNX file was not checked: pip install onnxruntime")
+        else:
+            from onnxruntime import InferenceSession, SessionOptions
+
+            options = SessionOptions()
+            # Threads that wait for work by spinning would take the cores of the next model that is timed.
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+            session = InferenceSession(file, options, providers=["CPUExecutionProvider"])
+            given = {"pixel_values": pixels.numpy()}
+            results = [torch.from_numpy(own) for own in session.run(None, given)]
+            differs[ONNX] = difference(results, list(expected.values()))
+            check("ONNX", differs[ONNX], args, file)
+            timed["merged, ONNX"] = lambda: session.run(None, given)
+    times = latencies(timed, args.repeats)
+    print(
+        f"milliseconds for {args.batch_size} image(s) of {size[0]} x {size[1]} on this CPU, medians of {args.repeats}:"
+    )
+    for name, own in times.items():
+        print(f"  {name:<20} {own:8.1f}")
+    numbers = {"difference": differs, "milliseconds": times, "batch_size": args.batch_size, "image_size": list(size)}
+    write_json(args.output_dir / NUMBERS, numbers)  # first: it says that what comes now is an export
+    for name in (MERGED, ONNX):
+        shutil.rmtree(args.output_dir / name, ignore_errors=True)
+        if (work / name).exists():
+            (work / name).rename(args.output_dir / name)
+    work.rmdir()
+    print(f"exported to {args.output_dir}")
+    return numbers
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (FlagError, OSError) as error:
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from error
