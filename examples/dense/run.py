@@ -171,6 +171,10 @@ class Run:
             raise
         if args.push_to_hub and is_adapter(model) and self.accelerator.is_main_process:
             model.push_to_hub(args.push_to_hub)
+        # What is wrapped for several processes goes first, on all of them together. If it outlives the process group,
+        # the group is closed at the end of each process, where one may wait for ever for another that has ended.
+        self.accelerator.wait_for_everyone()
+        self.accelerator.free_memory()
         self.accelerator.end_training()
         return results
 
