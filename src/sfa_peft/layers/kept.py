@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,55 +47,47 @@ class Buffer:
         self.flat.index_copy_(0, self.index, self.new)
 
 
+class State(NamedTuple):
+    """Which tensors a layer's changed parameters are made from, and whether they were written to.
+
+    An optimizer may write to the values without a new version, so they are read in every pass. The base and the ticket
+    stay as they are in training.
+    """
+
+    base: list[tuple[int, int, int]]
+    positions: list[tuple[int, int, int]]
+    values: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, module: Changeable, delta: SparseDelta) -> State:
+        base = _parameters(module).values()
+        values = (delta.values(name) for name in delta.changed)
+        return cls(
+            [(id(t), t.data_ptr(), t._version) for t in base],
+            [(id(t), t.data_ptr(), t._version) for name in delta.changed for t in (delta.positions(name),)],
+            [(id(t), t.data_ptr()) for t in values],
+        )
+
+
 @dataclass
 class Entry:
-    """What is kept of one layer, and the state of the tensors that it was made from."""
+    """What is kept of one layer. It holds the ticket that it was made from, so that no other tensor gets its `id`."""
 
     delta: SparseDelta
     dtype: torch.dtype
-    sources: list[Tensor]
-    state: list[tuple[int, int]]
+    parameters: dict[str, Tensor]
+    ticket: list[Tensor]
+    state: State
     buffer: Buffer | None = None
     earlier: Buffer | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
     epoch: int = -1
 
-    @classmethod
-    def of(cls, module: Changeable, delta: SparseDelta, dtype: torch.dtype) -> Entry:
-        parameters = [p for name in PARAMETERS if (p := getattr(module, name)) is not None]
-        positions = [delta.positions(name) for name in delta.changed]
-        entry = cls(delta, dtype, [*parameters, *positions, *(delta.values(name) for name in delta.changed)], [])
-        entry.state = entry.present_state()
-        return entry
 
-    def present_state(self) -> list[tuple[int, int]]:
-        # An optimizer may change values without a new version, so they are read in every pass. The base and the
-        # ticket stay as they are in training.
-        fixed = len(self.sources) - len(self.delta.changed)
-        return [(t.data_ptr(), t._version if i < fixed else 0) for i, t in enumerate(self.sources)]
-
-    def is_of(self, module: Changeable, delta: SparseDelta, dtype: torch.dtype) -> bool:
-        if self.delta is not delta or self.dtype != dtype:
-            return False
-        present = [p for name in PARAMETERS if (p := getattr(module, name)) is not None]
-        present += [delta.positions(name) for name in delta.changed] + [delta.values(name) for name in delta.changed]
-        same = len(present) == len(self.sources) and all(a is b for a, b in zip(present, self.sources, strict=True))
-        return same and self.state == self.present_state()
-
-    @property
-    def parameters(self) -> dict[str, Tensor]:
-        """The weight, and the bias if there is one."""
-        return dict(zip(PARAMETERS, self.sources[: len(self.sources) - 2 * len(self.delta.changed)], strict=False))
-
-    def has_parameters_of(self, other: Entry) -> bool:
-        count = len(self.parameters)
-        same = self.dtype == other.dtype and count == len(other.parameters)
-        return (
-            same
-            and all(a is b for a, b in zip(self.sources[:count], other.sources[:count], strict=True))
-            and self.state[:count] == other.state[:count]
-        )
+def _parameters(module: Changeable) -> dict[str, Tensor]:
+    """The weight, and the bias if there is one."""
+    return {name: p for name in PARAMETERS if (p := getattr(module, name)) is not None}
 
 
 class ChangedParameters:
@@ -135,10 +128,12 @@ class ChangedParameters:
             delta: The change.
             dtype: The dtype of the computation.
         """
-        entry = self._entries.get(layer)
-        if entry is None or not entry.is_of(module, delta, dtype):
-            new = Entry.of(module, delta, dtype)
-            if entry is not None and entry.has_parameters_of(new):  # another adapter on the same layer
+        entry, state = self._entries.get(layer), State.of(module, delta)
+        if entry is None or (entry.delta, entry.dtype, entry.state) != (delta, dtype, state):
+            ticket = [t for name in delta.changed for t in (delta.positions(name), delta.values(name))]
+            new = Entry(delta, dtype, _parameters(module), ticket, state)
+            # Another adapter on the same layer.
+            if entry is not None and (entry.dtype, entry.state.base) == (dtype, state.base):
                 new.earlier, new.weight, new.bias = entry.buffer or entry.earlier, entry.weight, entry.bias
             with self._lock:
                 self._entries[layer] = new
@@ -170,7 +165,7 @@ class ChangedParameters:
     def _build(self) -> None:
         groups: dict[tuple[torch.dtype, torch.device], list[Entry]] = {}
         for entry in self._entries.values():
-            groups.setdefault((entry.dtype, entry.sources[0].device), []).append(entry)
+            groups.setdefault((entry.dtype, entry.parameters["weight"].device), []).append(entry)
         for (dtype, device), entries in groups.items():
             _fill(entries, dtype, device)
 

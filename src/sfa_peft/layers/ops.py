@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,16 @@ from .bottleneck import autocasts, compute_dtype
 from .granularity import Column, Granularity, Row
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+Needs = tuple[bool, bool, bool]
+
+
+class Used(NamedTuple):
+    """What a forward pass has used, and saved beside its arguments."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    saved: tuple[Tensor, ...]
 
 
 class Op(Protocol):
@@ -22,15 +32,7 @@ class Op(Protocol):
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]: ...
 
-    def gradients(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        saved: tuple[Tensor, ...],
-        needs: tuple[bool, bool, bool],
-    ) -> Gradients:
+    def gradients(self, grad: Tensor, used: Used, needs: Needs) -> Gradients:
         """The gradients of the input, the weight and the bias, where they are needed."""
 
     def grad_units(
@@ -48,19 +50,11 @@ class LinearOp:
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         return F.linear(x, weight, bias), ()
 
-    def gradients(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        saved: tuple[Tensor, ...],
-        needs: tuple[bool, bool, bool],
-    ) -> Gradients:
+    def gradients(self, grad: Tensor, used: Used, needs: Needs) -> Gradients:
         flat = grad.reshape(-1, grad.shape[-1])
         return (
-            grad @ weight if needs[0] else None,
-            flat.t() @ x.reshape(-1, x.shape[-1]) if needs[1] else None,
+            grad @ used.weight if needs[0] else None,
+            flat.t() @ used.x.reshape(-1, used.x.shape[-1]) if needs[1] else None,
             flat.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)) if needs[2] else None,
         )
 
@@ -88,24 +82,14 @@ class Conv2dOp:
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups), ()
 
-    def _backward(
-        self, grad: Tensor, x: Tensor, weight: Tensor, groups: int, needs: tuple[bool, bool, bool]
-    ) -> Gradients:
+    def _backward(self, grad: Tensor, x: Tensor, weight: Tensor, groups: int, needs: Needs) -> Gradients:
         grads: Gradients = torch.ops.aten.convolution_backward(
             grad, x, weight, [weight.shape[0]], self.stride, self.padding, self.dilation, False, [0, 0], groups, needs
         )
         return grads
 
-    def gradients(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        saved: tuple[Tensor, ...],
-        needs: tuple[bool, bool, bool],
-    ) -> Gradients:
-        return self._backward(grad, x, weight, self.groups, needs)
+    def gradients(self, grad: Tensor, used: Used, needs: Needs) -> Gradients:
+        return self._backward(grad, used.x, used.weight, self.groups, needs)
 
     def grad_units(
         self, grad: Tensor, x: Tensor, weight: Tensor, granularity: Granularity, positions: Tensor
@@ -138,16 +122,10 @@ class LayerNormOp:
         y, mean, rstd = torch.native_layer_norm(x, self.shape, weight, bias, self.eps)
         return y, (mean, rstd)
 
-    def gradients(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        saved: tuple[Tensor, ...],
-        needs: tuple[bool, bool, bool],
-    ) -> Gradients:
-        grads: Gradients = torch.ops.aten.native_layer_norm_backward(grad, x, self.shape, *saved, weight, bias, needs)
+    def gradients(self, grad: Tensor, used: Used, needs: Needs) -> Gradients:
+        grads: Gradients = torch.ops.aten.native_layer_norm_backward(
+            grad, used.x, self.shape, *used.saved, used.weight, used.bias, needs
+        )
         return grads
 
     def grad_units(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .bottleneck import autocasts, cast_input
 from .granularity import Granularity, position_dtype
-from .ops import Op
+from .ops import Op, Used
 
 PARAMETERS = ("weight", "bias")
 
@@ -176,7 +176,7 @@ class SparseDeltaFunction(torch.autograd.Function):
                     units[id(change.values)] = part
         names = {change.name for change in wanted if id(change.values) not in units}
         needs = ctx.needs_input_grad[0], "weight" in names, "bias" in names
-        grad_x, *dense = ctx.op.gradients(grad, x, new_weight, new_bias, saved, needs)
+        grad_x, *dense = ctx.op.gradients(grad, Used(x, new_weight, new_bias, saved), needs)
         full = {name: tensor.contiguous() for name, tensor in zip(PARAMETERS, dense, strict=True) if name in names}
 
         grads: list[Tensor | None] = []
