@@ -99,6 +99,12 @@ class Load:
 LOAD: ContextVar[Load | None] = ContextVar("load", default=None)
 
 
+def adapter_in_load() -> SavedAdapter[Any] | None:
+    """The adapter that is being loaded, after it has been read and checked."""
+    load = LOAD.get()
+    return None if load is None else load.saved
+
+
 def is_restored() -> bool:
     """Whether a load is in progress that restores the model after an error."""
     load = LOAD.get()

@@ -21,9 +21,7 @@ from ..planning.base import check_base
 from ..planning.plan import Plan, Planner
 from ..tuner.model import SFAModel, tuner_of
 from ..tuner.optimizers import warn_of_replaced
-from ..tuner.rollback import Rollback
-from ..tuner.state import tensors_of
-from .loads import AdapterLoad, readable_errors
+from .loads import AdapterLoad, readable_errors, restoring
 from .patching import Method, arguments_of, in_own_context, patch
 from .registration import NAME, incompatible
 
@@ -68,8 +66,7 @@ def swap(model: nn.Module, tensors: dict[str, Tensor], adapter_name: str, config
             f"the ticket of the new adapter has other sizes than that of {adapter_name!r}, and the model is already "
             f"compiled; swap before torch.compile, or load the new one as another adapter."
         )
-    with Rollback(peft_model) as rollback, torch.no_grad():
-        rollback.keep(tensors_of(peft_model, adapter_name))
+    with restoring(peft_model, adapter_name), torch.no_grad():
         if not has_same_sizes:
             resize(peft_model, adapter_name, config)
         peft.set_peft_model_state_dict(peft_model, tensors, adapter_name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,27 @@ from torch import nn
 
 from ..checkpoint import CheckpointError
 from ..checkpoint.names import is_adapter_key
-from ..checkpoint.reader import LOAD, Load, weights_of
+from ..checkpoint.reader import LOAD, Load, is_restored, weights_of
 from ..checkpoint.renaming import KeyMapping
 from ..checkpoint.seal import CONFIG, read
 from ..config import SFAConfig
 from ..tuner.rollback import Rollback
 from ..tuner.state import tensors_of
 from .registration import NAME
+
+
+def restoring(model: nn.Module, adapter_name: str | None = None) -> AbstractContextManager[object]:
+    """Restores a model after an error, with the values of an adapter, unless a load in progress does so."""
+    if is_restored():
+        return nullcontext()
+    return _rollback(model, adapter_name)
+
+
+def _rollback(model: nn.Module, adapter_name: str | None) -> Rollback:
+    rollback = Rollback(model)
+    if adapter_name is not None:
+        rollback.keep(tensors_of(model, adapter_name))
+    return rollback
 
 
 class AdapterLoad(Load):
@@ -38,9 +52,7 @@ class AdapterLoad(Load):
     def begin(self) -> None:
         if self.begun or not isinstance(self.model, nn.Module):  # PEFT raises an error for this
             return
-        rollback = Rollback(self.model)
-        rollback.keep(tensors_of(self.model, self.adapter_name))
-        self.rollback, self.restores = rollback, True
+        self.rollback, self.restores = _rollback(self.model, self.adapter_name), True
         super().begin()
 
     def __enter__(self) -> AdapterLoad:

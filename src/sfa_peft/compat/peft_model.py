@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..checkpoint import CheckpointError
 from ..checkpoint.files import staged
 from ..checkpoint.names import is_adapter_key
-from ..checkpoint.reader import LOAD, difference_of, is_restored
+from ..checkpoint.reader import LOAD, difference_of
 from ..checkpoint.seal import CONFIG, WEIGHTS
 from ..checkpoint.writer import write_adapter
 from ..config import DTYPES, SFAConfig
@@ -35,10 +35,8 @@ from ..layers.adapted import sfa_layers
 from ..layers.offloading import is_hooked, onloaded
 from ..search import ticket_of
 from ..tuner.model import tuner_of
-from ..tuner.rollback import Rollback
-from ..tuner.state import tensors_of
 from .hotswap import resize
-from .loads import AdapterLoad, readable_errors
+from .loads import AdapterLoad, readable_errors, restoring
 from .patching import Method, arguments_of, in_own_context, patch
 from .registration import NAME
 
@@ -161,14 +159,14 @@ def init(original: Method, model: PeftModel, *args: Any, **kwargs: Any) -> None:
     """Adapt a base as PEFT does. If it fails, the base is as it was."""
     given = arguments_of(original, args, kwargs)
     concerned = isinstance(given.get("peft_config"), SFAConfig) and isinstance(given.get("model"), nn.Module)
-    with Rollback(given["model"]) if concerned and not is_restored() else nullcontext():
+    with restoring(given["model"]) if concerned else nullcontext():
         original(*args, **kwargs)
 
 
 @patch(PeftModel, "add_adapter", "adapter_name", applies=is_sfa)
 def add_adapter(original: Method, model: PeftModel, *args: Any, **kwargs: Any) -> None:
     """Add an adapter as PEFT does. If it fails, the model is as it was; PEFT's version forgets interrupts."""
-    with Rollback(model):
+    with restoring(model):
         original(*args, **kwargs)
 
 
@@ -261,10 +259,7 @@ def set_peft_model_state_dict(original: Method, *args: Any, **kwargs: Any) -> An
             f"the state dict has {named[0]!r}, with the name of the adapter; save the adapter again."
         )
     try:
-        if is_restored():
-            return original(*args, **kwargs)
-        with Rollback(given["model"]) as rollback:
-            rollback.keep(tensors_of(given["model"], given["adapter_name"]))
+        with restoring(given["model"], given["adapter_name"]):
             return original(*args, **kwargs)
     except KeyError as error:
         key = error.args[0]

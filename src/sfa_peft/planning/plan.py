@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import CheckpointError
 from ..checkpoint.names import INTERNAL, PREFIX
-from ..checkpoint.reader import LOAD
+from ..checkpoint.reader import LOAD, adapter_in_load
 from ..config import PATTERN_FIELDS, SFAConfig
 from ..layers.adapted import SFALayer
 from ..layers.kinds import internal_parameters
@@ -495,9 +495,9 @@ class Planner:
         """The plan for a config with recorded sizes. The positions are those of a data-free ticket of these sizes."""
         config = self.config
         assert config.ticket_sizes is not None
-        load = LOAD.get()
-        shapes = load.saved.shapes if load and load.saved else {}
-        saved = load.saved.tensors if load and load.saved else {}
+        read = adapter_in_load()
+        shapes = read.shapes if read else {}
+        saved = read.tensors if read else {}
         plan = Plan(externals=self.recorded_externals())
         for full_name, size in config.ticket_sizes.items():
             module, _, name = full_name.rpartition(".")
@@ -531,8 +531,8 @@ class Planner:
 
     def recorded_externals(self) -> dict[str, list[External]]:
         externals: dict[str, list[External]] = {}
-        load = LOAD.get()
-        saved = load.saved.tensors if load and load.saved else {}
+        read = adapter_in_load()
+        saved = read.tensors if read else {}
         known = {(p.place, p.module): p.mlp_input for p in known_places(self.model)}
         for place, modules in (self.config.external_widths or {}).items():
             for name, width in modules.items():
@@ -574,7 +574,7 @@ _OTHER_ARCHITECTURE = (
 
 
 def _patterns(given: Collection[str]) -> set[str] | str:
-    return given if isinstance(given, str) else set(given)
+    return given if isinstance(given, str | set) else set(given)
 
 
 def _matches(name: str, patterns: set[str] | str) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import CheckpointError
 from ..checkpoint.names import PREFIX, is_adapter_key, is_positions_key
-from ..checkpoint.reader import LOAD, is_restored
+from ..checkpoint.reader import LOAD, adapter_in_load, is_restored
 from ..checkpoint.validation import check_positions
 from ..config import SFAConfig
 from ..layers.adapted import SFALayer, sfa_layers
@@ -118,10 +118,10 @@ class SFAModel(BaseTuner):
         plan = planner.plan() if plan is None else plan
         for name, modules in planner.exact().items():
             setattr(config, name, modules)
-        load = LOAD.get()
-        if load is not None and load.saved is not None:
+        saved = adapter_in_load()
+        if saved is not None:
             check_heads(
-                {k.removeprefix(PREFIX): t for k, t in load.saved.tensors.items() if not is_adapter_key(k)},
+                {k.removeprefix(PREFIX): t for k, t in saved.tensors.items() if not is_adapter_key(k)},
                 head_tensors(model, planner.heads),
             )
         check_base(model, adapter_name, config, plan.modules)
@@ -160,6 +160,7 @@ class SFAModel(BaseTuner):
     def _check_target_module_exists(self, peft_config: SFAConfig, key: str) -> bool:  # type: ignore[override]
         if self._plan is not None:
             return key in self._plan.positions or key in self._plan.externals
+        # PEFT's `inspect_matched_modules` asks outside of an injection.
         widths = peft_config.external_widths or {}
         adapted = {name for modules in widths.values() for name in modules}
         return key in adapted or key in {name.rpartition(".")[0] for name in peft_config.ticket_sizes or {}}
@@ -321,7 +322,6 @@ class SFAModel(BaseTuner):
             ValueError: If a parameter is shared with another module or quantized, or, with `safe_merge`, would not be
                 finite. Then nothing is changed.
         """
-        self.changed.clear()
         self.changed.clear()
         with Rollback(self) as rollback:
             rollback.also(self._unmerging())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,7 +14,7 @@ from ..checkpoint import CheckpointError
 from ..checkpoint.coding import encode_all
 from ..checkpoint.names import INTERNAL, POSITIONS, PREFIX, is_adapter_key, is_positions_key
 from ..checkpoint.packing import unpack
-from ..checkpoint.reader import LOAD
+from ..checkpoint.reader import adapter_in_load
 from ..checkpoint.validation import check_finite, decode_state_dict
 from ..layers.adapted import SFALayer
 from ..layers.sparse import SparseDelta
@@ -32,34 +32,27 @@ _CODES: WeakKeyDictionary[SparseDelta, dict[str, tuple[Tensor, Tensor]]] = WeakK
 
 def encoded(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of an adapter, with coded positions."""
-    deltas = {
+    caches = {
         f"{name}{INTERNAL}{adapter_name}.{p}{POSITIONS}": _CODES.setdefault(delta, {})
-        for name, layer in _parts(model, adapter_name)[0]
-        for delta in (layer.internal_of(adapter_name),)
-        if delta is not None
-        for p in delta.changed
+        for name, _, delta, p in _changed(_parts(model, adapter_name)[0], adapter_name)
     }
     positions = {key: tensor.detach().cpu() for key, tensor in tensors.items() if is_positions_key(key)}
-    kept = {key: deltas[key][key] for key in positions if key in deltas and key in deltas[key]}
+    kept = {key: caches[key][key] for key in positions if key in caches.get(key, ())}
     codes = {key: code for key, (indices, code) in kept.items() if torch.equal(indices, positions[key])}
     new = [key for key in positions if key not in codes]
     for key, code in zip(new, encode_all([positions[key] for key in new]), strict=True):
         codes[key] = code
-        if key in deltas:
-            deltas[key][key] = positions[key].clone(), code
+        if key in caches:
+            caches[key][key] = positions[key].clone(), code
     return tensors | codes
 
 
 def unpacked(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a checkpoint. In a file, the internal ones are packed."""
     sizes, shapes = {}, {}
-    for name, layer in _parts(model, adapter_name)[0]:
-        delta = layer.internal_of(adapter_name)
-        if delta is None:
-            continue
-        for p in delta.changed:
-            full = f"{name.removeprefix(PREFIX)}.{p}"
-            sizes[full], shapes[full] = len(delta.positions(p)), tuple(delta.values(p).shape)
+    for name, _, delta, p in _changed(_parts(model, adapter_name)[0], adapter_name):
+        full = f"{name.removeprefix(PREFIX)}.{p}"
+        sizes[full], shapes[full] = len(delta.positions(p)), tuple(delta.values(p).shape)
     return unpack(tensors, sizes, lambda name, count: shapes[name])
 
 
@@ -79,12 +72,9 @@ def loadable(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) ->
             for p, tensor in module.state_dict().items():
                 key = f"{name}.{kind}.{adapter_name}.{p}"
                 names[f"{name}.{kind}.{p}".removeprefix(PREFIX)], expected[key] = key, tensor
-        delta = layer.internal_of(adapter_name)
-        if delta is None:
-            continue
-        for p in delta.changed:
-            count = delta.granularity.count(getattr(layer.changeable, p).shape)
-            units[f"{name}{INTERNAL}{adapter_name}.{p}{POSITIONS}"] = count
+    for name, layer, delta, p in _changed(layers, adapter_name):
+        count = delta.granularity.count(getattr(layer.changeable, p).shape)
+        units[f"{name}{INTERNAL}{adapter_name}.{p}{POSITIONS}"] = count
     for name, wrapper in wrappers:
         for p, tensor in wrapper.modules_to_save[adapter_name].state_dict().items():
             key = f"{name}.modules_to_save.{adapter_name}.{p}"
@@ -97,8 +87,7 @@ def loadable(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) ->
         found[name] = tensor
 
     # What is read from a file during a load has been checked for finite values.
-    load = LOAD.get()
-    is_read = load is not None and load.saved is not None
+    is_read = adapter_in_load() is not None
     adapter = {key: tensor for key, tensor in found.items() if key not in heads and is_adapter_key(key)}
     result = decode_state_dict(adapter, expected, units, finite=is_read)
     rest = {key: tensor for key, tensor in found.items() if key not in adapter}
@@ -156,6 +145,17 @@ def _parts(
         elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             heads.append((name, module))
     return layers, heads
+
+
+def _changed(
+    layers: Iterable[tuple[str, SFALayer]], adapter_name: str
+) -> Iterator[tuple[str, SFALayer, SparseDelta, str]]:
+    """The parameters that an adapter changes: the name and the layer, the change, and the parameter's name."""
+    for name, layer in layers:
+        delta = layer.internal_of(adapter_name)
+        if delta is not None:
+            for p in delta.changed:
+                yield name, layer, delta, p
 
 
 def tensors_of(model: nn.Module, adapter_name: str) -> list[Tensor]:
