@@ -1,4 +1,7 @@
+import copy
+import dataclasses
 import json
+import pickle
 
 import pytest
 import torch
@@ -6,7 +9,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 import tiny
-from sfa_peft import SFAConfig
+from sfa_peft import RecordedConfig, SFAConfig
 
 
 @pytest.mark.parametrize(
@@ -46,7 +49,6 @@ from sfa_peft import SFAConfig
         ("initial_ticket", "lottery"),
         ("ticket_seed", 0.5),
         ("init_weights", "yes"),
-        ("format_version", 99),
         ("layers_pattern", "layer"),
         ("layers_to_transform", "x"),
         ("modules_to_save", "decode_head"),
@@ -82,9 +84,47 @@ def test_config_survives_a_file(tmp_path):
     )
     config.save_pretrained(tmp_path)
     again = PeftConfig.from_pretrained(tmp_path)
-    assert isinstance(again, SFAConfig)
-    assert again.to_dict() == config.to_dict()
+    assert type(again) is SFAConfig
+    assert again == config == SFAConfig.from_pretrained(tmp_path)
+
+
+def test_the_config_of_an_adapter_survives_a_file_and_copies(tmp_path):
+    config = get_peft_model(tiny.swin(), SFAConfig()).peft_config["default"]
+    config.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["format_version"] == 1
+    for again in (
+        PeftConfig.from_pretrained(tmp_path),
+        SFAConfig.from_pretrained(tmp_path),
+        copy.deepcopy(config),
+        pickle.loads(pickle.dumps(config)),
+        dataclasses.replace(config),
+        RecordedConfig(**config.to_dict()),
+    ):
+        assert type(again) is RecordedConfig
+        assert again == config
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("format_version", 99),
+        ("ticket_sizes", {"a.weight": -1}),
+        ("ticket_sizes", None),
+        ("external_widths", {"mlp": {"a": 0}}),
+        ("external_widths", {"head": {"a": 1}}),
+        ("base_fingerprint", {"roots": []}),
+        ("weights_digest", 3),
+    ],
+)
+def test_a_bad_recorded_value_names_its_field(field, value):
+    fields = get_peft_model(tiny.swin(), SFAConfig()).peft_config["default"].to_dict()
+    with pytest.raises(ValueError, match=field):
+        RecordedConfig(**fields | {field: value})
+
+
+def test_what_is_recorded_is_no_field_of_the_users_config():
+    with pytest.raises(TypeError, match="ticket_sizes"):
+        SFAConfig(ticket_sizes={})
 
 
 def refused(model, match, **options):
@@ -161,7 +201,8 @@ def test_leaves_of_another_method_are_refused():
 def test_one_config_object_serves_several_models():
     config = SFAConfig(budget=0.1, initial_ticket="random")
     first = get_peft_model(tiny.swin(), config)
-    assert config.ticket_sizes is None
+    assert type(config) is SFAConfig
+    assert config == SFAConfig(budget=0.1, initial_ticket="random")
     second = get_peft_model(tiny.dinov2(), config)
     assert first.peft_config["default"].ticket_sizes != second.peft_config["default"].ticket_sizes
 

@@ -10,7 +10,20 @@ import sfa_peft
 ROOT = Path(sfa_peft.__file__).parent
 
 # Each room may know those before it, and itself.
-ROOMS = ["layers", "checkpoint", "ticket", "config", "planning", "tuner", "search", "hub", "compat", "cli", "sfa_peft"]
+ROOMS = [
+    "layers",
+    "checkpoint",
+    "ticket",
+    "config",
+    "recorded",
+    "planning",
+    "tuner",
+    "search",
+    "hub",
+    "compat",
+    "cli",
+    "sfa_peft",
+]
 
 
 def modules():

@@ -11,6 +11,7 @@ from .compat.patching import apply_patches  # noqa: E402
 from .config import SFAConfig  # noqa: E402
 from .hub.card import describe_adapter  # noqa: E402
 from .layers.adapted import SFALayer  # noqa: E402
+from .recorded import RecordedConfig  # noqa: E402
 from .search import (  # noqa: E402
     Extraction,
     TicketSearchError,
@@ -23,12 +24,13 @@ from .ticket import Evidence, Quotas, Ticket, TicketReport, criterion  # noqa: E
 from .tuner.model import SFAModel  # noqa: E402
 
 apply_patches()
-register(SFAConfig, SFAModel)
+register(RecordedConfig, SFAModel)
 
 __version__ = "0.2.0.dev0"
 
 __all__ = [
     "SFAConfig",
+    "RecordedConfig",
     "SFAModel",
     "SFALayer",
     "search_ticket",

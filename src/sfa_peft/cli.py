@@ -29,6 +29,7 @@ from .checkpoint.seal import AdapterFile, digest_of, read
 from .config import SFAConfig
 from .layers.merged import merged_leaves, remove_externals
 from .planning.base import in_module
+from .recorded import RecordedConfig
 from .search import extract_adapter
 from .ticket import Ticket, TicketReport
 from .ticket.text import printable
@@ -47,7 +48,7 @@ class Saved:
     """A saved adapter that has been read and checked."""
 
     name: str
-    config: SFAConfig
+    config: RecordedConfig
     file: AdapterFile
     size: int
 
@@ -60,7 +61,7 @@ class Saved:
                 f"{_class_name(config)!r} is not the name of a class. Download the adapter or save it again."
             )
         weights = weights_of(name, **options)
-        if weights is None:
+        if weights is None or not isinstance(config, RecordedConfig):
             raise RefusedError(f"{name!r} has a config, but no weights; save the adapter with save_pretrained.")
         return cls(name, config, read(weights), weights.stat().st_size)
 
@@ -109,7 +110,7 @@ class Saved:
         for key, indices in contents_of(self.config, self.file)[1].items():
             module, _, parameter = key.removeprefix(PREFIX).removesuffix(POSITIONS).partition(INTERNAL)
             positions.setdefault(module, {})[parameter] = indices
-        return Ticket(positions, self.file.shapes, self.config.granularity, self.config.external_widths or {})
+        return Ticket(positions, self.file.shapes, self.config.granularity, self.config.external_widths)
 
 
 def _class_name(config: SFAConfig) -> Any:
@@ -223,7 +224,7 @@ def merge(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     if kept:
         widths = {
             place: {name: width for name, width in modules.items() if name in kept}
-            for place, modules in (saved.config.external_widths or {}).items()
+            for place, modules in saved.config.external_widths.items()
         }
         fields = saved.config.to_dict() | {
             "external_widths": widths,
@@ -235,7 +236,7 @@ def merge(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
             "base_model_name_or_path": str(out),
             "external_share": 1.0,
         }
-        rest = PeftModel(merged, SFAConfig(**fields))
+        rest = PeftModel(merged, RecordedConfig(**fields))
         prefixes = tuple(f"{PREFIX}{name}." for name in kept)
         set_peft_model_state_dict(rest, {k: t for k, t in tensors.items() if k.startswith(prefixes)})
         rest.save_pretrained(str(out / EXTERNAL_FOLDER))
@@ -279,9 +280,9 @@ def diff(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     tickets = a.ticket, b.ticket
     overlap, layers = tickets[0].overlap(tickets[1]), tickets[0].overlap(tickets[1], per="layer")
     widths = {
-        f"{place}: {module}": tuple((c.config.external_widths or {}).get(place, {}).get(module, 0) for c in (a, b))
+        f"{place}: {module}": tuple(c.config.external_widths.get(place, {}).get(module, 0) for c in (a, b))
         for c in (a, b)
-        for place, modules in (c.config.external_widths or {}).items()
+        for place, modules in c.config.external_widths.items()
         for module in modules
     }
     differing = {name: pair for name, pair in widths.items() if pair[0] != pair[1]}

@@ -5,48 +5,34 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import InitVar, dataclass, field
+from dataclasses import dataclass, field
 from numbers import Integral, Real
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.config import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType
 
-from .checkpoint import CheckpointError
-from .checkpoint.fingerprint import Fingerprint
-from .checkpoint.reader import LOAD, PICKLE, open_adapter, weights_of
-from .checkpoint.seal import CONFIG, WEIGHTS
 from .layers.bottleneck import ACTIVATIONS
-from .layers.granularity import GRANULARITIES, NO_BLOCKS, Granularity
+from .layers.granularity import GRANULARITIES, Granularity
 from .ticket.criteria import DATA_FREE
 
-FORMAT_VERSION = 1
 PLACES = ("attention", "mlp", "mlp_parallel")
 PLACEMENTS = ("uniform", "auto")
 DEFAULT_BUDGET = 0.02
 DEFAULT_SHARE = 0.25
 # The fields that may be regular expressions.
 PATTERN_FIELDS = ("target_modules", "exclude_modules", "external_modules")
-MAX_CONFIG = 1 << 22  # bytes of an adapter_config.json
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def _is_int(value: Any) -> bool:
+def is_int(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _compiles(pattern: Any) -> bool:
-    try:
-        re.compile(pattern)
-    except (re.error, TypeError, RecursionError, OverflowError):
-        return False
-    return True
-
-
 def _is_number(value: Any) -> bool:
-    return _is_int(value) or (isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value))
+    return is_int(value) or (isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value))
 
 
 @dataclass
@@ -124,17 +110,6 @@ class SFAConfig(PeftConfig):
             the fastest passes, at the cost of a copy of the adapted weights; False needs the least memory. None keeps
             them under autocast, where they take the place of the casts that autocast makes. The outputs are the same.
             With several adapters, the last one decides.
-        external_widths (`dict`, *optional*, defaults to `None`):
-            Filled in at injection: for each place, the width of the external adapter on each module. With it, an
-            adapter can be sized before its weights are read.
-        ticket_sizes (`dict`, *optional*, defaults to `None`):
-            Filled in at injection and by the search: for each parameter, the number of its units in the ticket.
-        base_fingerprint (`dict`, *optional*, defaults to `None`):
-            Filled in at injection: identifies the base weights used in training.
-        weights_digest (`str`, *optional*, defaults to `None`):
-            Filled in when saving: the digest of the tensors that were saved with this config.
-        format_version (`int`, defaults to 1):
-            The version of the checkpoint format.
 
     Raises:
         ValueError: If a value is not valid, or two fields contradict each other. The message names the field, the
@@ -213,22 +188,8 @@ class SFAConfig(PeftConfig):
         default=None,
         metadata={"help": "Keep the changed weights between forward passes: True, False, or None: under autocast."},
     )
-    external_widths: dict[str, dict[str, int]] | None = field(
-        default=None, metadata={"help": "Filled in at injection: place -> module -> width."}
-    )
-    ticket_sizes: dict[str, int] | None = field(
-        default=None, metadata={"help": "Filled in at injection and by the search: parameter -> units in the ticket."}
-    )
-    base_fingerprint: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Filled in at injection: identifies the base weights used in training."}
-    )
-    weights_digest: str | None = field(
-        default=None, metadata={"help": "Filled in when saving: the digest of the saved tensors."}
-    )
-    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the checkpoint format."})
-    internal_block_size: InitVar[Any] = None  # not a field; files of 0.1 have it, and PEFT warns of unknown fields
 
-    def __post_init__(self, internal_block_size: Any) -> None:
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("SFA")
         if isinstance(self.external_places, list):
@@ -237,12 +198,9 @@ class SFAConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, list | tuple):
                 setattr(self, name, set(value))
-        share: Any = self.external_share
-        if share == "auto" and self.ticket_sizes is not None:  # files of 0.1 have it; the sizes are recorded
-            self.external_share = DEFAULT_SHARE
         self._validate()
         if self.budget is not None:  # a NumPy scalar is valid, but cannot be saved as JSON
-            self.budget = int(self.budget) if _is_int(self.budget) else float(self.budget)
+            self.budget = int(self.budget) if is_int(self.budget) else float(self.budget)
         if self.budget is None and self.external_width is None and self.internal_density is None:
             self.budget = DEFAULT_BUDGET
 
@@ -262,88 +220,15 @@ class SFAConfig(PeftConfig):
         return {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
 
     @classmethod
-    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        """Read the fields of an `adapter_config.json`.
-
-        Raises:
-            CheckpointError: If it is not a JSON object, or not the config of an SFA adapter.
-        """
-        size = os.path.getsize(path_json_file)
-        if size > MAX_CONFIG:
-            raise CheckpointError(
-                f"{str(path_json_file)!r} has {size:,} bytes, and no config is larger than {MAX_CONFIG:,}."
-            )
-        try:
-            fields = super().from_json_file(path_json_file, **kwargs)
-        except (ValueError, TypeError, RecursionError) as error:
-            raise CheckpointError(f"{str(path_json_file)!r} is not a JSON file, or damaged: {error}") from error
-        if not isinstance(fields, dict) or fields.get("peft_type") != PeftType("SFA"):
-            raise CheckpointError(f"{str(path_json_file)!r} is not the config of an SFA adapter, or damaged.")
-        return cls.without_patterns(fields)
-
-    @staticmethod
-    def without_patterns(fields: dict[str, Any]) -> dict[str, Any]:
-        """The fields of a saved config, with names in place of regular expressions, which versions up to 0.1 saved.
-
-        A saved adapter contains the names of its modules, so an expression in a file is not needed, and is never run.
-        """
-        sizes, widths = fields.get("ticket_sizes"), fields.get("external_widths")
-        if not isinstance(sizes, dict) or not isinstance(widths, dict):
-            return fields  # not of an adapter
-        others = widths.get("module", {})
-        names = {
-            "target_modules": sorted({name.rpartition(".")[0] for name in sizes}),
-            "exclude_modules": None,
-            "external_modules": sorted(others) if isinstance(others, dict) else [],
-        }
-        patterns = {name for name in PATTERN_FIELDS if fields.get(name) and isinstance(fields[name], str)}
-        if "exclude_modules" in patterns and fields.get("target_modules") is None:
-            patterns.add("target_modules")
-        fields = fields | {name: names[name] for name in patterns}
-        if fields.get("layers_to_transform") is not None and "target_modules" in patterns:
-            fields |= {"layers_to_transform": None, "layers_pattern": None}
-        return fields
-
-    @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
     ) -> SFAConfig:
-        """Load the config of a saved adapter, and check the weights beside it, if there are any.
+        """Load a saved config: the `RecordedConfig` of an adapter, or an `SFAConfig` that was saved before its use.
 
-        Args:
-            pretrained_model_name_or_path (`str` or `Path`): A folder, or a repository on the Hub.
-            subfolder (`str`, *optional*, defaults to `None`): A subfolder of it.
-            kwargs: `revision`, `token`, `cache_dir` and other arguments of `huggingface_hub.hf_hub_download`.
-
-        Raises:
-            CheckpointError: If the config or the weights are damaged, or do not belong together.
-            ValueError: If there is no config.
+        Args and errors are those of `RecordedConfig.from_pretrained`.
         """
-        load = LOAD.get()
-        if load is not None:
-            load.begin()
-        name = str(pretrained_model_name_or_path)
-        try:
-            config: SFAConfig = super().from_pretrained(name, subfolder=subfolder, **kwargs)
-        except CheckpointError:
-            raise
-        except (ValueError, TypeError, AttributeError, OverflowError) as error:
-            if isinstance(error, ValueError) and error.__cause__ is not None:
-                raise  # PEFT has not found the config
-            raise CheckpointError(f"{CONFIG} of {name!r} is not valid: {error}") from error
-        weights = weights_of(name, subfolder, **kwargs)
-        if weights is not None:
-            saved = open_adapter(config, weights, load.key_mapping if load else {})
-            if load is not None:
-                load.saved = saved
-            return saved.config
-        folder = Path(name, subfolder or "")
-        if not folder.is_dir() or (folder / PICKLE).exists():
-            raise CheckpointError(
-                f"{name!r} has no {WEIGHTS}. SFA reads only this file, since a pickle can run code; save the adapter "
-                f"with save_pretrained."
-            )
-        return config
+        registered = cast(type[SFAConfig], PEFT_TYPE_TO_CONFIG_MAPPING[PeftType("SFA")])
+        return registered.from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
 
     def _fail(self, name: str, allowed: str) -> None:
         raise ValueError(f"SFAConfig.{name}={getattr(self, name)!r} is not valid; {allowed}.")
@@ -360,7 +245,7 @@ class SFAConfig(PeftConfig):
                     f"SFAConfig.budget={self.budget!r} and {given[0]}={getattr(self, given[0])!r} are both given, but "
                     f"the budget decides the widths and the density. Leave out one of them."
                 )
-            in_range = self.budget >= 1 if _is_int(self.budget) else _is_number(self.budget) and 0 < self.budget < 1
+            in_range = self.budget >= 1 if is_int(self.budget) else _is_number(self.budget) and 0 < self.budget < 1
             self._check("budget", in_range, "use an int of at least 1, or a float in (0, 1)")
 
         if self.external_placement == "auto" and (
@@ -382,10 +267,7 @@ class SFAConfig(PeftConfig):
         self._check("external_dropout", _is_number(dropout) and 0 <= dropout < 1, "use a float in [0, 1)")
         scale = self.external_scale
         self._check("external_scale", _is_number(scale) and scale != 0, "use a finite number other than 0")
-        self._check("ticket_seed", _is_int(self.ticket_seed), "use an int")
-        # A CheckpointError, since the value comes from an adapter of 0.1, which transformers may be reading.
-        if self.internal_granularity == "block":
-            raise CheckpointError(f"SFAConfig.internal_granularity='block' is not valid; {NO_BLOCKS}.")
+        self._check("ticket_seed", is_int(self.ticket_seed), "use an int")
         self._check("init_weights", isinstance(self.init_weights, bool), "use True or False")
         self._check("keep_weights", isinstance(self.keep_weights, bool | None), "use True, False or None")
         for name, choices in (
@@ -423,7 +305,7 @@ class SFAConfig(PeftConfig):
         layers = self.layers_to_transform
         indices = layers if isinstance(layers, list | tuple) else [layers]
         self._check(
-            "layers_to_transform", layers is None or all(_is_int(i) for i in indices), "use an int or a list of ints"
+            "layers_to_transform", layers is None or all(is_int(i) for i in indices), "use an int or a list of ints"
         )
         pattern = self.layers_pattern
         patterns = pattern if isinstance(pattern, list | tuple) else [pattern]
@@ -433,18 +315,24 @@ class SFAConfig(PeftConfig):
             self._fail("layers_pattern", "it needs `layers_to_transform`; set that, or leave this out")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             self._fail("layers_to_transform", "it needs `target_modules` as a list of names, not a regular expression")
-        self._check_sizes()
+
+    def _is_pattern(self, value: Any) -> bool:
+        try:
+            re.compile(value)
+        except (re.error, TypeError, RecursionError, OverflowError):
+            return False
+        return True
 
     def _check_width(self) -> None:
         allowed = "use an int >= 0, a float in [0, 1], or a dict from name patterns to these values"
 
         def is_width(width: Any) -> bool:
-            return width >= 0 if _is_int(width) else (_is_number(width) and 0 <= width <= 1)
+            return width >= 0 if is_int(width) else (_is_number(width) and 0 <= width <= 1)
 
         width = self.external_width
         if isinstance(width, dict):
             for pattern, value in width.items():
-                if self.ticket_sizes is None and not _compiles(pattern):  # those of a saved adapter are never run
+                if not self._is_pattern(pattern):
                     self._fail("external_width", f"{pattern!r} is not a regular expression")
                 self._check("external_width", is_width(value), allowed)
         elif width is not None:
@@ -460,49 +348,8 @@ class SFAConfig(PeftConfig):
     def _check_names(self, name: str) -> None:
         value = getattr(self, name)
         if isinstance(value, str):
-            if not _compiles(value):
+            if not self._is_pattern(value):
                 self._fail(name, "it is not a regular expression; correct it, or use a list of names")
         elif value is not None:
             is_valid = isinstance(value, set) and all(isinstance(item, str) and item for item in value)
             self._check(name, is_valid, "use a list of module names or a regular expression")
-
-    def _check_sizes(self) -> None:
-        if self.format_version != FORMAT_VERSION:
-            self._fail(
-                "format_version",
-                f"this version of sfa_peft reads version {FORMAT_VERSION}; install the version that wrote the file",
-            )
-        sizes = self.ticket_sizes
-        if sizes is not None:
-            is_valid = isinstance(sizes, dict) and all(
-                isinstance(name, str) and _is_int(size) and size >= 0 for name, size in sizes.items()
-            )
-            self._check(
-                "ticket_sizes", is_valid, "it must map parameter names to ints >= 0; it is filled in at injection"
-            )
-        widths = self.external_widths
-        if widths is not None:
-            is_valid = isinstance(widths, dict) and all(
-                place in (*PLACES, "module")
-                and isinstance(modules, dict)
-                and all(isinstance(name, str) and _is_int(width) and width >= 1 for name, width in modules.items())
-                for place, modules in widths.items()
-            )
-            self._check(
-                "external_widths", is_valid, "it must map places to {module: width}; it is filled in at injection"
-            )
-        self._check(
-            "weights_digest",
-            self.weights_digest is None or isinstance(self.weights_digest, str),
-            "it is filled in when saving",
-        )
-        if self.base_fingerprint is not None:
-            try:
-                Fingerprint.from_dict(self.base_fingerprint)
-            except ValueError as error:
-                self._fail("base_fingerprint", f"it is filled in at injection ({error})")
-        if (sizes is None) != (widths is None):
-            raise ValueError(
-                "SFAConfig.ticket_sizes and SFAConfig.external_widths must be given together; both are filled in at "
-                "injection. Leave out both, or load the whole adapter_config.json."
-            )

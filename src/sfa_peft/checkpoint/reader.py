@@ -134,25 +134,32 @@ def weights_of(name: str, subfolder: str | None = None, **kwargs: Any) -> Path |
         return None
 
 
-def open_adapter(config: C, weights: Path, mapping: KeyMapping) -> SavedAdapter[C]:
+def open_adapter(config: C | None, weights: Path, mapping: KeyMapping, config_class: type[C]) -> SavedAdapter[C]:
     """Read a weights file.
 
     Args:
-        config: The config beside the file. If a save was interrupted, the config in the file's seal is used instead.
+        config: The config beside the file, or None if it is not the config of an adapter. If it is not of the same
+            save, since a save was interrupted, the config in the file's seal is used.
         weights: The file.
         mapping: How modules are renamed.
+        config_class: The class of the config.
 
     Raises:
         CheckpointError: If the file is damaged, or does not match its config.
     """
     file = read(weights)
     if file.config is None:
+        if config is None:
+            raise CheckpointError(
+                f"{CONFIG} beside {str(weights)!r} does not say which parameters the adapter changes (`ticket_sizes`, "
+                f"`external_widths`). It is not from the same save; save the adapter again."
+            )
         if config.weights_digest not in (None, file.digest):
             raise CheckpointError(
                 f"the tensors of {str(weights)!r} are not those that {CONFIG} was saved with: {DIGEST} differs. "
                 f"The file is damaged, or was changed. If the change was intended, remove {DIGEST} from {CONFIG}."
             )
-    elif config.weights_digest == file.digest:
+    elif config is not None and config.weights_digest == file.digest:
         _check_sealed(config, file.config)
     else:
         warnings.warn(
@@ -161,14 +168,9 @@ def open_adapter(config: C, weights: Path, mapping: KeyMapping) -> SavedAdapter[
             stacklevel=3,
         )
         try:
-            config = type(config)(**config.without_patterns(file.config))
+            config = config_class(**config_class.without_patterns(file.config))
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"the config in the seal of {str(weights)!r} is not valid: {error}") from error
-    if config.ticket_sizes is None:
-        raise CheckpointError(
-            f"{CONFIG} beside {str(weights)!r} does not say which parameters the adapter changes (`ticket_sizes`, "
-            f"`external_widths`). It is not from the same save; save the adapter again."
-        )
     tensors, positions = contents_of(config, file)
     saved = SavedAdapter(config, tensors | positions, file.shapes)
     config.weights_digest = None
@@ -196,7 +198,7 @@ def tensors_of(config: Announces, file: AdapterFile) -> dict[str, Tensor]:
             )
         return config.granularity.values_shape(file.shapes[name], count)
 
-    return unpack(file.tensors, config.ticket_sizes or {}, values_shape)
+    return unpack(file.tensors, config.ticket_sizes, values_shape)
 
 
 def contents_of(config: Announces, file: AdapterFile) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -218,7 +220,7 @@ def contents_of(config: Announces, file: AdapterFile) -> tuple[dict[str, Tensor]
                 f"{WEIGHTS} has {name!r}, which belongs neither to the adapter nor to a module in `modules_to_save`. "
                 f"Loading it would change the base model, so it is refused. Download or save the adapter again."
             )
-    return tensors, check_sizes(tensors, config.ticket_sizes or {}, config.external_widths or {}, units)
+    return tensors, check_sizes(tensors, config.ticket_sizes, config.external_widths, units)
 
 
 def _check_sealed(config: Announces, sealed: Mapping[str, Any]) -> None:

@@ -18,8 +18,8 @@ KeyMapping = Mapping[str, str]
 class NamesModules(Protocol):
     """The config fields that contain module names."""
 
-    ticket_sizes: dict[str, int] | None
-    external_widths: dict[str, dict[str, int]] | None
+    ticket_sizes: dict[str, int]
+    external_widths: dict[str, dict[str, int]]
     modules_to_save: list[str] | None
     target_heads: list[str] | None
     base_fingerprint: dict[str, object] | None
@@ -56,11 +56,11 @@ def rename_config(config: NamesModules, keys: Iterable[str], mapping: KeyMapping
             raise CheckpointError(f"key_mapping={dict(mapping)!r} gives the name {twice!r} to two modules.")
         return new
 
-    parameters = renamed(config.ticket_sizes or {})
-    config.ticket_sizes = {parameters[name]: size for name, size in (config.ticket_sizes or {}).items()}
+    parameters = renamed(config.ticket_sizes)
+    config.ticket_sizes = {parameters[name]: size for name, size in config.ticket_sizes.items()}
     config.external_widths = {
         place: {new: widths[old] for old, new in renamed(widths).items()}
-        for place, widths in (config.external_widths or {}).items()
+        for place, widths in config.external_widths.items()
     }
     if config.modules_to_save:
         heads = _heads_in(keys, config.modules_to_save)

@@ -19,6 +19,7 @@ from ..config import SFAConfig
 from ..layers.adapted import sfa_layers
 from ..planning.base import check_base
 from ..planning.plan import Plan, Planner
+from ..recorded import RecordedConfig
 from ..tuner.model import SFAModel, tuner_of
 from ..tuner.optimizers import warn_of_replaced
 from .loads import AdapterLoad, readable_errors, restoring
@@ -26,7 +27,7 @@ from .patching import Method, arguments_of, in_own_context, patch
 from .registration import NAME, incompatible
 
 
-def swap(model: nn.Module, tensors: dict[str, Tensor], adapter_name: str, config: SFAConfig) -> None:
+def swap(model: nn.Module, tensors: dict[str, Tensor], adapter_name: str, config: RecordedConfig) -> None:
     """Replace an adapter by a saved one. If this fails, the adapter is not changed.
 
     If the ticket has the same number of units in each parameter, values and positions are copied into the existing
@@ -60,7 +61,7 @@ def swap(model: nn.Module, tensors: dict[str, Tensor], adapter_name: str, config
             f"Configs are incompatible: the adapters differ in {difference}. Load the other one with load_adapter."
         )
     check_base(tuner.model, adapter_name, config, [name for name, _ in layers])
-    has_same_sizes = (present.ticket_sizes or {}) == (config.ticket_sizes or {})
+    has_same_sizes = present.ticket_sizes == config.ticket_sizes
     if not has_same_sizes and compiled is not None:
         raise ValueError(
             f"the ticket of the new adapter has other sizes than that of {adapter_name!r}, and the model is already "
@@ -72,7 +73,7 @@ def swap(model: nn.Module, tensors: dict[str, Tensor], adapter_name: str, config
         peft.set_peft_model_state_dict(peft_model, tensors, adapter_name)
 
 
-def resize(model: PeftModel, adapter_name: str, config: SFAConfig) -> None:
+def resize(model: PeftModel, adapter_name: str, config: RecordedConfig) -> None:
     """Give an adapter the sizes of a saved one, whose weights are loaded afterwards.
 
     Args:
@@ -117,9 +118,15 @@ def hotswap_adapter(original: Method, *args: Any, **kwargs: Any) -> Any:
 def hotswap_adapter_from_state_dict(original: Method, *args: Any, **kwargs: Any) -> Any:
     """Swap an adapter as PEFT does. For SFA adapters, see `swap`."""
     given = arguments_of(original, args, kwargs)
-    if not isinstance(given.get("config"), SFAConfig):
+    config = given.get("config")
+    if not isinstance(config, SFAConfig):
         return original(*args, **kwargs)
-    return swap(given["model"], given["state_dict"], given["adapter_name"], given["config"])
+    if not isinstance(config, RecordedConfig):
+        raise ValueError(
+            "config does not describe the adapter in `state_dict`: use the `peft_config` of the model that it is "
+            "from, or SFAConfig.from_pretrained."
+        )
+    return swap(given["model"], given["state_dict"], given["adapter_name"], config)
 
 
 if not hasattr(hotswap, "CONFIG_KEYS_TO_CHECK"):

@@ -33,6 +33,7 @@ from ..hub import card
 from ..hub.upload import upload
 from ..layers.adapted import sfa_layers
 from ..layers.offloading import is_hooked, onloaded
+from ..recorded import RecordedConfig
 from ..search import ticket_of
 from ..tuner.model import tuner_of
 from .hotswap import resize
@@ -186,7 +187,9 @@ def from_pretrained(original: Method, cls: type[PeftModel], *args: Any, **kwargs
         config = given.get("config")  # with it, PEFT does not read the saved config
         if isinstance(config, SFAConfig):
             load.begin()
-            _check_same(SFAConfig.from_pretrained(model_id, **options), config)
+            saved = SFAConfig.from_pretrained(model_id, **options)
+            if isinstance(saved, RecordedConfig) and isinstance(config, RecordedConfig):
+                _check_same(saved, config)
         loaded: PeftModel = original(*args, **kwargs)
         return loaded
 
@@ -212,10 +215,11 @@ def load_adapter(original: Method, model: PeftModel, *args: Any, **kwargs: Any) 
             if any(adapter_name in layer.merged_adapters for _, layer in sfa_layers(model)):
                 raise ValueError(f"adapter {adapter_name!r} is merged: call unmerge_adapter() before loading into it.")
             saved, present = SFAConfig.from_pretrained(model_id, **options), configs[adapter_name]
-            if _only_sizes_differ(saved, present) and _is_fresh(model, adapter_name):
-                resize(model, adapter_name, saved)
-            else:
-                _check_same(saved, present)
+            if isinstance(saved, RecordedConfig):  # without weights, PEFT's part finds that they are missing
+                if _only_sizes_differ(saved, present) and _is_fresh(model, adapter_name):
+                    resize(model, adapter_name, saved)
+                else:
+                    _check_same(saved, present)
         return original(*args, **kwargs)
 
 
@@ -270,7 +274,7 @@ def set_peft_model_state_dict(original: Method, *args: Any, **kwargs: Any) -> An
         ) from error
 
 
-def _only_sizes_differ(saved: SFAConfig, present: SFAConfig) -> bool:
+def _only_sizes_differ(saved: RecordedConfig, present: RecordedConfig) -> bool:
     sizes = {"ticket_sizes": saved.ticket_sizes, "external_widths": saved.external_widths}
     is_same = difference_of(present.to_dict(), saved.to_dict()) is None
     return not is_same and difference_of(present.to_dict() | sizes, saved.to_dict()) is None
@@ -281,13 +285,13 @@ def _is_fresh(model: PeftModel, adapter_name: str) -> bool:
     return not any(layer.is_changed_by(adapter_name) for _, layer in sfa_layers(model))
 
 
-def _check_same(saved: SFAConfig, present: SFAConfig) -> None:
+def _check_same(saved: RecordedConfig, present: RecordedConfig) -> None:
     """Check that weights saved with the config `saved` fit an adapter with the config `present`.
 
     Raises:
         CheckpointError: If they do not fit. The message names the field.
     """
-    difference = difference_of(present.to_dict(), saved.to_dict()) if present.ticket_sizes is not None else None
+    difference = difference_of(present.to_dict(), saved.to_dict())
     if difference:
         raise CheckpointError(
             f"the adapter and the weights to be loaded differ in {difference}. To load another ticket or other widths "

@@ -18,6 +18,7 @@ from ..config import SFAConfig
 from ..layers.granularity import position_dtype
 from ..layers.merged import merged_leaves
 from ..planning.base import base_parameters
+from ..recorded import RecordedConfig
 from .loads import AdapterLoad, readable_errors
 from .patching import Method, arguments_of, in_own_context, patch
 
@@ -90,6 +91,11 @@ def _load_in_transformers(original: Method, model: PreTrainedModel, given: dict[
         if config is None or tensors is None:
             saved = SFAConfig.from_pretrained(source, **options)
             config = config or saved
+        if not isinstance(config, RecordedConfig):
+            raise CheckpointError(
+                "peft_config does not describe the adapter that is loaded: leave it out, or use that of the model "
+                "that the adapter is from."
+            )
         if tensors is None:
             if load.saved is None:
                 raise CheckpointError(f"{source!r} has no {WEIGHTS}; save the adapter with save_pretrained.")
@@ -98,7 +104,7 @@ def _load_in_transformers(original: Method, model: PreTrainedModel, given: dict[
             for key, tensor in tensors.items():
                 check_finite(key, tensor)
             load.saved = SavedAdapter(config, tensors, {})
-        sizes, widths = config.ticket_sizes or {}, config.external_widths or {}
+        sizes, widths = config.ticket_sizes, config.external_widths
         parameters = base_parameters(model, [""], config)
         units = {name: config.granularity.count(p.shape) for name, p in parameters if name in sizes}
         dtype = position_dtype(max(units.values(), default=0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
@@ -14,6 +15,7 @@ from ..checkpoint.fingerprint import BaseMismatchWarning, Fingerprint
 from ..config import SFAConfig
 from ..layers.adapted import sfa_layers
 from ..layers.quantized import numel
+from ..recorded import RecordedConfig
 
 
 def in_module(name: str, modules: Iterable[str]) -> bool:
@@ -94,30 +96,35 @@ def shared_parameters(model: nn.Module) -> dict[int, list[str]]:
     return {key: same for key, same in names.items() if len(same) > 1}
 
 
-def check_base(model: nn.Module, adapter_name: str, config: SFAConfig, adapted: Iterable[str]) -> None:
-    """Warn if an adapter was trained on other base weights. A new adapter gets the fingerprint of this base.
+def check_base(
+    model: nn.Module, adapter_name: str, config: SFAConfig, adapted: Iterable[str]
+) -> dict[str, Any] | None:
+    """The fingerprint that an adapter on this base is to have. Warns if it was trained on other base weights.
 
     Args:
         model: The base model, before the adapter is injected.
         adapter_name: The adapter.
-        config: The adapter's config. A missing fingerprint is filled in.
+        config: The adapter's config.
         adapted: The modules that will be adapted.
+
+    Returns:
+        The recorded fingerprint, or that of this base if there is none, or if an adapter of another base will be
+        trained on this one. None if it cannot be known.
 
     Raises:
         BaseMismatchWarning: If the user has turned this warning into an error.
     """
+    described = config.base_fingerprint if isinstance(config, RecordedConfig) else None
     if any(layer.merged for _, layer in sfa_layers(model)):
-        return  # merged weights are not those of the base
-    if config.base_fingerprint is None:
+        return described  # merged weights are not those of the base
+    if described is None:
         roots = _roots(model, adapted, config)
-        fingerprint = Fingerprint.of(roots, base_parameters(model, roots, config))
-        config.base_fingerprint = None if fingerprint is None else fingerprint.to_dict()
-        return
-    recorded = Fingerprint.from_dict(config.base_fingerprint)
+        return _described(Fingerprint.of(roots, base_parameters(model, roots, config)))
+    recorded = Fingerprint.from_dict(described)
     parameters = base_parameters(model, recorded.roots, config)
     differing = recorded.differences(parameters)
     if differing == []:
-        return
+        return described
     what = (
         f"its parameters have other shapes or another order ({len(parameters)} here, {len(recorded.samples)} there)"
         if differing is None
@@ -130,9 +137,13 @@ def check_base(model: nn.Module, adapter_name: str, config: SFAConfig, adapted: 
         BaseMismatchWarning,
         stacklevel=2,
     )
-    if not config.inference_mode:  # the adapter will be trained on this base
-        fingerprint = Fingerprint.of(recorded.roots, parameters)
-        config.base_fingerprint = None if fingerprint is None else fingerprint.to_dict()
+    if config.inference_mode:
+        return described
+    return _described(Fingerprint.of(recorded.roots, parameters))
+
+
+def _described(fingerprint: Fingerprint | None) -> dict[str, Any] | None:
+    return None if fingerprint is None else fingerprint.to_dict()
 
 
 def _roots(model: nn.Module, adapted: Iterable[str], config: SFAConfig) -> list[str]:

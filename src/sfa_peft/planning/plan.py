@@ -22,6 +22,7 @@ from ..layers.kinds import internal_parameters
 from ..layers.leaves import base_layer_of, channels_of
 from ..layers.merged import hook_of
 from ..layers.quantized import dequantized, is_quantized
+from ..recorded import RecordedConfig
 from ..ticket.criteria import CRITERIA, Evidence
 from ..ticket.selection import Positions, choose, count_elements
 from .architectures import KNOWN, has_known_blocks, known_places, known_targets
@@ -121,8 +122,8 @@ class Planner:
         """
         self._refuse_compiled()
         self._check_heads()
-        if self.config.ticket_sizes is not None:
-            return self._recorded_plan()
+        if isinstance(self.config, RecordedConfig):
+            return self._recorded_plan(self.config)
         places, candidates = self.places(), self.candidates()
         if not places and not candidates:
             raise ValueError(
@@ -491,14 +492,12 @@ class Planner:
         criterion = "random" if parameter.is_meta else self.config.initial_ticket
         return CRITERIA[criterion].score(Evidence(name, parameter, seed=self.config.ticket_seed))
 
-    def _recorded_plan(self) -> Plan:
+    def _recorded_plan(self, config: RecordedConfig) -> Plan:
         """The plan for a config with recorded sizes. The positions are those of a data-free ticket of these sizes."""
-        config = self.config
-        assert config.ticket_sizes is not None
         read = adapter_in_load()
         shapes = read.shapes if read else {}
         saved = read.tensors if read else {}
-        plan = Plan(externals=self.recorded_externals())
+        plan = Plan(externals=self.recorded_externals(config))
         for full_name, size in config.ticket_sizes.items():
             module, _, name = full_name.rpartition(".")
             self._require(module)
@@ -529,12 +528,12 @@ class Planner:
             plan.positions.setdefault(module, {})[name] = self._recorded_positions(module, name, parameter, size)
         return plan
 
-    def recorded_externals(self) -> dict[str, list[External]]:
+    def recorded_externals(self, config: RecordedConfig) -> dict[str, list[External]]:
         externals: dict[str, list[External]] = {}
         read = adapter_in_load()
         saved = read.tensors if read else {}
         known = {(p.place, p.module): p.mlp_input for p in known_places(self.model)}
-        for place, modules in (self.config.external_widths or {}).items():
+        for place, modules in config.external_widths.items():
             for name, width in modules.items():
                 self._require(name)
                 if place == "mlp_parallel" and (place, name) not in known:

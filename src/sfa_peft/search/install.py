@@ -84,7 +84,7 @@ def ticket_of(model: nn.Module, adapter_name: str | None = None) -> Ticket:
     """
     tuner, adapter_name = adapter_of(model, adapter_name)
     config = tuner.peft_config[adapter_name]
-    installed, widths = tuner.positions(adapter_name), copy.deepcopy(config.external_widths or {})
+    installed, widths = tuner.positions(adapter_name), copy.deepcopy(config.external_widths)
     if any(p.is_meta for parameters in installed.values() for p in parameters.values()):
         raise ValueError(
             f"adapter {adapter_name!r} has no positions here: it is on the meta device, or offloaded by Accelerate. "

@@ -262,7 +262,7 @@ def search_ticket(
         warn_of_replaced(replaced, tuner.parameters_of(adapter_name), adapter_name)
     if run.checkpoint is not None and state.is_main_process:
         run.checkpoint.remove()
-    widths = copy.deepcopy(config.external_widths or {})
+    widths = copy.deepcopy(config.external_widths)
     found = Ticket(positions, shapes_of(candidates), config.granularity, widths, rule.name)
     return TicketReport(found, len(run.losses), tuple(run.losses))
 

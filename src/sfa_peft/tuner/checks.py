@@ -5,14 +5,14 @@ from __future__ import annotations
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from ..config import SFAConfig
 from ..layers.adapted import sfa_layers
 from ..planning.base import head_modules
 from ..planning.plan import ticket_sizes
+from ..recorded import RecordedConfig
 from ..ticket.selection import Positions
 
 
-def check_config(model: nn.Module, adapter_name: str, config: SFAConfig, positions: Positions) -> None:
+def check_config(model: nn.Module, adapter_name: str, config: RecordedConfig, positions: Positions) -> None:
     """Check that an adapter's config is valid and describes the adapter, since fields can be set at any time.
 
     Raises:
@@ -44,7 +44,7 @@ def check_config(model: nn.Module, adapter_name: str, config: SFAConfig, positio
                 )
     announced = {
         (module, place == "mlp_parallel"): width
-        for place, modules in (config.external_widths or {}).items()
+        for place, modules in config.external_widths.items()
         for module, width in modules.items()
     }
     heads = {

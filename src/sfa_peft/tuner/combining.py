@@ -23,10 +23,13 @@ from ..layers.bottleneck import ExternalAdapter
 from ..layers.heads import Head
 from ..planning.budget import External
 from ..planning.plan import Plan, Planner, ticket_sizes
+from ..recorded import RecordedConfig
 from ..ticket.selection import Positions
 
 
-def check_combinable(model: nn.Module, configs: dict[str, SFAConfig], adapters: Sequence[str], weights: Any) -> None:
+def check_combinable(
+    model: nn.Module, configs: dict[str, RecordedConfig], adapters: Sequence[str], weights: Any
+) -> None:
     """Check that adapters can be combined.
 
     Raises:
@@ -72,7 +75,9 @@ def check_combinable(model: nn.Module, configs: dict[str, SFAConfig], adapters: 
         raise ValueError("merged adapters cannot be combined; call unmerge_adapter first.")
 
 
-def combined(model: nn.Module, configs: dict[str, SFAConfig], adapters: Sequence[str]) -> tuple[SFAConfig, Plan]:
+def combined(
+    model: nn.Module, configs: dict[str, RecordedConfig], adapters: Sequence[str]
+) -> tuple[RecordedConfig, Plan]:
     """The config and the plan of the combined adapter: the union of the tickets, and the sums of the widths."""
     positions: Positions = {}
     for name, layer in sfa_layers(model):
@@ -85,7 +90,7 @@ def combined(model: nn.Module, configs: dict[str, SFAConfig], adapters: Sequence
                     union[parameter] = torch.cat(both).unique()
     externals: dict[tuple[bool, str], External] = {}
     for adapter in adapters:
-        for recorded in Planner(model, configs[adapter]).recorded_externals().values():
+        for recorded in Planner(model, configs[adapter]).recorded_externals(configs[adapter]).values():
             for external in recorded:
                 key = (external.mlp_input is not None, external.module)
                 width = external.width + (externals[key].width if key in externals else 0)

@@ -29,6 +29,7 @@ from ..layers.statistics import keep_statistics, release_statistics
 from ..planning.base import check_base, head_tensors, shared_parameters
 from ..planning.budget import External
 from ..planning.plan import TASK_HEADS, Plan, Planner, ticket_sizes
+from ..recorded import RecordedConfig
 from ..ticket.selection import Positions
 from .checks import check_config
 from .combining import check_combinable, combined, fill
@@ -61,7 +62,7 @@ class SFAModel(BaseTuner):
         ```
     """
 
-    peft_config: dict[str, SFAConfig]  # type: ignore[assignment]  # PEFT declares the base class
+    peft_config: dict[str, RecordedConfig]  # type: ignore[assignment]  # PEFT declares the base class
     prefix = "sfa_"
     tuner_layer_cls = SFALayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (as PEFT declares it)
@@ -107,9 +108,9 @@ class SFAModel(BaseTuner):
             merge_again()
 
     def _inject(self, model: nn.Module, adapter_name: str, plan: Plan | None, *args: Any, **kwargs: Any) -> None:
-        # A copy, since injection fills in sizes, and the user may use the config object for another model. A loaded
-        # config is used only for this adapter, and PEFT keeps the same object.
-        config = self.peft_config[adapter_name]
+        # A copy of the user's config, who may use it for another model. A loaded config is used only for this adapter,
+        # and PEFT keeps the same object.
+        config: SFAConfig = self.peft_config[adapter_name]
         if config.task_type in TASK_HEADS:  # some of PEFT's task classes add their heads after the injection
             named = config.modules_to_save or ()
             config.modules_to_save = list(dict.fromkeys((*named, *TASK_HEADS[config.task_type])))
@@ -124,10 +125,12 @@ class SFAModel(BaseTuner):
                 {k.removeprefix(PREFIX): t for k, t in saved.tensors.items() if not is_adapter_key(k)},
                 head_tensors(model, planner.heads),
             )
-        check_base(model, adapter_name, config, plan.modules)
-        config.external_widths = plan.external_widths
-        config.ticket_sizes = ticket_sizes(plan.positions)
-        config.weights_digest = None
+        fingerprint = check_base(model, adapter_name, config, plan.modules)
+        sizes, widths = ticket_sizes(plan.positions), plan.external_widths
+        if isinstance(config, RecordedConfig):
+            config.ticket_sizes, config.external_widths, config.base_fingerprint = sizes, widths, fingerprint
+        else:
+            config = RecordedConfig.of(config, sizes, widths, fingerprint)
         self.peft_config[adapter_name] = config
         self.changed.always = config.keep_weights
         # PEFT is to inject what is in the plan, which has applied the config's rules. By these fields it would choose
@@ -157,13 +160,12 @@ class SFAModel(BaseTuner):
         return peft_config
 
     # PEFT's method is static, but the plan is needed here.
-    def _check_target_module_exists(self, peft_config: SFAConfig, key: str) -> bool:  # type: ignore[override]
+    def _check_target_module_exists(self, peft_config: RecordedConfig, key: str) -> bool:  # type: ignore[override]
         if self._plan is not None:
             return key in self._plan.positions or key in self._plan.externals
         # PEFT's `inspect_matched_modules` asks outside of an injection.
-        widths = peft_config.external_widths or {}
-        adapted = {name for modules in widths.values() for name in modules}
-        return key in adapted or key in {name.rpartition(".")[0] for name in peft_config.ticket_sizes or {}}
+        adapted = {name for modules in peft_config.external_widths.values() for name in modules}
+        return key in adapted or key in {name.rpartition(".")[0] for name in peft_config.ticket_sizes}
 
     def _create_and_replace(
         self,
@@ -431,14 +433,14 @@ class SFAModel(BaseTuner):
         config = self.peft_config[adapter_name]
         planner = Planner(self.model, config)
         if not config.uses_budget and config.internal_granularity == "element":
-            return sum((config.ticket_sizes or {}).values())
+            return sum(config.ticket_sizes.values())
         # Larger units rarely fill their part of the budget, and another ticket may fill more of it.
         candidates = planner.candidates()
         if not candidates:
             return 0
         if not config.uses_budget:
             return planner.density_size(candidates)
-        externals = [e for recorded in planner.recorded_externals().values() for e in recorded]
+        externals = [e for recorded in planner.recorded_externals(config).values() for e in recorded]
         return planner.budget() - sum(e.cost for e in externals)
 
     def install(
