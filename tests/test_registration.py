@@ -18,7 +18,7 @@ def run(code):
 def test_peft_knows_sfa_by_its_type():
     sfa = peft.PeftType.SFA
     assert sfa == "SFA"
-    assert PEFT_TYPE_TO_CONFIG_MAPPING[sfa] is sfa_peft.SFAConfig
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[sfa]() == sfa_peft.SFAConfig()
     assert PEFT_TYPE_TO_TUNER_MAPPING["SFA"] is sfa_peft.SFAModel
     assert PEFT_TYPE_TO_PREFIX_MAPPING["SFA"] == "sfa_"
     assert isinstance(peft.get_peft_config({"peft_type": "SFA", "budget": 0.1}), sfa_peft.SFAConfig)

@@ -53,13 +53,15 @@ class RecordedConfig(SFAConfig):
     internal_block_size: InitVar[Any] = None  # not a field; files of 0.1 have it, and PEFT warns of unknown fields
 
     def __new__(cls, **fields: Any) -> Any:
-        # PEFT makes every config that it reads with the registered class, also one that was saved before it was used.
-        # Copies are made without fields.
+        # PEFT makes every config with the registered class, also that of an adapter that does not exist yet.
         recorded = ("ticket_sizes", "external_widths")
-        if fields and all(fields.get(name) is None for name in recorded):
+        if all(fields.get(name) is None for name in recorded):
             others = {*recorded, "base_fingerprint", "weights_digest", "format_version", "internal_block_size"}
             return SFAConfig(**{name: value for name, value in fields.items() if name not in others})
         return super().__new__(cls)
+
+    def __reduce__(self) -> Any:
+        return object.__new__, (type(self),), vars(self)  # a copy has its fields already
 
     def __post_init__(self, internal_block_size: Any) -> None:
         # A CheckpointError, since transformers may be reading the adapter of 0.1 that has them.
