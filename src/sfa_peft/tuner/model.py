@@ -110,11 +110,11 @@ class SFAModel(BaseTuner):
     def _inject(self, model: nn.Module, adapter_name: str, plan: Plan | None, *args: Any, **kwargs: Any) -> None:
         # A copy of the user's config, who may use it for another model. A loaded config is used only for this adapter,
         # and PEFT keeps the same object.
-        config: SFAConfig = self.peft_config[adapter_name]
+        given: SFAConfig = self.peft_config[adapter_name]
+        config = given if LOAD.get() else copy.deepcopy(given)
         if config.task_type in TASK_HEADS:  # some of PEFT's task classes add their heads after the injection
             named = config.modules_to_save or ()
             config.modules_to_save = list(dict.fromkeys((*named, *TASK_HEADS[config.task_type])))
-        config = config if LOAD.get() else copy.deepcopy(config)
         planner = Planner(model, config)
         plan = planner.plan() if plan is None else plan
         for name, modules in planner.exact().items():
