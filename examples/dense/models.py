@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoBackbone, AutoConfig, PretrainedConfig
 
-from .samples import FlagError
+from .errors import FlagError
 
 
 class LinearHead(nn.Module):

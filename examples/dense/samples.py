@@ -17,6 +17,9 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 from pycocotools import mask as rle
 
+from .errors import DataError as DataError
+from .errors import FlagError as FlagError
+
 IGNORE_INDEX = 255
 LONGEST_NAME = 60
 MOST_PIXELS = 50_000_000
@@ -41,14 +44,6 @@ class BadSampleError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.detail}" if self.detail else self.kind
-
-
-class FlagError(ValueError):
-    """Flags that do not fit together, or not the model."""
-
-
-class DataError(ValueError):
-    """The dataset, or the way in which it was described, cannot be used."""
 
 
 @dataclass
