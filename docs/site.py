@@ -13,21 +13,9 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
+SAME = ("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "SECURITY.md", "benchmarks/NOTES.md")
 # Pages and other files of the repository, by their paths on the site.
-OUTSIDE = {
-    "index.md": "README.md",
-    **{
-        name: name
-        for name in (
-            "CHANGELOG.md",
-            "CONTRIBUTING.md",
-            "SECURITY.md",
-            "CITATION.cff",
-            "LICENSE",
-            "benchmarks/NOTES.md",
-        )
-    },
-}
+OUTSIDE = {"index.md": "README.md"} | {name: name for name in SAME}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
