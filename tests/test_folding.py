@@ -342,7 +342,7 @@ REFUSED = {
     "no factor": (without_layer_scale, {"exclude_modules": ["0.layer_scale2"]}, "`lambda1`"),
     "gated": (tiny.dinov3_gated, {}, "not a plain MLP"),
     "swiglu": (tiny.dinov2_swiglu, {}, "not a plain MLP"),
-    "post norm": (tiny.swinv2, {}, "Swinv2Layer normalizes the output of its MLP"),
+    "post norm": (tiny.swinv2, {}, "no config makes the MLP of Swinv2Layer wider"),
     "whole ratios": (tiny.dinov2, {}, r"mlp_ratio=5 in Dinov2Config.*merge_and_unload\(widen=True\)"),
     "bias": (without_bias, {}, "the MLP has no bias"),
     "other forward": (with_other_mlp, {}, "a wider OtherMLP computes something else"),

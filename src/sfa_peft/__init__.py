@@ -11,6 +11,7 @@ from .compat.patching import apply_patches  # noqa: E402
 from .config import SFAConfig  # noqa: E402
 from .hub.card import describe_adapter  # noqa: E402
 from .layers.adapted import SFALayer  # noqa: E402
+from .planning.registry import Architecture, ArchitectureWarning, PlainMLP, register_architecture  # noqa: E402
 from .recorded import RecordedConfig  # noqa: E402
 from .search import (  # noqa: E402
     Extraction,
@@ -39,6 +40,9 @@ __all__ = [
     "extract_adapter",
     "describe_adapter",
     "criterion",
+    "register_architecture",
+    "Architecture",
+    "PlainMLP",
     "Evidence",
     "Extraction",
     "Quotas",
@@ -47,4 +51,5 @@ __all__ = [
     "TicketSearchError",
     "CheckpointError",
     "BaseMismatchWarning",
+    "ArchitectureWarning",
 ]

@@ -58,9 +58,12 @@ class SFAConfig(PeftConfig):
             How the external adapters' part of the budget is distributed. `uniform`: the same fraction of the channel
             width at every place. `auto` (experimental, no gain was measured): `search_ticket` chooses the places and
             widths, and until then they are uniform. `auto` needs a budget.
-        external_modules (`list[str]` or `str`, *optional*, defaults to `None`):
+        external_modules (`list[str]`, `str` or `dict`, *optional*, defaults to `None`):
             The modules whose output gets an external adapter, instead of `external_places`: a list of name endings or
-            a regular expression, as in `target_modules`. They must be leaves. `[]` for none.
+            a regular expression, as in `target_modules`. They must be leaves. `[]` for none. A dict also says what the
+            adapters read: from name endings of such modules to the module whose *input* it is, such as
+            ``{"mlp.fc2": "mlp"}`` for the place of `mlp_parallel`, or None for the output itself. The name of that
+            module is looked up beside the output module, then in the modules around it.
         external_width (`int`, `float` or `dict`, *optional*, defaults to `None`):
             The width of external adapters if no budget is given: a number of hidden units, a fraction in [0, 1] of
             the place's channel width, or a dict from patterns of module names (as in `rank_pattern`) to these. 0 for
@@ -130,9 +133,12 @@ class SFAConfig(PeftConfig):
         default="uniform",
         metadata={"help": f"How the external share is distributed over the places, one of {PLACEMENTS}."},
     )
-    external_modules: list[str] | str | set[str] | None = field(
+    external_modules: list[str] | str | set[str] | dict[str, str | None] | None = field(
         default=None,
-        metadata={"help": "Leaves whose output gets an external adapter, instead of `external_places`; [] for none."},
+        metadata={
+            "help": "Leaves whose output gets an external adapter, instead of `external_places`; [] for none. A dict "
+            "also names the modules whose input the adapters read."
+        },
     )
     external_width: int | float | dict[str, int | float] | None = field(
         default=None,
@@ -198,6 +204,8 @@ class SFAConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, list | tuple):
                 setattr(self, name, set(value))
+        if self.external_modules == {}:
+            self.external_modules = set()
         self._validate()
         if self.budget is not None:  # a NumPy scalar is valid, but cannot be saved as JSON
             self.budget = int(self.budget) if is_int(self.budget) else float(self.budget)
@@ -350,6 +358,11 @@ class SFAConfig(PeftConfig):
         if isinstance(value, str):
             if not self._is_pattern(value):
                 self._fail(name, "it is not a regular expression; correct it, or use a list of names")
+        elif name == "external_modules" and isinstance(value, dict):
+            is_valid = all(isinstance(key, str) and key for key in value) and all(
+                item is None or (isinstance(item, str) and item) for item in value.values()
+            )
+            self._check(name, is_valid, "use a dict from names of modules to the name of a module, or to None")
         elif value is not None:
             is_valid = isinstance(value, set) and all(isinstance(item, str) and item for item in value)
             self._check(name, is_valid, "use a list of module names or a regular expression")

@@ -11,6 +11,7 @@ from peft.utils import PeftType
 
 from .checkpoint import CheckpointError
 from .checkpoint.fingerprint import Fingerprint
+from .checkpoint.names import MODULE, MODULE_PARALLEL
 from .checkpoint.reader import LOAD, PICKLE, open_adapter, weights_of
 from .checkpoint.seal import CONFIG, WEIGHTS
 from .config import DEFAULT_SHARE, PATTERN_FIELDS, PLACES, SFAConfig, is_int
@@ -122,7 +123,7 @@ class RecordedConfig(SFAConfig):
         sizes, widths = fields.get("ticket_sizes"), fields.get("external_widths")
         if not isinstance(sizes, dict) or not isinstance(widths, dict):
             return fields  # not of an adapter
-        others = widths.get("module", {})
+        others = widths.get(MODULE, {})
         names = {
             "target_modules": sorted({name.rpartition(".")[0] for name in sizes}),
             "exclude_modules": None,
@@ -198,7 +199,7 @@ class RecordedConfig(SFAConfig):
         self._check("ticket_sizes", is_valid, "it must map parameter names to ints >= 0; it is filled in at injection")
         widths: Any = self.external_widths
         is_valid = isinstance(widths, dict) and all(
-            place in (*PLACES, "module")
+            place in (*PLACES, MODULE, MODULE_PARALLEL)
             and isinstance(modules, dict)
             and all(isinstance(name, str) and is_int(width) and width >= 1 for name, width in modules.items())
             for place, modules in widths.items()

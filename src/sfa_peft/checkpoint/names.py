@@ -7,6 +7,14 @@ ADAPTER = ".sfa_"  # between the module's name and the kind of adapter
 INTERNAL = ".sfa_internal."
 POSITIONS = "_positions"
 
+# The places of external adapters that the user has named: on a module's output, and from another module's input to it.
+MODULE, MODULE_PARALLEL = "module", "module_parallel"
+
+
+def is_parallel(place: str) -> bool:
+    """Whether an external adapter at a place reads another module's input."""
+    return place in ("mlp_parallel", MODULE_PARALLEL)
+
 
 def is_adapter_key(key: str) -> bool:
     """Whether a tensor of a checkpoint belongs to an SFA layer, not to a head."""

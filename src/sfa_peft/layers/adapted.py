@@ -23,7 +23,7 @@ from .merged import AddExternals
 from .mixed import Mixture, in_order, mixture_of
 from .offloading import is_hooked, onloaded
 from .ops import Op
-from .parallel import ParallelInput
+from .parallel import InputOf, ParallelInput, keep_input
 from .sparse import Changeable, Kept, SparseDelta, changed_parameter, changes_of, sparse_forward
 
 A = TypeVar("A", bound=nn.Module)
@@ -237,7 +237,8 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     def _changed_forward(self, x: Tensor, deltas: Sequence[SparseDelta], keeps: bool = False) -> Tensor:
         base: Any = self.get_base_layer()
-        if base._forward_hooks or base._forward_pre_hooks:
+        hooks = (*base._forward_hooks.values(), *base._forward_pre_hooks.values())
+        if any(not isinstance(hook, InputOf) for hook in hooks):
             warnings.warn(
                 f"hooks on the {type(base).__name__} inside an SFA layer are not run while its internal adapter is "
                 f"active; register them on the SFA layer, after get_peft_model.",
@@ -290,6 +291,8 @@ class SFALayer(nn.Module, BaseTunerLayer):
         names = self.merged_adapters if self.merged else self.active_adapters
         folded = self.merged or self.searching
         deltas = [] if folded else [self.sfa_internal[name] for name in names if name in self.sfa_internal]
+        if deltas and self.base_layer._forward_pre_hooks:
+            keep_input(self.base_layer, x)
         y = self._changed_forward(x, deltas, keeps=True) if deltas else self._base_forward(x, *args, **kwargs)
         y = self._add_externals(y, names)
         self._forget_inputs()
@@ -304,6 +307,8 @@ class SFALayer(nn.Module, BaseTunerLayer):
             deltas = [self.sfa_internal[name]] if name in self.sfa_internal else []
             y = self._changed_forward(part, deltas) if deltas else self._base_forward(part, *args, **kwargs)
             parts.append(self._add_externals(y, [name], mixture))
+        if self.base_layer._forward_pre_hooks:
+            keep_input(self.base_layer, x)  # of all samples, where the leaf has seen those of one adapter
         self._forget_inputs()
         return in_order(parts, list(rows.values()))
 

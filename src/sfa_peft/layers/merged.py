@@ -79,3 +79,4 @@ def remove_externals(model: nn.Module, leaves: Iterable[nn.Module]) -> None:
         for key, hook in list(module._forward_pre_hooks.items()):
             if id(hook) in inputs:
                 del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)

@@ -1,111 +1,286 @@
-"""The known architectures: their blocks, the places in a block, and the leaves that a ticket may choose from.
+"""The known architectures: the built-in table, and the blocks of a model that it describes.
 
-The keys of the table are class names of modules in transformers. They are looked up for every module of a model, so a
-backbone inside a dense model is found too. Decoder layers are not, although their leaves have the same names.
-
-The place of an external adapter is a leaf, and the adapter acts on its output. Some architectures scale (LayerScale in
-DINOv2 and DINOv3) or normalize (Swinv2) the output of a sub-layer before the residual sum. There the place is after
-the scale or the norm, which would otherwise damp or rescale the adapter's output.
+Blocks are looked up by the names of their classes for every module of a model, so a backbone inside a dense model is
+found too. Decoder layers are not, although their leaves have the same names. Every description goes through
+`register_architecture`, as those of users do: of several for one class, the last one that applies is used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..layers.leaves import base_layer_of
+from ..layers.merged import hook_of
+from .registry import Architecture, PlainMLP, descriptions_of, register_architecture
 
-@dataclass(frozen=True)
-class PlainMLP:
-    """An MLP ``fc2(activation(fc1(x)))`` that a config can make wider. All names are relative to the block.
 
-    Attributes:
-        field: The config field that decides the number of hidden units.
-        is_ratio: Whether the field is a multiple of the channels. Otherwise it is the number of hidden units.
-        factor: The parameter of the LayerScale between `fc2` and the place, if there is one.
-        fc1: The first linear layer, from the channels to the hidden units.
-        activation: The elementwise function of the hidden units.
-        fc2: The second linear layer, whose output is the place or is multiplied by `factor`.
+def _block(
+    name: str,
+    block: str,
+    norms: tuple[str, str],
+    attention: tuple[str, ...],
+    linear: tuple[str, ...],
+    at: tuple[str, str] | None = None,
+    mlp_input: str = "mlp",
+    **more: Any,
+) -> None:
+    """Register a transformer block.
+
+    Args:
+        name, block, mlp_input, more: As in `Architecture`.
+        norms: The norms of attention and MLP.
+        attention: The other leaves of the attention, the last one of which gives its output.
+        linear: The same for the MLP.
+        at: The places `attention` and `mlp`, if they are not the last leaves of attention and MLP.
     """
-
-    field: str
-    is_ratio: bool
-    factor: str | None = None
-    fc1: str = "mlp.fc1"
-    activation: str = "mlp.activation_fn"
-    fc2: str = "mlp.fc2"
-
-
-@dataclass(frozen=True)
-class Known:
-    """The description of a class of modules. All names are relative to the module.
-
-    Attributes:
-        targets: The leaves that the ticket may choose from. Leaves that a variant does not have are skipped.
-        places: For each place, the leaf whose output the external adapter acts on.
-        mlp_input: The module whose input is the MLP's input, for the parallel place.
-        mlp: The MLP that a parallel external adapter can be folded into. None if the block normalizes its output.
-    """
-
-    targets: tuple[str, ...]
-    places: dict[str, str] = field(default_factory=dict)
-    mlp_input: str | None = None
-    mlp: PlainMLP | None = None
+    at_attention, at_mlp = at or (attention[-1], linear[-1])
+    register_architecture(
+        Architecture(
+            name,
+            block,
+            targets=(norms[0], *attention, norms[1], *linear),
+            places={"attention": at_attention, "mlp": at_mlp, "mlp_parallel": at_mlp},
+            mlp_input=mlp_input,
+            **more,
+        )
+    )
 
 
-_QKVO = tuple(f"attention.{name}_proj" for name in "qkvo")
-_LAYER_SCALE_BLOCK = Known(
-    targets=(
-        "norm1",
-        *_QKVO,
-        "norm2",
-        *(f"mlp.{name}" for name in ("fc1", "fc2", "gate_proj", "up_proj", "down_proj")),
-    ),
-    places={"attention": "layer_scale1", "mlp": "layer_scale2", "mlp_parallel": "layer_scale2"},
-    mlp_input="mlp",
-    mlp=PlainMLP("mlp_ratio", is_ratio=True, factor="layer_scale2.lambda1"),
-)
-_PRE_NORM_BLOCK = Known(
-    targets=("layernorm_before", *_QKVO, "layernorm_after", "mlp.fc1", "mlp.fc2"),
-    places={"attention": "attention.o_proj", "mlp": "mlp.fc2", "mlp_parallel": "mlp.fc2"},
-    mlp_input="mlp",
-    mlp=PlainMLP("mlp_ratio", is_ratio=True),
-)
+def _inside(module: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"{module}.{name}" for name in names)
 
-KNOWN: dict[str, Known] = {
-    "SwinLayer": _PRE_NORM_BLOCK,
-    "ViTLayer": replace(_PRE_NORM_BLOCK, mlp=PlainMLP("intermediate_size", is_ratio=False)),
-    "Dinov2Layer": _LAYER_SCALE_BLOCK,
-    "Dinov2WithRegistersLayer": _LAYER_SCALE_BLOCK,
-    "RfDetrDinov2Layer": _LAYER_SCALE_BLOCK,
-    "DINOv3ViTLayer": replace(
-        _LAYER_SCALE_BLOCK,
-        mlp=PlainMLP(
-            "intermediate_size",
-            is_ratio=False,
-            factor="layer_scale2.lambda1",
-            fc1="mlp.up_proj",
-            activation="mlp.act_fn",
-            fc2="mlp.down_proj",
-        ),
-    ),
-    "Swinv2Layer": Known(
-        targets=(
-            *(f"attention.self.{name}" for name in ("query", "key", "value")),
-            "attention.output.dense",
-            "layernorm_before",
-            "intermediate.dense",
-            "output.dense",
-            "layernorm_after",
-        ),
+
+_LAYERNORMS = ("layernorm_before", "layernorm_after")
+_LAYER_NORMS = ("layer_norm1", "layer_norm2")
+_NORMS = ("norm1", "norm2")
+_QKVO = _inside("attention", "q_proj", "k_proj", "v_proj", "o_proj")
+_FUSED = _inside("attn", "qkv", "proj")
+_MLP = _inside("mlp", "fc1", "fc2")
+_SPLIT_MLP = ("intermediate.dense", "output.dense")  # an MLP in two modules
+_SCALES = ("layer_scale1", "layer_scale2")
+_IN_PARTS = {"fc1": "intermediate.dense", "activation": "intermediate.intermediate_act_fn", "fc2": "output.dense"}
+_RATIO = PlainMLP("mlp_ratio", is_ratio=True)
+_SIZE = PlainMLP("intermediate_size", is_ratio=False)
+_BEHIND_SCALE, _BEHIND_NORMS = "behind LayerScale", "behind the norms, which follow the sub-layers"
+_BEFORE_SCALE = "before the scale, which is a parameter of the block and no module"
+
+
+def _query_key_value(inner: str) -> tuple[str, ...]:
+    """The attention of transformers' older blocks, with two modules inside."""
+    return (*_inside(f"attention.{inner}", "query", "key", "value"), "attention.output.dense")
+
+
+# Swin
+
+_block("Swin", "SwinLayer", _LAYERNORMS, _QKVO, _MLP, mlp=_RATIO)
+register_architecture(Architecture("Swin, patch merging", "SwinPatchMerging", targets=("norm", "reduction")))
+register_architecture(
+    Architecture(
+        "Swinv2",
+        "Swinv2Layer",
+        targets=(*_query_key_value("self"), "layernorm_before", *_SPLIT_MLP, "layernorm_after"),
         places={"attention": "layernorm_before", "mlp": "layernorm_after", "mlp_parallel": "layernorm_after"},
         mlp_input="intermediate",
-    ),
-    "SwinPatchMerging": Known(targets=("norm", "reduction")),
-    "Swinv2PatchMerging": Known(targets=("reduction", "norm")),
-}
+        note=_BEHIND_NORMS,
+    )
+)
+register_architecture(Architecture("Swinv2, patch merging", "Swinv2PatchMerging", targets=("reduction", "norm")))
+for _name, _class in (("MaskFormer's Swin", "MaskFormerSwin"), ("Donut's Swin", "DonutSwin")):
+    _block(
+        _name,
+        f"{_class}Layer",
+        _LAYERNORMS,
+        _query_key_value("self"),
+        _SPLIT_MLP,
+        mlp_input="intermediate",
+        mlp=PlainMLP("mlp_ratio", is_ratio=True, **_IN_PARTS),
+    )
+    register_architecture(
+        Architecture(f"{_name}, patch merging", f"{_class}PatchMerging", targets=("norm", "reduction"))
+    )
+
+# ViT
+
+for _name, _class in (
+    ("ViT", "ViTLayer"),
+    ("DeiT", "DeiTLayer"),
+    ("MSN", "ViTMSNLayer"),
+    ("I-JEPA", "IJepaLayer"),
+):
+    _block(_name, _class, _LAYERNORMS, _QKVO, _MLP, mlp=_SIZE)
+_block("MAE", "ViTMAELayer", _LAYERNORMS, _QKVO, _MLP, mlp=_SIZE, inside=("ViTMAEModel",), note="the encoder alone")
+_block("BEiT", "BeitLayer", _LAYERNORMS, _QKVO, _MLP, mlp=_SIZE, note=_BEFORE_SCALE)
+for _name, _class in (("YOLOS", "YolosLayer"), ("DPT's ViT", "DPTViTLayer"), ("Data2Vec", "Data2VecVisionLayer")):
+    _block(
+        _name,
+        _class,
+        _LAYERNORMS,
+        _query_key_value("attention"),
+        _SPLIT_MLP,
+        mlp_input="intermediate",
+        mlp=PlainMLP("intermediate_size", is_ratio=False, **_IN_PARTS),
+        note=_BEFORE_SCALE if _name == "Data2Vec" else "",
+    )
+_block(
+    "ViTPose",
+    "VitPoseBackboneLayer",
+    _LAYERNORMS,
+    _query_key_value("attention"),
+    _MLP,
+    mlp=PlainMLP("mlp_ratio", is_ratio=True, activation="mlp.activation"),
+)
+register_architecture(
+    Architecture(
+        "ViTPose, with experts",
+        "VitPoseBackboneLayer",
+        targets=("layernorm_before", *_query_key_value("attention"), "layernorm_after", *_MLP),
+        places={"attention": "attention.output.dense"},
+        has=("mlp.experts",),
+        note="no place at the MLP, whose output is joined from several layers",
+    )
+)
+_block(
+    "VitDet",
+    "VitDetLayer",
+    _NORMS,
+    _inside("attention", "qkv", "proj"),
+    _MLP,
+    mlp=PlainMLP("mlp_ratio", is_ratio=True, activation="mlp.act"),
+)
+
+# DINOv2 and DINOv3
+
+
+def _layer_scale(name: str, block: str, mlp: PlainMLP, attention: tuple[str, ...] = _QKVO) -> None:
+    """Blocks of transformers with LayerScale, and a plain or a gated MLP."""
+    register_architecture(
+        Architecture(
+            name,
+            block,
+            targets=("norm1", *attention, "norm2"),
+            optional=_inside("mlp", "fc1", "fc2", "gate_proj", "up_proj", "down_proj", "weights_in", "weights_out"),
+            places={"attention": "layer_scale1", "mlp": "layer_scale2", "mlp_parallel": "layer_scale2"},
+            mlp_input="mlp",
+            mlp=mlp,
+            note=_BEHIND_SCALE,
+        )
+    )
+
+
+_SCALED_RATIO = PlainMLP("mlp_ratio", is_ratio=True, factor="layer_scale2.lambda1")
+_SCALED_SIZE = PlainMLP(
+    "intermediate_size",
+    is_ratio=False,
+    factor="layer_scale2.lambda1",
+    fc1="mlp.up_proj",
+    activation="mlp.act_fn",
+    fc2="mlp.down_proj",
+)
+_layer_scale("DINOv2", "Dinov2Layer", _SCALED_RATIO)
+_layer_scale("DINOv2 with registers", "Dinov2WithRegistersLayer", _SCALED_RATIO)
+_layer_scale("RF-DETR's DINOv2", "RfDetrDinov2Layer", _SCALED_RATIO)
+_layer_scale("DINOv3 ViT", "DINOv3ViTLayer", _SCALED_SIZE)
+_layer_scale("EoMT", "EomtLayer", _SCALED_RATIO, _inside("attention", "q_proj", "k_proj", "v_proj", "out_proj"))
+_layer_scale("EoMT on DINOv3", "EomtDinov3Layer", _SCALED_SIZE)
+_layer_scale(
+    "rfdetr's windowed DINOv2",
+    "WindowedDinov2WithRegistersLayer",
+    PlainMLP("mlp_ratio", is_ratio=True, factor="layer_scale2.lambda1", activation="mlp.activation"),
+    _query_key_value("attention"),
+)
+
+# Hierarchical and promptable ones
+
+_block(
+    "SegFormer",
+    "SegformerLayer",
+    _LAYERNORMS,
+    _QKVO,
+    _MLP,
+    optional=(*_inside("attention.sequence_reduction", "sequence_reduction", "layer_norm"), "mlp.dwconv.dwconv"),
+    note="a convolution inside the MLP",
+)
+_block("Hiera", "HieraLayer", _LAYERNORMS, _FUSED, _MLP, mlp=_RATIO, optional=("proj",))
+for _name, _class in (("SAM", "SamVisionLayer"), ("SAM-HQ", "SamHQVisionLayer")):
+    _block(
+        _name,
+        _class,
+        _LAYER_NORMS,
+        _FUSED,
+        _inside("mlp", "lin1", "lin2"),
+        mlp=PlainMLP("mlp_dim", is_ratio=False, fc1="mlp.lin1", activation="mlp.act", fc2="mlp.lin2"),
+        note="the vision encoder",
+    )
+_block(
+    "SAM 2",
+    "Sam2MultiScaleBlock",
+    _LAYER_NORMS,
+    _FUSED,
+    _inside("mlp", "proj_in", "proj_out"),
+    mlp=PlainMLP("mlp_ratio", is_ratio=True, fc1="mlp.proj_in", activation="mlp.activation", fc2="mlp.proj_out"),
+    optional=("proj",),
+    note="the vision encoder",
+)
+_block("SAM 3", "Sam3ViTLayer", _LAYER_NORMS, _QKVO, _MLP, mlp=_SIZE, note="the vision encoder")
+
+# Vision towers, whose text towers have the same blocks
+
+for _name, _class in (("CLIP", "CLIP"), ("SigLIP", "Siglip"), ("SigLIP 2", "Siglip2")):
+    _block(
+        _name,
+        f"{_class}EncoderLayer",
+        _LAYER_NORMS,
+        _inside("self_attn", "q_proj", "k_proj", "v_proj", "out_proj"),
+        _MLP,
+        mlp=_SIZE,
+        inside=(f"{_class}VisionModel", f"{_class}VisionTransformer"),
+        note="the vision tower alone",
+    )
+
+# timm, and Meta's own DINOv2 and DINOv3. Some of these names are common, so the blocks must have these parts too.
+
+_PARTS = (*_NORMS, *_FUSED, *_MLP)
+for _name, _class in (("ViT of timm and Meta", "Block"), ("Meta's DINOv3", "SelfAttentionBlock")):
+    _block(_name, _class, _NORMS, _FUSED, _MLP, has=_PARTS)
+    register_architecture(
+        Architecture(
+            f"{_name}, with LayerScale",
+            _class,
+            targets=("norm1", *_FUSED, "norm2"),
+            optional=_inside("mlp", "fc1", "fc1_g", "fc1_x", "fc2", "w1", "w2", "w12", "w3"),
+            places={"attention": "ls1", "mlp": "ls2", "mlp_parallel": "ls2"},
+            mlp_input="mlp",
+            has=(*_NORMS, *_FUSED, "mlp", "ls1", "ls2"),
+            note=_BEHIND_SCALE + (", also NestedTensorBlock" if _class == "Block" else ""),
+        )
+    )
+# These read the weight of `qkv` without calling it.
+_block(
+    "BEiT of timm",
+    "Block",
+    _NORMS,
+    ("attn.proj",),
+    _MLP,
+    has=(*_PARTS, "attn.q_bias"),
+    note=_BEFORE_SCALE,
+)
+_block("Swin of timm", "SwinTransformerBlock", _NORMS, _FUSED, _MLP, has=_PARTS)
+for _name, _class in (
+    ("Swinv2 of Microsoft", "SwinTransformerBlock"),
+    ("Swinv2 of timm", "SwinTransformerV2Block"),
+):
+    _block(_name, _class, _NORMS, ("attn.proj",), _MLP, at=_NORMS, has=(*_PARTS, "attn.cpb_mlp"), note=_BEHIND_NORMS)
+register_architecture(
+    Architecture(
+        "Swin and Swinv2 of timm, patch merging",
+        "PatchMerging",
+        targets=("norm", "reduction"),
+        has=("norm", "reduction"),
+    )
+)
 
 
 class Place(NamedTuple):
@@ -116,13 +291,37 @@ class Place(NamedTuple):
     mlp_input: str | None
 
 
-def known_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Known]]:
+def known_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Architecture]]:
     """The prefix of the names in each known module, the module, and its description, in model order."""
     for name, module in model.named_modules():
-        for cls in type(module).__mro__:
-            if cls.__name__ in KNOWN:
-                yield (f"{name}." if name else ""), module, KNOWN[cls.__name__]
-                break
+        found = _description_of(model, name, module)
+        if found is not None:
+            yield (f"{name}." if name else ""), module, found
+
+
+def _description_of(model: nn.Module, name: str, module: nn.Module) -> Architecture | None:
+    for cls in type(module).__mro__:
+        for found in descriptions_of(cls.__name__):
+            if all(_has(module, part) for part in found.has) and (
+                not found.inside or _is_in(model, name, found.inside)
+            ):
+                return found
+    return None
+
+
+def _has(block: nn.Module, name: str) -> bool:
+    """Whether a block has a module that does something, or a parameter."""
+    found: Any = block
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found is not None and not isinstance(found, nn.Identity)
+
+
+def _is_in(model: nn.Module, name: str, classes: Iterable[str]) -> bool:
+    """Whether a module is inside one of some classes."""
+    parts = name.split(".")
+    around = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts)))
+    return any(cls.__name__ in classes for module in around for cls in type(module).__mro__)
 
 
 def has_known_blocks(model: nn.Module) -> bool:
@@ -139,8 +338,8 @@ def known_targets(model: nn.Module) -> list[str]:
     return [
         prefix + name
         for prefix, module, known in known_modules(model)
-        for name in known.targets
-        if _has_module(module, name)
+        for name in (*known.targets, *known.optional)
+        if _module(module, name) is not None
     ]
 
 
@@ -153,9 +352,56 @@ def known_places(model: nn.Module) -> list[Place]:
     ]
 
 
-def _has_module(module: nn.Module, name: str) -> bool:
+def check_known(model: nn.Module) -> None:
+    """Check that the known blocks of a model have what their descriptions name.
+
+    Raises:
+        ValueError: If a block lacks a place or the MLP's input, if a place is no leaf, or if no block has a target.
+            The message says which names are missing, and which there are.
+    """
+    blocks: dict[str, tuple[Architecture, list[tuple[str, nn.Module]]]] = {}
+    for prefix, module, known in known_modules(model):
+        blocks.setdefault(known.name, (known, []))[1].append((prefix.rstrip("."), module))
+    for known, modules in blocks.values():
+        for name, module in modules:
+            where = f"the architecture {known.name!r} does not fit {name!r}, a {type(module).__name__}"
+            for place, leaf in known.places.items():
+                _check_leaf(module, leaf, f"{where}: its place `{place}` is {leaf!r}")
+            if known.mlp_input is not None and _module(module, known.mlp_input) is None:
+                raise ValueError(f"{where}: its mlp_input is {known.mlp_input!r}, which it lacks. {_listed(module)}")
+        first = f"{modules[0][0]!r}, a {type(modules[0][1]).__name__}"
+        missing = [t for t in known.targets if all(_module(module, t) is None for _, module in modules)]
+        if missing:
+            raise ValueError(
+                f"the architecture {known.name!r} does not fit {first}: its targets {missing} are in no such block. "
+                f"{_listed(modules[0][1])} Name them in `optional` if only some variants have them."
+            )
+
+
+def _check_leaf(block: nn.Module, name: str, where: str) -> None:
+    leaf = _module(block, name)
+    if leaf is None:
+        raise ValueError(f"{where}, which it lacks. {_listed(block)}")
+    is_leaf = base_layer_of(leaf) is not leaf or next(leaf.children(), None) is None or hook_of(leaf) is not None
+    if not is_leaf:
+        raise ValueError(f"{where}, a {type(leaf).__name__} with submodules; name a leaf. {_listed(block)}")
+
+
+def _listed(block: nn.Module) -> str:
+    return f"Its leaves are {', '.join(leaf_names(block))}."
+
+
+def leaf_names(module: nn.Module) -> list[str]:
+    """The names of the leaves of a module, in its order. A layer of a tuner is one leaf."""
+    names = []
+    for name, child in module.named_children():
+        inner = [] if base_layer_of(child) is not child else leaf_names(child)
+        names += [f"{name}.{leaf}" for leaf in inner] or [name]
+    return names
+
+
+def _module(block: nn.Module, name: str) -> nn.Module | None:
     try:
-        module.get_submodule(name)
+        return block.get_submodule(name)
     except AttributeError:
-        return False
-    return True
+        return None

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 
 from ..checkpoint import CheckpointError
-from ..checkpoint.names import INTERNAL, PREFIX
+from ..checkpoint.names import INTERNAL, MODULE, MODULE_PARALLEL, PREFIX
 from ..checkpoint.reader import LOAD, adapter_in_load
 from ..config import PATTERN_FIELDS, SFAConfig
 from ..layers.adapted import SFALayer
@@ -25,9 +25,10 @@ from ..layers.quantized import dequantized, is_quantized
 from ..recorded import RecordedConfig
 from ..ticket.criteria import CRITERIA, Evidence
 from ..ticket.selection import Positions, choose, count_elements
-from .architectures import KNOWN, has_known_blocks, known_places, known_targets
+from .architectures import check_known, has_known_blocks, known_modules, known_places, known_targets
 from .base import backbone_parameters, head_modules, in_heads, in_module, modules_outside_adapters, shared_parameters
 from .budget import External, absolute_budget, widths_within
+from .suggestions import suggestion
 
 # The heads that PEFT adds to `modules_to_save` for a task, even if the model does not have them.
 TASK_HEADS: dict[str, tuple[str, ...]] = {
@@ -107,9 +108,11 @@ class Planner:
         self.model, self.config = model, config
         self.heads = head_modules(model, config)
         # A tuner layer counts as one leaf. Layers of other tuners are refused later, with a message that names them.
+        modules = modules_outside_adapters(model)
+        self.names = {name for name, _ in modules}
         self.leaves = {
             name: module
-            for name, module in modules_outside_adapters(model)
+            for name, module in modules
             if isinstance(module, BaseTunerLayer) or next(module.children(), None) is None
         }
 
@@ -124,6 +127,8 @@ class Planner:
         self._check_heads()
         if isinstance(self.config, RecordedConfig):
             return self._recorded_plan(self.config)
+        if self.config.target_modules is None or self.config.external_modules is None:
+            check_known(self.model)
         places, candidates = self.places(), self.candidates()
         if not places and not candidates:
             raise ValueError(
@@ -134,7 +139,8 @@ class Planner:
             if candidates and self._lacks_places and self.config.external_places:
                 warnings.warn(
                     f"{type(self.model).__name__} has no block of a known architecture, so this adapter is internal "
-                    f"only. Name modules in SFAConfig.external_modules to get external adapters, or use [] for none.",
+                    f"only. Name modules in SFAConfig.external_modules to get external adapters, or use [] for none."
+                    f"{suggestion(self.model)}",
                     stacklevel=2,
                 )
             externals, size = self._sizes_from_budget(places, candidates)
@@ -232,21 +238,26 @@ class Planner:
                         f"{type(self.model.get_submodule(name)).__name__} with submodules; name the leaf that "
                         f"computes its output (such as its last nn.Linear)."
                     )
-            return [self._external("module", name, None) for name in names]
+            inputs = {name: self._input_of(name) for name in names}
+            return [self._external(MODULE_PARALLEL if of else MODULE, name, of) for name, of in inputs.items()]
         if not config.external_places:
             return []
         if not has_known_blocks(self.model):
             if config.target_modules is None or self._share is not None:
                 return []  # the error of `candidates` says what to name
             raise ValueError(
-                f"{type(self.model).__name__} has no block of a known architecture ({', '.join(KNOWN)}), so "
-                f"the places of external adapters are not known: give `external_modules`, or `[]` for none."
+                f"{type(self.model).__name__} has no block of a known architecture, so the places of external "
+                f"adapters are not known: give `external_modules`, or `[]` for none.{suggestion(self.model)}"
             )
-        found = [
-            self._external(place.place, place.module, place.mlp_input)
-            for place in known_places(self.model)
-            if place.place in config.external_places and self._is_allowed(place.module)
-        ]
+        known = known_places(self.model)
+        asked = [place for place in known if place.place in config.external_places]
+        if not asked:
+            blocks = sorted({known.name for _, _, known in known_modules(self.model) if known.places})
+            raise ValueError(
+                f"SFAConfig.external_places={config.external_places!r}: the blocks of {type(self.model).__name__} "
+                f"({', '.join(blocks)}) have only the places {sorted({place.place for place in known})}."
+            )
+        found = [self._external(*place) for place in asked if self._is_allowed(place.module)]
         if not found:
             raise ValueError(
                 f"SFAConfig.external_places={config.external_places!r} leaves no place: `exclude_modules`, "
@@ -282,10 +293,12 @@ class Planner:
         if config.target_modules is None:
             names = [n for n in (*known_targets(self.model), *self._head_leaves()) if self._is_allowed(n)]
             if not names:
+                is_known = bool(known_targets(self.model))
+                where = " outside `modules_to_save` and `exclude_modules`" if is_known else ""
                 raise ValueError(
-                    f"{type(self.model).__name__} has no block of a known architecture ({', '.join(KNOWN)})"
-                    f" outside `modules_to_save` and `exclude_modules`: give `target_modules` for internal adapters "
-                    f"and `external_modules` for external ones (`[]` for none)."
+                    f"{type(self.model).__name__} has no block of a known architecture{where}: give `target_modules` "
+                    f"for internal adapters and `external_modules` for external ones (`[]` for none)."
+                    f"{'' if is_known else suggestion(self.model)}"
                 )
         else:
             names = self._match("target_modules")
@@ -366,8 +379,40 @@ class Planner:
                 f"instead, where several adapters can be active together."
             )
 
+    def _input_of(self, output: str) -> str | None:
+        """The module whose input the external adapter on a module reads, or None if it reads that module's output.
+
+        Its name is looked up beside the output, and then in the modules around it, from the inside to the outside.
+        """
+        given = self.config.external_modules
+        if not isinstance(given, dict):
+            return None
+        ending = max((name for name in given if _matches(output, {name})), key=len)
+        name = given[ending]
+        if name is None:
+            return None
+        around = output.split(".")[:-1]
+        names = (".".join([*around[:depth], name]) for depth in range(len(around), -1, -1))
+        found = next((full for full in names if full in self.names), None)
+        if found is None or found == output:
+            why = "is that module itself" if found else "is not beside it or around it"
+            raise ValueError(
+                f"SFAConfig.external_modules={{{ending!r}: {name!r}}} is not valid for {output!r}: {name!r} {why}. "
+                f"Name a module that gets its input before {output!r} runs, such as the MLP around it, or None: then "
+                f"the adapter reads the output of {output!r}."
+            )
+        return found
+
     def _match(self, field_name: str) -> list[str]:
         patterns = getattr(self.config, field_name)
+        if isinstance(patterns, dict):
+            unused = [name for name in patterns if not self._matched({name})]
+            if unused:
+                raise NoMatchingPeftModuleError(
+                    f"SFAConfig.{field_name}: {unused[0]!r} matches no module of {type(self.model).__name__}. Use the "
+                    f"names of modules or their endings, or [] for none."
+                )
+            patterns = set(patterns)
         if patterns == set():
             return []
         matched = self._matched(patterns)
@@ -390,18 +435,25 @@ class Planner:
             return [name for name, leaf in self.leaves.items() if isinstance(base_layer_of(leaf), nn.Linear)]
         return [name for name, _ in modules_outside_adapters(self.model) if name and _matches(name, patterns)]
 
-    def exact(self) -> dict[str, set[str]]:
+    def exact(self) -> dict[str, set[str] | dict[str, str | None]]:
         """The fields that are regular expressions or `all-linear`, each as the names of the leaves that it matches.
+
+        Of `external_modules` as a dict, the full names of the leaves and of the modules whose input is read.
 
         In a saved config there are only names: an adapter loads into the model that it was made for, and an expression
         from a file can be made to run for hours.
         """
         given = {name: getattr(self.config, name) for name in PATTERN_FIELDS}
-        return {
+        found: dict[str, set[str] | dict[str, str | None]] = {
             name: set(self._matched(value)) & self.leaves.keys()
             for name, value in given.items()
             if value and isinstance(value, str)
         }
+        external = self.config.external_modules
+        if isinstance(external, dict) and not isinstance(self.config, RecordedConfig):
+            leaves = [name for name in self._match("external_modules") if name in self.leaves]
+            found["external_modules"] = {name: self._input_of(name) for name in leaves}
+        return found
 
     def _is_allowed(self, name: str) -> bool:
         excluded = self.config.exclude_modules
@@ -537,8 +589,12 @@ class Planner:
             for name, width in modules.items():
                 self._require(name)
                 if place == "mlp_parallel" and (place, name) not in known:
-                    raise CheckpointError(_OTHER_ARCHITECTURE.format(name=name, model=type(self.model).__name__))
-                external = self._external(place, name, known.get((place, name)))
+                    raise CheckpointError(
+                        _OTHER_ARCHITECTURE.format(name=name, model=type(self.model).__name__)
+                        + " If its blocks were made known by register_architecture, call that before loading."
+                    )
+                mlp_input = self._recorded_input(name) if place == MODULE_PARALLEL else known.get((place, name))
+                external = self._external(place, name, mlp_input)
                 kind = "sfa_parallel" if external.mlp_input else "sfa_external"
                 up = saved.get(f"{PREFIX}{name}.{kind}.up.weight")
                 if up is not None and len(up) != external.channels:
@@ -548,6 +604,16 @@ class Planner:
                     )
                 externals.setdefault(name, []).append(replace(external, width=width))
         return externals
+
+    def _recorded_input(self, name: str) -> str:
+        given = self.config.external_modules
+        found = given.get(name) if isinstance(given, dict) else None
+        if found is None or found not in self.names or found == name:
+            raise CheckpointError(
+                f"the external adapter on {name!r} reads the input of {found!r}, which this "
+                f"{type(self.model).__name__} does not have; load the adapter into the model that it was trained on."
+            )
+        return found
 
     def _recorded_positions(self, module: str, name: str, parameter: Tensor, size: int) -> Tensor:
         is_elsewhere = parameter.is_meta and not is_quantized(base_layer_of(self.leaves[module]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from ..checkpoint.names import is_parallel
 from ..layers.adapted import sfa_layers
 from ..planning.base import head_modules
 from ..planning.plan import ticket_sizes
@@ -43,7 +44,7 @@ def check_config(model: nn.Module, adapter_name: str, config: RecordedConfig, po
                     f"{config.granularity}: restore `internal_granularity`."
                 )
     announced = {
-        (module, place == "mlp_parallel"): width
+        (module, is_parallel(place)): width
         for place, modules in config.external_widths.items()
         for module, width in modules.items()
     }

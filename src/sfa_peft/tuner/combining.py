@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoint.names import MODULE_PARALLEL
 from ..config import SFAConfig
 from ..layers.adapted import Adapters, SFALayer, sfa_layers
 from ..layers.bottleneck import ExternalAdapter
@@ -93,9 +94,15 @@ def combined(
         for recorded in Planner(model, configs[adapter]).recorded_externals(configs[adapter]).values():
             for external in recorded:
                 key = (external.mlp_input is not None, external.module)
-                width = external.width + (externals[key].width if key in externals else 0)
-                externals[key] = replace(externals.get(key, external), width=width)
+                same = externals.get(key, external)
+                if same.mlp_input != external.mlp_input:
+                    raise ValueError(
+                        f"the adapters cannot be combined: their external adapters on {external.module!r} read the "
+                        f"inputs of {same.mlp_input!r} and {external.mlp_input!r}."
+                    )
+                externals[key] = replace(same, width=external.width + (same.width if key in externals else 0))
     plan = Plan.of(positions, externals.values())
+    inputs = {e.module: e.mlp_input for e in plan.all_externals if e.place == MODULE_PARALLEL}
     heads = [head for name in adapters for head in configs[name].modules_to_save or ()]
     first_internal = next((configs[name] for name in adapters if configs[name].ticket_sizes), configs[adapters[0]])
     first_external = next((configs[name] for name in adapters if configs[name].external_widths), configs[adapters[0]])
@@ -111,6 +118,7 @@ def combined(
         layers_pattern=None,
         inference_mode=False,
         base_fingerprint=None,
+        external_modules=inputs or first_internal.external_modules,
         external_activation=first_external.external_activation,
         external_dropout=first_external.external_dropout,
         external_scale=1.0,  # the scales are in the values

@@ -26,8 +26,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..layers.bottleneck import ACTIVATIONS, ExternalAdapter
 from ..layers.merged import PARALLEL, hook_of, merged_externals, merged_leaves, remove_externals
 from ..layers.offloading import is_hooked
-from ..planning.architectures import PlainMLP, known_modules
+from ..planning.architectures import known_modules
 from ..planning.base import shared_parameters
+from ..planning.registry import PlainMLP
 
 Widen = bool | Literal["auto"]
 
@@ -145,7 +146,8 @@ def _groups(model: nn.Module, kept: dict[str, str]) -> list[_Group]:
         group = None
         try:
             if known.mlp is None:
-                raise _CannotFoldError(f"{type(module).__name__} normalizes the output of its MLP")
+                why = f" ({known.note})" if known.note else ""
+                raise _CannotFoldError(f"no config makes the MLP of {type(module).__name__} wider{why}")
             block = _Block(prefix, module, known.mlp, leaf, known.mlp_input, [])
             group = groups.setdefault(id(_owner(model, block).config), _Group())
             group.blocks.append(block)
@@ -207,8 +209,14 @@ def _check_mlp(block: _Block, shared: dict[int, list[str]]) -> None:
         _CannotWidenError: If it cannot.
     """
     mlp, container = block.mlp, block.part(block.container)
-    parts = {f"{block.container}.{name}" for name, _ in container.named_children()}
-    if parts != {mlp.fc1, mlp.activation, mlp.fc2}:
+    around = mlp.fc2.rpartition(".")[0]  # the container, or a second one behind it
+    parts = {
+        f"{name}.{child}": module
+        for name in (block.container, around)
+        for child, module in block.part(name).named_children()
+    }
+    wanted = {mlp.fc1, mlp.activation, mlp.fc2}
+    if not wanted <= parts.keys() or not all(_is_inert(parts[name]) for name in parts.keys() - wanted):
         raise _CannotWidenError(f"{type(container).__name__} is not a plain MLP of two linear layers (such as SwiGLU)")
     if type(block.fc1) is not nn.Linear or type(block.fc2) is not nn.Linear:
         raise _CannotWidenError(f"{mlp.fc1} and {mlp.fc2} are not both nn.Linear (such as a quantized one)")
@@ -222,6 +230,12 @@ def _check_mlp(block: _Block, shared: dict[int, list[str]]) -> None:
         raise _CannotWidenError("its weights are shared with another module")
     if hook_of(block.fc1) is not None:
         raise _CannotWidenError(f"an external adapter sits on {mlp.fc1}, whose output would be wider")
+
+
+def _is_inert(module: nn.Module) -> bool:
+    """Whether a module of an MLP does nothing in inference."""
+    is_empty = isinstance(module, nn.ModuleList) and len(module) == 0
+    return is_empty or isinstance(module, nn.Dropout | nn.Identity)
 
 
 def _foldable_externals(block: _Block, shared: dict[int, list[str]]) -> list[ExternalAdapter]:
@@ -339,14 +353,17 @@ def _check_outputs(block: _Block, units: int) -> None:
 
 
 def _run(block: _Block, x: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor) -> Tensor:
-    """The output of the block's MLP with other weights, up to its place. No hooks run."""
+    """The output of the block's MLP with other weights in inference, up to its place. No hooks run."""
+    new = {id(block.fc1): _linear(weight, bias), id(block.fc2): _linear(columns, block.fc2.bias)}
     container = copy.copy(block.part(block.container))
-    inner = dict(container._modules)
-    for linear, new in ((block.fc1, (weight, bias)), (block.fc2, (columns, block.fc2.bias))):
-        name = next(name for name, module in inner.items() if module is linear)
-        inner[name] = _linear(*new)
-    container._modules = inner
+    container._modules = {
+        name: nn.Identity() if isinstance(module, nn.Dropout) else new.pop(id(module), module)
+        for name, module in container._modules.items()
+    }
+    container.training = False
     y: Tensor = container.forward(x)
+    for behind in new.values():  # `fc2`, if it is in another module
+        y = behind(y)
     return y if block.factor is None else cast(Tensor, block.place.forward(y))
 
 
