@@ -19,8 +19,8 @@ The blocks that `SFAConfig` finds by itself, in any model that has them: alone, 
 and the like). Only the blocks of the backbone are adapted. Decoders and heads are not, although their layers often
 have the same names. For any other model see [below](#your-own-blocks).
 
-All names are relative to the block. Leaves in brackets are adapted in the variants that have them. The places `mlp` and
-`mlp_parallel` are on the same leaf; the latter reads the input of the module that is named behind it.
+All names are relative to the block. Leaves in brackets are adapted in the variants that have them. The places `mlp`
+and `mlp_parallel` are on the same leaf; the latter reads the input of the module that is named behind it.
 
 """
 
@@ -28,30 +28,30 @@ MIDDLE = """
 
 `tests/test_architectures.py` does all this with a tiny model of each:
 
-- **found**: `SFAConfig(budget=...)` names nothing, and the targets and places are those of the table; the outputs stay
-  the same.
+- **found**: `SFAConfig(budget=...)` names nothing, and the targets and places are those of the table; the outputs
+  stay the same.
 - **step**: in a training step, every parameter of the adapter has a gradient.
 - **search**: `search_ticket` finds and installs a ticket, and every target is used.
 - **round trip**: the adapter is saved, loaded into a new base model, and gives the same outputs, bit for bit.
 - **merge**: `merge_and_unload` gives the same outputs, up to rounding. *folds*: external adapters at `mlp_parallel`
-  become hidden units of the MLP, if `external_activation` is the MLP's activation and the MLP is not a gated one; the
-  result is a plain model that `save_pretrained` saves. *stays*: they stay modules of the merged model; see
+  become hidden units of the MLP, if `external_activation` is the MLP's activation and the MLP is not a gated one;
+  the result is a plain model that `save_pretrained` saves. *stays*: they stay modules of the merged model; see
   [deploying.md](deploying.md).
 
-The blocks of timm, Microsoft, Meta and `rfdetr` are tested with small modules that have the same class names, names of
-layers and order of operations. timm needs torchvision, of which there is no build for the CPU alone; Meta's code is no
-package.
+The blocks of timm, Microsoft, Meta and `rfdetr` are tested with small modules that have the same class names, names
+of layers and order of operations. timm needs torchvision, of which there is no build for the CPU alone; Meta's code
+is no package.
 
 What does not follow from the table:
 
 - ViTPose with experts has no place at the MLP. Use `external_places=("attention",)`, or `()`.
-- The whole CLIP or SigLIP model has two towers. Only the vision tower is adapted. SigLIP's pooling head has an MLP of
-  the same width as the blocks, so a SigLIP model with that head is not folded.
-- CLIP and SigLIP use variants of GELU that `external_activation` does not have, so these models fold only if their config
-  says `hidden_act="gelu"`.
-- Meta's blocks compute the MLP and the scales without calling the modules when they pretrain: DINOv2 with lists of images
-  (nested tensors), DINOv3 with stochastic depth. Adapters cannot act there. Models from torch.hub have no stochastic
-  depth, and take one tensor.
+- The whole CLIP or SigLIP model has two towers. Only the vision tower is adapted. SigLIP's pooling head has an MLP
+  of the same width as the blocks, so a SigLIP model with that head is not folded.
+- CLIP and SigLIP use variants of GELU that `external_activation` does not have, so these models fold only if their
+  config says `hidden_act="gelu"`.
+- Meta's blocks compute the MLP and the scales without calling the modules when they pretrain: DINOv2 with lists of
+  images (nested tensors), DINOv3 with stochastic depth. Adapters cannot act there. Models from torch.hub have no
+  stochastic depth, and take one tensor.
 
 ## Your own blocks
 
@@ -82,16 +82,16 @@ register_architecture(
 )
 ```
 
-If merging is to fold external adapters into the
-MLP, `mlp` says where its two linear layers and its activation are, and which field of the config decides its width, such
-as `mlp=PlainMLP("intermediate_size", is_ratio=False, fc1="mlp.up", activation="mlp.act", fc2="mlp.down")`.
+If merging is to fold external adapters into the MLP, `mlp` says where its two linear layers and its activation are,
+and which field of the config decides its width, such as `mlp=PlainMLP("intermediate_size", is_ratio=False,
+fc1="mlp.up", activation="mlp.act", fc2="mlp.down")`.
 
-- Where a block scales (LayerScale) or normalizes the output of a sub-layer before the residual sum, the place is the scale
-  or the norm, and not the linear layer: it would damp what the adapter adds. `PlainMLP.factor` names the parameter of
-  such a scale.
-- Two classes of one name are told apart by `has`, the modules or parameters that a block must have. `inside` keeps blocks
-  out that a text tower or a decoder has as well. Of several descriptions that apply, the last registered one is used; so
-  you can replace one of the table.
+- Where a block scales (LayerScale) or normalizes the output of a sub-layer before the residual sum, the place is the
+  scale or the norm, and not the linear layer: it would damp what the adapter adds. `PlainMLP.factor` names the
+  parameter of such a scale.
+- Two classes of one name are told apart by `has`, the modules or parameters that a block must have. `inside` keeps
+  blocks out that a text tower or a decoder has as well. Of several descriptions that apply, the last registered one
+  is used; so you can replace one of the table.
 - A wrong description is an error with the names: when it is registered, if it cannot be right for any model; when an
   adapter is added, if the blocks lack a name.
 - An adapter does not contain the description. Register it before you load the adapter, too.
@@ -103,8 +103,9 @@ as `mlp=PlainMLP("intermediate_size", is_ratio=False, fc1="mlp.up", activation="
 mine = "my_package.architectures:BLOCKS"  # an Architecture, or a list of them
 ```
 
-For one model it is enough to name modules in the config. A dict in `external_modules` also names the module whose input
-the adapters read, as at `mlp_parallel`, the place that measured best; such an adapter loads without registering anything:
+For one model it is enough to name modules in the config. A dict in `external_modules` also names the module whose
+input the adapters read, as at `mlp_parallel`, the place that measured best; such an adapter loads without
+registering anything:
 
 ```python
 SFAConfig(budget=0.02, target_modules=["qkv", "proj", "fc1", "fc2"], external_modules={"mlp.fc2": "mlp"})
