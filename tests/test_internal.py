@@ -96,6 +96,21 @@ def test_output_and_gradients_equal_those_of_the_dense_weight(make, granularity,
     assert all(p.grad is None for p in base.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_few_positions_of_a_large_weight_get_the_gradient_of_the_dense_weight(dtype):
+    module, x = nn.Linear(200, 160, dtype=dtype), torch.randn(2, 700, 200, dtype=dtype)
+    _, layer = adapted(module, density=0.02)
+    delta = layer.sfa_internal["default"]
+    grad = torch.randn(2, 700, 160, dtype=dtype)
+    few = layer.op.grad_units(grad, x, module.weight, delta.granularity, delta.positions("weight"))
+    assert few is not None, "the whole gradient was computed"
+    layer(x).backward(grad)
+    y, dense = dense_reference(module, layer, x)
+    y.backward(grad)
+    wanted = dense["weight"].grad.flatten()[delta.positions("weight").long()]
+    torch.testing.assert_close(delta.weight.grad, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+
+
 @pytest.mark.parametrize("make", [linear, conv, layer_norm])
 def test_two_active_adapters_add_up(make):
     module, x = make()
