@@ -566,6 +566,16 @@ def test_bf16_moments_do_not_lose_small_updates():
     assert second == pytest.approx(0.01 * (1 - 0.999**1000), rel=0.02)
 
 
+def test_parameters_that_are_not_trained_are_not_copied():
+    from sfa_peft.search.training import DenseTraining, Slot
+
+    p = nn.Parameter(torch.ones(10, dtype=torch.bfloat16))
+    scored, trained = (Slot("p", p, rate, ("gradient",)) for rate in (0.0, 1e-3))
+    DenseTraining([scored, trained], "device", 0)
+    assert scored.before.data_ptr() == scored.value.data_ptr() == p.data_ptr()
+    assert len({t.data_ptr() for t in (trained.before, trained.value, p)}) == 3
+
+
 def test_gradients_do_not_pile_up():
     """Each parameter's gradient is used and dropped inside backward."""
     model = adapted(external_share=0.0)

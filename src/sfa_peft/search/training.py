@@ -34,8 +34,8 @@ class Slot:
         statistics: The statistics that are summed for the criterion.
         is_candidate: Whether the ticket may choose from the parameter.
         before: The value before the search.
-        master: For parameters in half precision, a float32 copy that is trained, since half precision would lose small
-            updates.
+        master: For trained parameters in half precision, a float32 copy that is trained, since half precision would
+            lose small updates.
         kept: The mask of the survivors of earlier rounds; None in the first round.
         start: In a resumed search, the value at the start of the original search. For external adapters and heads,
             which may have been initialized again since.
@@ -124,7 +124,7 @@ class DenseTraining:
         for slot in self.slots:
             p = slot.parameter
             slot.before = p.detach().to("cpu", copy=True) if slot.rate else p.detach()
-            slot.master = None if p.dtype == torch.float32 else p.detach().float()
+            slot.master = p.detach().float() if slot.rate and p.dtype != torch.float32 else None
             slot.sums = {name: self._zeros(p) for name in slot.statistics}
             if slot.rate:
                 slot.moments = (self._zeros(p), self._zeros(p))
@@ -223,8 +223,9 @@ class DenseTraining:
 
     def fingerprint(self) -> list[float]:
         """Numbers that identify the candidates' values: their count, their elements, and the sum of magnitudes."""
-        values = [slot.before.double() for slot in self.slots if slot.is_candidate]
-        return [len(values), sum(v.numel() for v in values), float(sum(v.abs().sum() for v in values))]
+        values = [slot.before for slot in self.slots if slot.is_candidate]
+        magnitude = sum(float(v.double().abs().sum()) for v in values)  # one copy at a time
+        return [len(values), sum(v.numel() for v in values), magnitude]
 
     def has_evidence(self) -> bool:
         """Whether any candidate has changed or has had a gradient."""
