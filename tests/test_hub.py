@@ -414,7 +414,7 @@ MODULES = CLASSES.map(lambda text: re.sub(r"[\\.()\[\]{}*+?|^$]", "", text) + "_
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(task=NAMES, dataset=NAMES, split=NAMES, metric=NAMES, class_name=CLASSES, head=MODULES)
 def test_no_name_breaks_a_card(tmp_path_factory, task, dataset, split, metric, class_name, head):
     folder = tmp_path_factory.mktemp("named")

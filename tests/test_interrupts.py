@@ -131,7 +131,7 @@ def placing(saved):
     return model, lambda: search(model, criterion="magnitude")
 
 
-MANY = {"install_ticket": 70, "search_ticket": 70}  # interrupts
+MANY = {"install_ticket": 35, "search_ticket": 35}  # interrupts
 # Each makes a model, and gives it with a change of it.
 CHANGES = {
     "get_peft_model": of(base, lambda model, saved: get_peft_model(model, SFAConfig(**OPTIONS))),
