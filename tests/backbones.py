@@ -209,6 +209,8 @@ BACKBONES = {
     "Meta's DINOv3": other.dinov3_without_layer_scale,
     "Meta's DINOv3, with LayerScale": other.dinov3,
     "BEiT of timm": other.beit,
+    "DINOv3 and EVA of timm": other.eva,
+    "EVA of timm, with its biases apart": other.eva_with_biases,
     "Swin of timm": other.swin,
     "Swinv2 of Microsoft": other.microsoft_swinv2,
     "Swinv2 of timm": other.swinv2,

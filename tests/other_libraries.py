@@ -11,6 +11,13 @@ from torch import nn
 DIM, HEADS = 16, 2
 
 
+class LayerNorm(nn.LayerNorm):
+    """timm's has a forward of its own, so internal adapters cannot change it."""
+
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
 class LayerScale(nn.Module):
     def __init__(self):
         super().__init__()
@@ -99,6 +106,20 @@ class Block(nn.Module):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
+class EvaBlock(nn.Module):
+    """timm's EVA, and its DINOv3. LayerScale is a parameter of the block."""
+
+    def __init__(self, attention=Attention):
+        nn.Module.__init__(self)
+        self.norm1, self.norm2 = LayerNorm(DIM), LayerNorm(DIM)
+        self.attn, self.mlp = attention(), Mlp()
+        self.gamma_1, self.gamma_2 = (nn.Parameter(torch.full((DIM,), 0.1)) for _ in range(2))
+
+    def forward(self, x):
+        x = x + self.gamma_1 * self.attn(self.norm1(x))
+        return x + self.gamma_2 * self.mlp(self.norm2(x))
+
+
 class NestedTensorBlock(Block):
     """Meta's DINOv2."""
 
@@ -110,17 +131,12 @@ class SelfAttentionBlock(nn.Module):
 
 
 class BeitBlock(nn.Module):
-    """timm's BEiT, where it is also named Block. LayerScale is a parameter of the block."""
+    """timm's BEiT, where it is also named Block."""
 
     def __init__(self):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(DIM), nn.LayerNorm(DIM)
-        self.attn, self.mlp = BiasedAttention(), Mlp()
-        self.gamma_1, self.gamma_2 = (nn.Parameter(torch.full((DIM,), 0.1)) for _ in range(2))
+        EvaBlock.__init__(self, BiasedAttention)
 
-    def forward(self, x):
-        x = x + self.gamma_1 * self.attn(self.norm1(x))
-        return x + self.gamma_2 * self.mlp(self.norm2(x))
+    forward = EvaBlock.forward
 
 
 BeitBlock.__name__ = "Block"
@@ -264,6 +280,14 @@ def dinov3():
 
 def dinov3_without_layer_scale():
     return _encoder(SelfAttentionBlock, SelfAttentionBlock)
+
+
+def eva():
+    return _encoder(EvaBlock, EvaBlock)
+
+
+def eva_with_biases():
+    return _encoder(*[lambda: EvaBlock(BiasedAttention)] * 2)
 
 
 def beit():

@@ -3,6 +3,7 @@
 import re
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -145,6 +146,7 @@ DENSE = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # of ZoeDepth in transformers 5.18
 @pytest.mark.parametrize("name", DENSE)
 def test_in_a_dense_model_the_backbone_alone_is_adapted(name):
     make, prefix = DENSE[name]
@@ -152,6 +154,71 @@ def test_in_a_dense_model_the_backbone_alone_is_adapted(name):
     layers = [layer for layer, _ in sfa_layers(model.base_model.model)]
     assert layers
     assert all(prefix in layer for layer in layers)
+
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+SMALL_SWIN = {"img_size": 32, "patch_size": 2, "embed_dim": 8, "depths": (2, 2), "num_heads": (2, 2), "window_size": 4}
+
+
+def from_timm(module, name, **options):
+    def make():
+        pytest.importorskip("timm", reason="timm needs torchvision, of which there is no build for the CPU alone")
+        return getattr(pytest.importorskip(f"timm.models.{module}"), name)(**options)
+
+    return make
+
+
+def from_kornia(**options):
+    """Meta's DINOv2, of which kornia has a copy."""
+
+    def make():
+        kornia = pytest.importorskip("kornia.feature.dedode.transformer")
+        block = partial(kornia.layers.block.NestedTensorBlock, attn_class=kornia.layers.MemEffAttention)
+        return kornia.dinov2.DinoVisionTransformer(**SMALL, block_fn=block, **options)
+
+    return make
+
+
+VIT, SCALED = "ViT of timm and Meta", "ViT of timm and Meta, with LayerScale"
+REAL = {
+    "timm's ViT": (from_timm("vision_transformer", "VisionTransformer", **SMALL), VIT),
+    "timm's DINOv2": (from_timm("vision_transformer", "VisionTransformer", **SMALL, init_values=0.1), SCALED),
+    "timm's DINOv3": (from_timm("eva", "Eva", **SMALL, init_values=0.1, qkv_bias=False), "DINOv3 and EVA of timm"),
+    "timm's EVA": (from_timm("eva", "Eva", **SMALL), "EVA of timm, with its biases apart"),
+    "timm's BEiT": (from_timm("beit", "Beit", **SMALL, init_values=0.1, qkv_bias=True), "BEiT of timm"),
+    "timm's Swin": (from_timm("swin_transformer", "SwinTransformer", **SMALL_SWIN), "Swin of timm"),
+    "timm's Swinv2": (from_timm("swin_transformer_v2", "SwinTransformerV2", **SMALL_SWIN), "Swinv2 of timm"),
+    "Meta's DINOv2": (from_kornia(init_values=0.1), SCALED),
+    "Meta's giant DINOv2": (from_kornia(init_values=0.1, ffn_layer="swiglufused"), SCALED),
+    "Meta's DINOv2 without LayerScale": (from_kornia(), VIT),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_models_of_other_libraries(name, tmp_path):
+    make, architecture = REAL[name]
+
+    def made():
+        torch.manual_seed(0)
+        return make().eval()
+
+    base, x = made(), tiny.pixels()
+    assert architecture in {known.name for _, _, known in known_modules(base)}
+    start = output(base, x)
+    model = adapted(base)
+    assert torch.equal(output(model, x), start)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*never calls.*")
+        search_ticket(model, [x], steps=2, loss_fn=loss, progress=False)
+    train(model, x, 2)
+    trained = output(model, x)
+    assert not torch.equal(trained, start)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(made(), tmp_path)
+    assert torch.equal(output(loaded, x), trained)
+    with pytest.warns(ExternalsKeptWarning):
+        merged = loaded.merge_and_unload()
+    assert difference(output(merged, x), trained) < 1e-5
 
 
 def test_the_page_is_that_of_the_table():

@@ -267,6 +267,23 @@ _block(
     has=(*_PARTS, "attn.q_bias"),
     note=_BEFORE_SCALE,
 )
+for _name, _has_bias in (("DINOv3 and EVA of timm", False), ("EVA of timm, with its biases apart", True)):
+    register_architecture(
+        Architecture(
+            _name,
+            "EvaBlock",
+            targets=("attn.proj", "mlp.fc2"),
+            optional=(
+                *_NORMS,
+                *_inside("attn", *(() if _has_bias else ("qkv",)), "q_proj", "k_proj", "v_proj"),
+                *_inside("mlp", "fc1", "fc1_g", "fc1_x"),
+            ),
+            places={"attention": "attn.proj", "mlp": "mlp.fc2", "mlp_parallel": "mlp.fc2"},
+            mlp_input="mlp",
+            has=("attn.proj", "mlp.fc2", *(("attn.q_bias",) if _has_bias else ())),
+            note=_BEFORE_SCALE,
+        )
+    )
 _block("Swin of timm", "SwinTransformerBlock", _NORMS, _FUSED, _MLP, has=_PARTS)
 for _name, _class in (
     ("Swinv2 of Microsoft", "SwinTransformerBlock"),

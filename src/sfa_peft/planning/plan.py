@@ -291,7 +291,9 @@ class Planner:
         if self._share == 1:
             return {}
         if config.target_modules is None:
-            names = [n for n in (*known_targets(self.model), *self._head_leaves()) if self._is_allowed(n)]
+            # Some libraries have norms with a forward of their own, such as timm. They are left out.
+            known = [n for n in known_targets(self.model) if internal_parameters(self.leaves.get(n))]
+            names = [n for n in (*known, *self._head_leaves()) if self._is_allowed(n)]
             if not names:
                 is_known = bool(known_targets(self.model))
                 where = " outside `modules_to_save` and `exclude_modules`" if is_known else ""
