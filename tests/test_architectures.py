@@ -104,6 +104,10 @@ def test_it_is_found_trains_is_searched_saved_loaded_and_merged(name, tmp_path):
             merged = again.merge_and_unload(widen=True)
         assert difference(output(merged, x), trained) < 1e-5
         assert (name in FOLDED) == (not any(w.category is ExternalsKeptWarning for w in told))
+        if isinstance(merged, hf.PreTrainedModel) and name in FOLDED:
+            merged.save_pretrained(tmp_path / "plain")
+            plain = type(merged).from_pretrained(tmp_path / "plain")
+            assert difference(output(plain, x), trained) < 1e-5
 
 
 @pytest.mark.parametrize("name", BACKBONES)

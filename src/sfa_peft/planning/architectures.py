@@ -361,11 +361,13 @@ def known_targets(model: nn.Module) -> list[str]:
 
 
 def known_places(model: nn.Module) -> list[Place]:
-    """Every place of every known block, in model order."""
+    """Every place of every known block, in model order. Those that a block lacks are left out (see `check_known`)."""
     return [
-        Place(place, prefix + name, prefix + known.mlp_input if place == "mlp_parallel" and known.mlp_input else None)
-        for prefix, _, known in known_modules(model)
+        Place(place, prefix + name, None if mlp_input is None else prefix + mlp_input)
+        for prefix, module, known in known_modules(model)
         for place, name in known.places.items()
+        for mlp_input in [known.mlp_input if place == "mlp_parallel" else None]
+        if all(_module(module, needed) is not None for needed in (name, mlp_input) if needed is not None)
     ]
 
 

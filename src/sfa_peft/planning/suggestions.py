@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import nn
@@ -10,8 +9,10 @@ from torch import nn
 from ..layers.kinds import internal_parameters
 from ..layers.leaves import base_layer_of
 from .architectures import leaf_names
+from .base import modules_outside_adapters
 
 MOST = 3  # classes that are proposed
+_ROWS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 class _MLP(NamedTuple):
@@ -37,6 +38,9 @@ class _Repeated(NamedTuple):
     def name(self) -> str:
         return type(self.block).__name__
 
+    def contains(self, other: _Repeated) -> bool:
+        return self is not other and any(type(module) is type(other.block) for module in self.block.modules())
+
     @property
     def leaves(self) -> list[str]:
         """The leaves that a ticket may choose from."""
@@ -60,7 +64,7 @@ class _Repeated(NamedTuple):
 
 def suggestion(model: nn.Module) -> str:
     """The blocks that a model repeats, and what to write for them, ready to be pasted. Empty if there are none."""
-    repeated = list(_repeated(model))
+    repeated = _repeated(model)
     if not repeated:
         return ""
     seen = ", ".join(f"{found.name} ({found.times} times: {', '.join(found.leaves)})" for found in repeated)
@@ -93,33 +97,18 @@ def _fields(found: _Repeated) -> str:
     return f"    SFAConfig(..., target_modules={found.leaves!r}, external_modules={external!r})\n"
 
 
-def _repeated(model: nn.Module) -> Iterator[_Repeated]:
-    """The outermost classes of blocks that stand in rows and have leaves that a ticket may choose from."""
-    first: dict[type, nn.Module] = {}
-    counts: dict[type, int] = {}
-
-    def look(module: nn.Module) -> None:
-        is_row = isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential)
-        for child in module.children():
-            is_block = is_row and base_layer_of(child) is child and next(child.children(), None) is not None
-            if is_block and not isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential):
-                first.setdefault(type(child), child)
-                counts[type(child)] = counts.get(type(child), 0) + 1
-            look(child)
-
-    look(model)
-    found = (_Repeated(block, counts[cls]) for cls, block in first.items())
-    inside = {type(inner) for block in first.values() for inner in block.modules() if inner is not block}
-    # Stages contain blocks: of two classes, the inner one repeats more often.
-    kept = [one for one in found if one.times > 1 and one.leaves]
-    kept = [one for one in kept if not _has_inner(one, kept)]
-    yield from [one for one in kept if one.mlp is not None or type(one.block) not in inside][:MOST]
-
-
-def _has_inner(found: _Repeated, others: list[_Repeated]) -> bool:
-    """Whether other repeated blocks are inside it: it is a stage."""
-    inner = {type(module) for module in found.block.modules()} - {type(found.block)}
-    return any(type(other.block) in inner and other.mlp is not None for other in others)
+def _repeated(model: nn.Module) -> list[_Repeated]:
+    """The classes of blocks that stand in rows and have leaves that a ticket may choose from."""
+    blocks: dict[type, list[nn.Module]] = {}
+    for _, row in modules_outside_adapters(model):
+        for child in row.children() if isinstance(row, _ROWS) else ():
+            is_leaf = next(child.children(), None) is None or base_layer_of(child) is not child
+            if not is_leaf and not isinstance(child, _ROWS):
+                blocks.setdefault(type(child), []).append(child)
+    found = [_Repeated(rows[0], len(rows)) for rows in blocks.values() if len(rows) > 1]
+    found = [one for one in found if one.leaves]
+    no_stages = [one for one in found if not any(other.mlp is not None and one.contains(other) for other in found)]
+    return [one for one in no_stages if one.mlp or not any(other.contains(one) for other in no_stages)][:MOST]
 
 
 def _is_unseen(block: nn.Module, name: str) -> bool:
