@@ -292,7 +292,8 @@ class Planner:
             return {}
         if config.target_modules is None:
             # Some libraries have norms with a forward of their own, such as timm. They are left out.
-            known = [n for n in known_targets(self.model) if internal_parameters(self.leaves.get(n))]
+            known = known_targets(self.model)
+            known = [n for n in known if n not in self.leaves or internal_parameters(self.leaves[n])]
             names = [n for n in (*known, *self._head_leaves()) if self._is_allowed(n)]
             if not names:
                 is_known = bool(known_targets(self.model))
