@@ -13,7 +13,7 @@ buffers for `CHUNK` scores (under 16 MB), and the chosen positions, twice while 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from ..layers.granularity import Element, Granularity, position_dtype
 
 BINS = 1 << 16
 CHUNK = 1 << 19
+STRIDE = 61  # of a sample of scores. A prime, so that it takes all columns of a matrix
 
 CHANGED = "were different when they were computed again; a criterion must give the same scores every time"
 
@@ -85,6 +86,7 @@ def _upper(bits: Bits) -> Bits:
 
 # The bins of infinities and NaNs, below and above those of finite numbers.
 NOT_FINITE = (slice(0, 0x80), slice(BINS - 0x80, BINS))
+INFINITE = 0x7F800000  # the bits of infinity; those of a NaN are higher
 
 
 def top_k(
@@ -109,6 +111,10 @@ def top_k(
     Raises:
         ValueError: If `k` is larger than the number of scores, the limits cannot be met, or a score is not finite.
     """
+    if not limits:
+        chosen = _top_k_from_sample(scores, k)
+        if chosen is not None:
+            return chosen
     sizes: dict[str, int] = {}
     histograms: dict[str, Tensor] = {}
     for name, score in scores():
@@ -159,6 +165,70 @@ def top_k(
         least = (((BINS - 1 - int(bins[i])) - (BINS >> 1)) << 16) | (BINS - 1 - j)
         thresholds[group] = Threshold(least, n - higher, ties)
     return _take(scores, sizes, group_of, thresholds, k, k - int(wanted.sum()))
+
+
+def _top_k_from_sample(scores: Scores, k: int) -> dict[str, Tensor] | None:
+    """As `top_k` without limits, in two passes; None if `k` is a large part of all scores, or the sample misleads.
+
+    A sample gives a score that is a little lower than the k-th highest one. One pass collects all scores that are not
+    lower, and the k highest of them are the k highest of all.
+    """
+    sizes: dict[str, int] = {}
+    sums: dict[str, int] = {}
+    histogram = np.zeros(BINS, dtype=np.int64)
+    sample: list[Bits] = []
+    for name, score in scores():
+        sizes[name] = score.numel()
+        sample += (parts := list(_chunks(score.detach().reshape(-1)[::STRIDE])))
+        sums[name] = sum(int(bits.sum(dtype=np.int64)) for bits in parts)
+        if sum(map(len, sample)) >= CHUNK:
+            histogram += _histogram(sample)
+            sample = []
+    histogram += _histogram(sample)
+    total = sum(sizes.values())
+    expected = k / STRIDE
+    wanted = expected + 6 * expected**0.5 + 10  # of the sample, so that too few scores are very unlikely
+    sampled = int(histogram.sum())
+    if not 0 < k <= total or wanted > sampled / 8:
+        return None
+    from_top = histogram[::-1].cumsum()
+    bin_ = int(np.searchsorted(from_top, wanted))
+    least = (BINS - 1 - bin_ - (BINS >> 1)) << 16
+    most = int(1.2 * STRIDE * from_top[bin_])
+
+    dtype = np.int64 if max(sizes.values()) > np.iinfo(np.int32).max else np.int32
+    places, values = np.empty(most, dtype=dtype), np.empty(most, dtype=np.int32)
+    ends, end = [0], 0
+    for name, score in scores():
+        start = 0
+        if sums[name] != sum(int(bits.sum(dtype=np.int64)) for bits in _chunks(score.detach().reshape(-1)[::STRIDE])):
+            raise ValueError(f"scores of {name!r} {CHANGED}.")
+        for bits in _chunks(score):
+            if len(bits) and (bits.max() >= INFINITE or bits.min() <= -INFINITE):
+                raise NotFiniteError(f"scores of {name!r} must be finite.")
+            found = np.flatnonzero(bits >= least)
+            begin, end = end, end + len(found)
+            if end > most:
+                return None
+            values[begin:end] = bits[found]
+            np.add(found, start, out=places[begin:end], casting="unsafe")
+            start += len(bits)
+        ends.append(end)
+    if end < k:
+        return None
+    values = values[:end]
+    threshold = np.partition(values, end - k)[end - k]
+    is_chosen = values > threshold
+    ties = np.flatnonzero(values == threshold)
+    is_chosen[ties[: k - np.count_nonzero(is_chosen)]] = True
+    return {
+        name: torch.from_numpy(places[begin:end][is_chosen[begin:end]]).to(position_dtype(sizes[name]))
+        for name, begin, end in zip(sizes, ends, ends[1:], strict=False)
+    }
+
+
+def _histogram(parts: Sequence[Bits]) -> npt.NDArray[np.int64]:
+    return np.bincount(_upper(np.concatenate(parts)), minlength=BINS) if parts else np.zeros(BINS, dtype=np.int64)
 
 
 def _from_top(histograms: Tensor) -> Tensor:
