@@ -90,7 +90,7 @@ def check_sizes(
 
 
 def decode_state_dict(
-    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], units: Mapping[str, int], finite: bool = False
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], units: Mapping[str, int], is_read: bool = False
 ) -> dict[str, Tensor]:
     """Check the tensors of a file against an injected adapter, and decode the positions. Changes nothing.
 
@@ -98,7 +98,7 @@ def decode_state_dict(
         found: The tensors of the file, by the model's keys.
         expected: The tensors of the injected adapter, by the same keys. Only shapes and dtypes are read.
         units: For each key of positions, the number of units of the parameter.
-        finite: Whether it is known that all values are finite.
+        is_read: Whether they come from a reader, and so have finite values and sorted positions.
 
     Returns:
         The tensors in the model's dtypes, with positions as sorted, unique indices.
@@ -119,21 +119,21 @@ def decode_state_dict(
     codes = {key: Code(tensor, len(expected[key]), units[key]) for key, tensor in found.items() if key in units}
     positions = {
         key: indices.to(dtype=expected[key].dtype, device=found[key].device)
-        for key, indices in checked_positions(codes).items()
+        for key, indices in checked_positions(codes, is_read).items()
     }
     fitting = {key: _fitting(key, tensor, expected[key]) for key, tensor in found.items() if key not in units}
-    if not finite:
+    if not is_read:
         for key, tensor in fitting.items():
             check_finite(key, tensor)
     return positions | fitting
 
 
-def checked_positions(codes: Mapping[str, Code]) -> dict[str, Tensor]:
+def checked_positions(codes: Mapping[str, Code], are_sorted: bool = False) -> dict[str, Tensor]:
     """The positions by the names of their tensors, decoded if they are coded, and checked."""
     positions = {key: code.code for key, code in codes.items()}
     for key, code in codes.items():
         if _is_decoded(code.code):
-            check_positions(key, code.code, code.count, code.units)
+            check_positions(key, code.code, code.count, code.units, are_sorted)
     return positions | decoded({key: code for key, code in codes.items() if not _is_decoded(code.code)})
 
 
@@ -141,9 +141,13 @@ def _is_decoded(tensor: Tensor) -> bool:
     return tensor.dtype in (torch.int32, torch.int64)
 
 
-def check_positions(key: str, positions: Tensor, count: int, units: int) -> None:
-    """Raise a `CheckpointError` unless `positions` are `count` sorted, unique indices in [0, units)."""
-    is_right = positions.dim() == 1 and len(positions) == count and bool((positions.diff() > 0).all())
+def check_positions(key: str, positions: Tensor, count: int, units: int, are_sorted: bool = False) -> None:
+    """Raise a `CheckpointError` unless `positions` are `count` sorted, unique indices in [0, units).
+
+    With `are_sorted` it is known that they are sorted and unique.
+    """
+    is_right = positions.dim() == 1 and len(positions) == count
+    is_right = is_right and (are_sorted or bool((positions.diff() > 0).all()))
     if not is_right or (count and not 0 <= int(positions[0]) <= int(positions[-1]) < units):
         raise CheckpointError(
             f"{key!r} does not hold {count:,} positions that are sorted and among {units:,} units: it has shape "

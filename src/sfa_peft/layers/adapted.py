@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .bottleneck import ExternalAdapter, add_in_dtype
 from .granularity import Granularity
 from .kept import ChangedParameters
-from .leaves import base_parameters_of, channels_of
+from .leaves import base_parameters_of, channels_of, modules_outside
 from .merged import AddExternals
 from .mixed import Mixture, in_order, mixture_of
 from .offloading import is_hooked, onloaded
@@ -175,12 +175,14 @@ class SFALayer(nn.Module, BaseTunerLayer):
         applied: Self = super()._apply(fn, recurse)
         return applied
 
-    def finish_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
-        """Move a new adapter to the device and dtype of the leaf, and set which parameters are trainable."""
+    def finish_adapter(self, adapter_name: str, is_trained: bool) -> None:
+        """Give a new adapter the device and dtype of the leaf and the mode of the layer, and freeze it or not."""
         device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         for _, adapter in self.modules_of(adapter_name):
             self._move(adapter, device, dtype)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+            adapter.requires_grad_(is_trained)
+            if not self.training:
+                adapter.eval()
 
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module
@@ -449,4 +451,4 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
 def sfa_layers(model: nn.Module) -> list[tuple[str, SFALayer]]:
     """The names and modules of all SFA layers of a model, in model order."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, SFALayer)]
+    return [(name, module) for name, module in modules_outside(model, (SFALayer,)) if isinstance(module, SFALayer)]

@@ -8,6 +8,39 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+CLOSED = (BaseTunerLayer, ModulesToSaveWrapper)
+
+
+def modules_outside(model: nn.Module, closed: tuple[type, ...] = CLOSED) -> list[tuple[str, nn.Module]]:
+    """The modules of a model by name as in `named_modules`, without those inside modules of the classes `closed`.
+
+    With adapters, most modules of a model are inside such modules.
+    """
+    found: list[tuple[str, nn.Module]] = []
+    seen: set[nn.Module] = set()
+    are_closed: dict[type, bool] = {}  # `isinstance` is slow for abstract classes, which PEFT's are
+
+    def visit(name: str, module: nn.Module) -> None:
+        if module in seen:
+            return
+        seen.add(module)
+        found.append((name, module))
+        kind = type(module)
+        if kind not in are_closed:
+            are_closed[kind] = issubclass(kind, closed)
+        if are_closed[kind]:
+            for part in module.children():  # what is in the base under this name is not listed under another one
+                if not isinstance(part, nn.ModuleDict):
+                    seen.update(part.modules())
+            return
+        prefix = f"{name}." if name else ""
+        for key, child in module._modules.items():
+            if child is not None:
+                visit(prefix + key, child)
+
+    visit("", model)
+    return found
+
 
 def base_layer_of(module: nn.Module) -> nn.Module:
     """The module inside a tuner's layer; any other module is returned as it is."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
+from accelerate import init_empty_weights
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
@@ -24,6 +25,7 @@ from ..layers.bottleneck import ExternalAdapter
 from ..layers.heads import wrap_heads
 from ..layers.kept import ChangedParameters
 from ..layers.kinds import QuantizedLinear
+from ..layers.leaves import CLOSED
 from ..layers.mixed import BASE
 from ..layers.statistics import keep_statistics, release_statistics
 from ..planning.base import check_base, head_tensors, shared_parameters
@@ -39,7 +41,7 @@ from .mixing import mixing
 from .optimizers import holds_any
 from .rollback import Rollback
 from .state import check_heads, encoded, loadable, unpacked, without_adapter_name
-from .structure import unwrap_empty_layers, wrap_leaf
+from .structure import sfa_layer, unwrap_empty_layers
 
 
 class SFAModel(BaseTuner):
@@ -66,7 +68,6 @@ class SFAModel(BaseTuner):
     prefix = "sfa_"
     tuner_layer_cls = SFALayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (as PEFT declares it)
-    _plan: Plan | None = None  # of the injection in progress, since PEFT's hooks have no parameter for it
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         load = LOAD.get()
@@ -77,22 +78,31 @@ class SFAModel(BaseTuner):
         self.card_notes: dict[str, Any] = {}  # for each adapter, the data for its model card
 
     def inject_adapter(
-        self, model: nn.Module, adapter_name: str, *args: Any, plan: Plan | None = None, **kwargs: Any
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+        plan: Plan | None = None,
     ) -> None:
         """Inject an adapter as `BaseTuner.inject_adapter` does.
 
         Args:
             model (`nn.Module`): The base model.
             adapter_name (`str`): The adapter. Its config must be in `peft_config`.
+            autocast_adapter_dtype (`bool`, defaults to `True`): Not used, as in PEFT, which casts after the injection.
+            low_cpu_mem_usage (`bool`, defaults to `False`): Whether the parameters are made on the meta device.
+            state_dict (`dict[str, Tensor]`, *optional*, defaults to `None`):
+                Not used. PEFT finds the adapted modules in it, if a config does not say which they are.
             plan (`Plan`, *optional*, defaults to `None`): What to inject. None makes the plan from the config.
-            args, kwargs: Passed to `BaseTuner.inject_adapter`.
 
         Raises:
             ValueError: If the config does not fit the model. Then the model is not changed.
         """
         merged = [(layer, list(layer.merged_adapters)) for _, layer in sfa_layers(self.model) if layer.merged]
         if not merged and is_restored():
-            self._inject(model, adapter_name, plan, *args, **kwargs)
+            self._inject(model, adapter_name, plan, low_cpu_mem_usage)
             return
 
         def merge_again() -> None:
@@ -104,10 +114,10 @@ class SFAModel(BaseTuner):
             rollback.also(merge_again)
             for layer, _ in merged:
                 layer.unmerge()
-            self._inject(model, adapter_name, plan, *args, **kwargs)
+            self._inject(model, adapter_name, plan, low_cpu_mem_usage)
             merge_again()
 
-    def _inject(self, model: nn.Module, adapter_name: str, plan: Plan | None, *args: Any, **kwargs: Any) -> None:
+    def _inject(self, model: nn.Module, adapter_name: str, plan: Plan | None, low_cpu_mem_usage: bool) -> None:
         # A copy of the user's config, who may use it for another model. A loaded config is used only for this adapter,
         # and PEFT keeps the same object.
         given: SFAConfig = self.peft_config[adapter_name]
@@ -133,57 +143,34 @@ class SFAModel(BaseTuner):
             config = RecordedConfig.of(config, sizes, widths, fingerprint)
         self.peft_config[adapter_name] = config
         self.changed.always = config.keep_weights
-        # PEFT is to inject what is in the plan, which has applied the config's rules. By these fields it would choose
-        # again, wrap every module whose name ends with the name of a head, and compare each target with each module.
-        hidden = {name: getattr(config, name) for name in ("modules_to_save", "target_modules", "exclude_modules")}
-        self._plan = plan
-        try:
-            for name in hidden:
-                setattr(config, name, None)
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-        finally:
-            self._plan = None
-            for name, value in hidden.items():
-                setattr(config, name, value)
+        # PEFT's version would choose the modules again, by comparing each one with the config, and wrap every module
+        # whose name ends with the name of a head.
+        has_adapters = any(isinstance(module, CLOSED) for module in model.modules())
+        flags = [(p, p.requires_grad and has_adapters) for p in model.parameters()]
+        planned = plan.modules
+        names = [name for name, _ in model.named_modules() if name in planned]
+        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            for name in names:
+                self._adapt(plan, adapter_name, name)
+        self.targeted_module_names = list(dict.fromkeys((*self.targeted_module_names, *names)))
+        for p, requires_grad in flags:
+            p.requires_grad = requires_grad
         is_active = adapter_name in self.active_adapters
         wrap_heads(model, planner.heads, adapter_name, is_active, config.inference_mode)
         keep_statistics(model)
 
-    def _get_module_names_tied_with_embedding(self) -> list[str]:
-        # SFA adapts no embeddings, and in some detectors (Deformable DETR, Grounding DINO) PEFT's version fails.
-        try:
-            return super()._get_module_names_tied_with_embedding()
-        except NotImplementedError:
-            return []
-
-    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
-        return peft_config
-
-    # PEFT's method is static, but the plan is needed here.
-    def _check_target_module_exists(self, peft_config: RecordedConfig, key: str) -> bool:  # type: ignore[override]
-        if self._plan is not None:
-            return key in self._plan.positions or key in self._plan.externals
-        # PEFT's `inspect_matched_modules` asks outside of an injection.
+    @staticmethod
+    def _check_target_module_exists(peft_config: RecordedConfig, key: str) -> bool:  # type: ignore[override]
+        # PEFT's `inspect_matched_modules` asks.
         adapted = {name for modules in peft_config.external_widths.values() for name in modules}
         return key in adapted or key in {name.rpartition(".")[0] for name in peft_config.ticket_sizes}
 
-    def _create_and_replace(
-        self,
-        peft_config: PeftConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        assert self._plan is not None
-        self._adapt(self._plan, adapter_name, current_key)
+    def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError  # PEFT declares it, for its own `inject_adapter`
 
     def _adapt(self, plan: Plan, adapter_name: str, name: str) -> None:
         """Add the parts of an adapter that a plan has for one module."""
-        target = self.model.get_submodule(name)
-        layer = target if isinstance(target, SFALayer) else self._wrap(name)
+        layer = sfa_layer(self.model, name, self.active_adapters, self.changed)
         config = self.peft_config[adapter_name]
         positions = plan.positions.get(name)
         if positions is not None:
@@ -200,11 +187,7 @@ class SFAModel(BaseTuner):
             )
             container = None if external.mlp_input is None else self.model.get_submodule(external.mlp_input)
             layer.add_external(adapter_name, adapter, container)
-        layer.train(layer.training)
-        layer.finish_adapter(adapter_name, inference_mode=config.inference_mode)
-
-    def _wrap(self, name: str) -> SFALayer:
-        return wrap_leaf(self.model, name, self.active_adapters, self.changed)
+        layer.finish_adapter(adapter_name, adapter_name in self.active_adapters and not config.inference_mode)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:

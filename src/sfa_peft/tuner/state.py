@@ -62,6 +62,29 @@ def loadable(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) ->
     Raises:
         CheckpointError: If they are not exactly the tensors of the adapter and its heads.
     """
+    return {key: _separate(tensor) for key, (tensor, _) in _matched(model, adapter_name, tensors).items()}
+
+
+@torch.no_grad()
+def write(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> bool:
+    """Copy the tensors of a checkpoint into an adapter and its heads, after all checks.
+
+    Returns:
+        False if nothing was copied, since tensors of the adapter have no values (meta), or are sharded.
+
+    Raises:
+        CheckpointError: If they are not exactly the tensors of the adapter and its heads.
+    """
+    matched = _matched(model, adapter_name, tensors)
+    if any(type(present) is not Tensor or present.is_meta for _, present in matched.values()):
+        return False
+    for tensor, present in matched.values():
+        present.copy_(tensor)
+    return True
+
+
+def _matched(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """For the name of each tensor of an adapter in the model, the one in the checkpoint and the one in the model."""
     layers, wrappers = _parts(model, adapter_name)
     names: dict[str, str] = {}  # in a checkpoint, without PEFT's prefix -> in the model
     expected: dict[str, Tensor] = {}
@@ -89,14 +112,15 @@ def loadable(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) ->
     # What is read from a file during a load has been checked for finite values.
     is_read = adapter_in_load() is not None
     adapter = {key: tensor for key, tensor in found.items() if key not in heads and is_adapter_key(key)}
-    result = decode_state_dict(adapter, expected, units, finite=is_read)
+    result = decode_state_dict(adapter, expected, units, is_read)
     rest = {key: tensor for key, tensor in found.items() if key not in adapter}
     check_heads(rest, heads)
     for key, tensor in rest.items():
         if not is_read:
             check_finite(key, tensor)
         result[key] = _like(tensor, heads[key])
-    return {key: _separate(tensor) for key, tensor in result.items()}
+    present = expected | heads
+    return {key: (tensor, present[key]) for key, tensor in result.items()}
 
 
 def check_heads(found: Mapping[str, Tensor], heads: Mapping[str, Tensor]) -> None:

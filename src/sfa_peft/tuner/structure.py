@@ -11,8 +11,8 @@ from ..layers.leaves import base_parameters_of
 from ..layers.statistics import release_statistics
 
 
-def wrap_leaf(model: nn.Module, name: str, active: list[str], shared: ChangedParameters) -> SFALayer:
-    """Replace a leaf by an `SFALayer` around it.
+def sfa_layer(model: nn.Module, name: str, active: list[str], shared: ChangedParameters) -> SFALayer:
+    """The `SFALayer` of this name. A leaf of this name is replaced by one around it.
 
     Args:
         model: The base model.
@@ -20,11 +20,16 @@ def wrap_leaf(model: nn.Module, name: str, active: list[str], shared: ChangedPar
         active: The adapters that are active.
         shared: Keeps the changed parameters of all layers.
     """
-    leaf = model.get_submodule(name)
+    around, _, child = name.rpartition(".")
+    parent = model.get_submodule(around)
+    leaf = parent.get_submodule(child)
+    if isinstance(leaf, SFALayer):
+        return leaf
     block = _block_of(model, name) if next(leaf.parameters(), None) is None else None
     layer = layer_class(leaf)(leaf, active, block, shared)
-    layer.train(leaf.training)
-    model.set_submodule(name, layer)
+    if not leaf.training:
+        layer.eval()
+    setattr(parent, child, layer)
     return layer
 
 
