@@ -111,15 +111,17 @@ def decode_all(codes: Sequence[Code]) -> list[Tensor]:
     """
     gaps: list[Ints] = []
     waiting: list[_Chunk] = []
+    size = 0
     for i, code in enumerate(codes):
         try:
             _check_count(code)
             gaps.append(np.empty(code.count, dtype=np.int64))
-            for chunk in _chunks_of(code, gaps[i]):
-                waiting.append(chunk._replace(source=i))
-                if sum(len(w.gaps) for w in waiting) >= CHUNK:
+            for chunk in _chunks_of(code, gaps[i], i):
+                waiting.append(chunk)
+                size += len(chunk.gaps)
+                if size >= CHUNK:
                     _decode_gaps(waiting)
-                    waiting = []
+                    waiting, size = [], 0
         except CodeError as error:
             if error.args[0] != _RANK:
                 error.index = i
@@ -146,8 +148,8 @@ class _Chunk(NamedTuple):
     low_bits: int
     low: Ints
     ones: Ints
-    ranks: Ints
-    source: int = 0  # the index of its code
+    ranks: Bytes  # their bits, without the leading zeros of a rank
+    source: int  # the index of its code
 
 
 def most_positions(size: int) -> int:
@@ -166,12 +168,12 @@ def _check_count(code: Code) -> None:
         raise CodeError(f"{len(code.code)} bytes cannot hold {code.count} positions")
 
 
-def _chunks_of(code: Code, gaps: Ints) -> Iterator[_Chunk]:
-    source = _Reader(code.code.detach().cpu().numpy())
+def _chunks_of(code: Code, gaps: Ints, index: int) -> Iterator[_Chunk]:
+    reader = _Reader(code.code.detach().cpu().numpy())
     for start in range(0, code.count, CHUNK):
-        yield _read_chunk(source, gaps[start : start + CHUNK])
-    if source.left:
-        raise CodeError(f"{source.left} bytes are left over")
+        yield _read_chunk(reader, gaps[start : start + CHUNK], index)
+    if reader.left:
+        raise CodeError(f"{reader.left} bytes are left over")
 
 
 class _Reader:
@@ -192,19 +194,18 @@ class _Reader:
 
     def bits(self, count: int) -> Bytes:
         """Read `count` bits, and skip the padding up to the next whole byte."""
-        bits = np.unpackbits(self.take(-(-count // 8)), bitorder="little")
-        if bits[count:].any():
-            raise CodeError("its padding is not zero")
-        return bits[:count]
+        data = self.take(-(-count // 8))
+        _check_padding(data, count)
+        return np.unpackbits(data, count=count, bitorder="little")
 
     def planes(self, count: int, planes: int) -> Ints:
         """Read `count` numbers of `planes` bits each."""
         numbers = np.zeros(count, dtype=np.int64)
         bits = self.bits(count * planes).reshape(planes, count)
         for first in range(0, planes, 8):  # eight planes make one byte of every number
-            byte = np.zeros(count, dtype=np.uint8)
-            for i, plane in enumerate(bits[first : first + 8]):
-                byte |= plane << i
+            byte = bits[first]
+            for i in range(first + 1, min(first + 8, planes)):
+                byte |= bits[i] << i - first
             numbers |= byte.astype(np.int64) << first
         return numbers
 
@@ -218,13 +219,31 @@ class _Reader:
         ones = ones[:count]
         if len(ones) < count:
             raise CodeError("it ends too early")
-        self.bits(int(ones[-1]) + 1)
-        return np.diff(ones, prepend=-1) - 1
+        end = int(ones[-1]) + 1
+        _check_padding(self.take(-(-end // 8)), end)
+        return _gaps_between(ones)
 
     def _ones(self, count: int) -> Ints:
         """Where the next `count` bits are 1."""
-        window = np.unpackbits(self.data[self.at : self.at + -(-count // 8)], bitorder="little")
-        return np.flatnonzero(window.view(bool))  # much faster than of bytes
+        return _where(np.unpackbits(self.data[self.at : self.at + -(-count // 8)], bitorder="little"))
+
+
+def _check_padding(data: Bytes, count: int) -> None:
+    """Check that no bit after the first `count` bits of `data` is set."""
+    if count % 8 and int(data[-1]) >> count % 8:
+        raise CodeError("its padding is not zero")
+
+
+def _where(bits: Bytes) -> Ints:
+    return bits.view(bool).nonzero()[0]  # much faster than of bytes
+
+
+def _gaps_between(sorted_numbers: Ints) -> Ints:
+    """As ``np.diff(sorted_numbers, prepend=-1) - 1``, which takes most of the time of small arrays."""
+    gaps = sorted_numbers.copy()
+    gaps[1:] -= sorted_numbers[:-1]
+    gaps[1:] -= 1
+    return gaps
 
 
 def _bits(bits: NDArray[np.bool_] | Bytes) -> Bytes:
@@ -274,25 +293,21 @@ def _encode_gaps(chunks: Sequence[Ints]) -> Iterator[list[Bytes]]:
         ]
 
 
-def _read_chunk(source: _Reader, gaps: Ints) -> _Chunk:
+def _read_chunk(reader: _Reader, gaps: Ints, source: int) -> _Chunk:
     count = len(gaps)
-    header = int.from_bytes(source.take(4).tobytes(), "little")
+    header = int.from_bytes(reader.take(4).tobytes(), "little")
     low_bits, typical, rice, blocks = (
         header >> at & (1 << bits) - 1 for at, bits in zip(HEADER_AT, HEADER_BITS, strict=True)
     )
     if low_bits > MAX_LOW_BITS or not 0 < blocks <= MAX_UNARY * count // BLOCK + 1:
         raise CodeError("the header of a chunk is not possible")
-    low = source.planes(count, low_bits)
-    codes = source.planes(blocks, rice)
-    codes |= source.unary(blocks, 2 * BLOCK >> rice) << rice
-    ones = typical + np.where(codes & 1, -(codes + 1) // 2, codes // 2)
+    low = reader.planes(count, low_bits)
+    codes = reader.planes(blocks, rice)
+    codes |= reader.unary(blocks, 2 * BLOCK >> rice) << rice
+    ones = typical + (codes >> 1 ^ -(codes & 1))  # 0, -1, 1, -2, ... from `typical`
     if ones.min() < 0 or ones.max() > BLOCK or ones.sum() != count:
         raise CodeError("the counts of ones are not possible")
-    in_rank = _in_rank(ones)
-    rank_bits = np.zeros((blocks, 64), dtype=np.uint8)
-    rank_bits[in_rank] = source.bits(int(RANK_BITS[ones].sum()))
-    ranks = np.packbits(rank_bits, axis=1, bitorder="little").view("<u8")[:, 0].astype(np.int64)
-    return _Chunk(gaps, low_bits, low, ones, ranks)
+    return _Chunk(gaps, low_bits, low, ones, reader.bits(int(RANK_BITS[ones].sum())), source)
 
 
 def _decode_gaps(chunks: Sequence[_Chunk]) -> None:
@@ -300,19 +315,23 @@ def _decode_gaps(chunks: Sequence[_Chunk]) -> None:
     if not chunks:
         return
     counts = [len(chunk.ones) for chunk in chunks]
-    blocks, possible = _unrank(
-        np.concatenate([chunk.ones for chunk in chunks]), np.concatenate([chunk.ranks for chunk in chunks])
-    )
+    ones = np.concatenate([chunk.ones for chunk in chunks])
+    rank_bits = np.zeros((len(ones), 64), dtype=np.uint8)
+    rank_bits[_in_rank(ones)] = np.concatenate([chunk.ranks for chunk in chunks])
+    ranks = np.packbits(rank_bits, axis=1, bitorder="little").view("<u8")[:, 0].astype(np.int64)
+    blocks, possible = _unrank(ones, ranks)
     if not possible.all():
         wrong = int(np.flatnonzero(~possible)[0])
         error = CodeError(_RANK)
         error.index = chunks[int(np.searchsorted(np.cumsum(counts), wrong, side="right"))].source
         raise error
-    unary = np.flatnonzero(blocks.T.copy().view(bool))
+    unary = _where(blocks.T.reshape(-1))
+    high = _gaps_between(unary)
     first, taken = 0, 0
     for chunk, count in zip(chunks, counts, strict=True):
-        ends = unary[taken : taken + len(chunk.gaps)]
-        chunk.gaps[:] = (np.diff(ends, prepend=first * BLOCK - 1) - 1 << chunk.low_bits) | chunk.low
+        high[taken] = unary[taken] - first * BLOCK
+        np.left_shift(high[taken : taken + len(chunk.gaps)], chunk.low_bits, out=chunk.gaps)
+        np.bitwise_or(chunk.gaps, chunk.low, out=chunk.gaps)
         first, taken = first + count, taken + len(chunk.gaps)
 
 
@@ -340,11 +359,13 @@ def _rank(blocks: Bytes) -> tuple[Ints, Ints]:
 def _unrank(ones: Ints, ranks: Ints) -> tuple[Bytes, NDArray[np.bool_]]:
     """The blocks with these numbers of ones and these ranks, of shape ``(63, blocks)``; and which are valid."""
     left, ranks = ones.copy(), ranks.copy()
-    blocks = np.zeros((BLOCK, len(ones)), dtype=np.uint8)
+    blocks = np.empty((BLOCK, len(ones)), dtype=np.uint8)
+    value = np.empty_like(ranks)
     for i in reversed(range(BLOCK)):
-        value = BINOMIALS[i][left]
+        np.take(BINOMIALS[i], left, out=value, mode="clip")  # below 0 the block is not valid whatever comes
         bits = ranks >= value
-        ranks -= value * bits
+        value *= bits
+        ranks -= value
         left -= bits
         blocks[i] = bits
     return blocks, (ranks == 0) & (left == 0)
