@@ -5,6 +5,7 @@ from collections.abc import Collection
 PREFIX = "base_model.model."  # PEFT puts it before every name in a file
 ADAPTER = ".sfa_"  # between the module's name and the kind of adapter
 INTERNAL = ".sfa_internal."
+KINDS = (INTERNAL, ".sfa_external.", ".sfa_parallel.")
 POSITIONS = "_positions"
 
 # The places of external adapters that the user has named: on a module's output, and from another module's input to it.
@@ -18,7 +19,7 @@ def is_parallel(place: str) -> bool:
 
 def is_adapter_key(key: str) -> bool:
     """Whether a tensor of a checkpoint belongs to an SFA layer, not to a head."""
-    return any(f"{ADAPTER}{kind}." in key for kind in ("internal", "external", "parallel"))
+    return ADAPTER in key and any(kind in key for kind in KINDS)
 
 
 def is_in_endings(key: str, endings: Collection[str]) -> bool:

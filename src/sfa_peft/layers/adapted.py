@@ -67,6 +67,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("sfa_internal", "sfa_external", "sfa_parallel")
     other_param_names = ("parallel_inputs",)
     takes_internal = False
+    searching = False
 
     def __init__(
         self,
@@ -85,9 +86,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
         self.parallel_inputs: dict[str, ParallelInput] = {}
         self.merged_adapters: list[str] = []
         self._originals: dict[str, dict[str, tuple[Granularity, Tensor, Tensor]]] = {}  # of each merged adapter
-        self._disable_adapters = False
         self._active_adapter = list(active)
-        self.searching = False
 
     @property
     def in_features(self) -> int | None:
@@ -204,8 +203,13 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     @staticmethod
     def _move(adapter: nn.Module, device: torch.device | None, dtype: torch.dtype | None) -> None:
-        if not any(p.is_meta for p in adapter.parameters()):
-            adapter.to(device=device, dtype=dtype if dtype is not None and dtype.is_floating_point else None)
+        if dtype is not None and not dtype.is_floating_point:
+            dtype = None
+        parameters = list(adapter.parameters())
+        # `to` takes a while even if there is nothing to do.
+        is_there = all(p.device == (device or p.device) and p.dtype == (dtype or p.dtype) for p in parameters)
+        if not is_there and not any(p.is_meta for p in parameters):
+            adapter.to(device=device, dtype=dtype)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this layer, with its hook."""

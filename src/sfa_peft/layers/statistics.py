@@ -10,14 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+
+from .leaves import base_layer_of, modules_outside
 
 
 def keep_statistics(model: nn.Module) -> None:
     """Freeze the running statistics of the base's norms. Norms in the heads are still updated in training."""
     for module in _base_modules(model):
-        has_statistics = getattr(module, "running_mean", None) is not None
+        has_statistics = module._buffers.get("running_mean") is not None
         if has_statistics and _without_training not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_without_training)
 
@@ -37,8 +40,8 @@ def _without_training(module: nn.Module, args: tuple[Any, ...]) -> None:
 
 
 def _base_modules(module: nn.Module) -> Iterator[nn.Module]:
-    if isinstance(module, ModulesToSaveWrapper):
-        module = module.original_module
-    yield module
-    for child in module.children():
-        yield from _base_modules(child)
+    for _, outside in modules_outside(module):
+        if isinstance(outside, ModulesToSaveWrapper):
+            yield from _base_modules(outside.original_module)
+        else:
+            yield from base_layer_of(outside).modules() if isinstance(outside, BaseTunerLayer) else (outside,)

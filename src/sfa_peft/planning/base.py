@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..checkpoint.fingerprint import BaseMismatchWarning, Fingerprint
 from ..config import SFAConfig
 from ..layers.adapted import sfa_layers
+from ..layers.leaves import modules_outside
 from ..layers.quantized import numel
 from ..recorded import RecordedConfig
 
@@ -23,26 +24,13 @@ def in_module(name: str, modules: Iterable[str]) -> bool:
     return any(f".{module}." in f".{name}." for module in modules)
 
 
-def modules_outside_adapters(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The base model's modules by their names in the base model. The modules inside tuner layers are left out."""
-    found: list[tuple[str, nn.Module]] = []
-    inside = None
-    for name, module in model.named_modules():
-        if inside is not None and name.startswith(inside):
-            continue
-        found.append((name, module))
-        if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
-            inside = f"{name}."  # `named_modules` yields the modules inside next
-    return found
-
-
 def head_modules(model: nn.Module, config: SFAConfig) -> list[str]:
     """The full names of the modules in `modules_to_save`, in model order.
 
     A full name matches only that module. Any other string matches all modules whose names end with it, as in PEFT.
     PEFT takes every string as an ending, so RF-DETR's `class_embed` would also match `model.enc_out_class_embed`.
     """
-    names = [name for name, _ in modules_outside_adapters(model)]
+    names = [name for name, _ in modules_outside(model)]
     wanted = config.modules_to_save or ()
     exact = set(wanted) & set(names)
     endings = tuple(head for head in wanted if head not in exact)
@@ -69,7 +57,7 @@ def base_parameters(model: nn.Module, roots: Sequence[str], config: SFAConfig) -
     """The base's parameters in the modules `roots`, outside the heads, by their names in the base, in model order."""
     heads = head_modules(model, config)
     found: dict[int, tuple[str, Tensor]] = {}
-    for name, module in modules_outside_adapters(model):
+    for name, module in modules_outside(model):
         if isinstance(module, ModulesToSaveWrapper):
             parameters = module.original_module.named_parameters()
         else:

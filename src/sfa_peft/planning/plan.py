@@ -19,14 +19,14 @@ from ..checkpoint.reader import LOAD, adapter_in_load
 from ..config import PATTERN_FIELDS, SFAConfig
 from ..layers.adapted import SFALayer
 from ..layers.kinds import internal_parameters
-from ..layers.leaves import base_layer_of, channels_of
+from ..layers.leaves import base_layer_of, channels_of, modules_outside
 from ..layers.merged import hook_of
 from ..layers.quantized import dequantized, is_quantized
 from ..recorded import RecordedConfig
 from ..ticket.criteria import CRITERIA, Evidence
 from ..ticket.selection import Positions, choose, count_elements
 from .architectures import check_known, has_known_blocks, known_modules, known_places, known_targets
-from .base import backbone_parameters, head_modules, in_heads, in_module, modules_outside_adapters, shared_parameters
+from .base import backbone_parameters, head_modules, in_heads, in_module, shared_parameters
 from .budget import External, absolute_budget, widths_within
 from .suggestions import suggestion
 
@@ -108,7 +108,7 @@ class Planner:
         self.model, self.config = model, config
         self.heads = head_modules(model, config)
         # A tuner layer counts as one leaf. Layers of other tuners are refused later, with a message that names them.
-        modules = modules_outside_adapters(model)
+        modules = modules_outside(model)
         self.names = {name for name, _ in modules}
         self.leaves = {
             name: module
@@ -436,7 +436,7 @@ class Planner:
     def _matched(self, patterns: set[str] | str) -> list[str]:
         if patterns == "all-linear":
             return [name for name, leaf in self.leaves.items() if isinstance(base_layer_of(leaf), nn.Linear)]
-        return [name for name, _ in modules_outside_adapters(self.model) if name and _matches(name, patterns)]
+        return [name for name, _ in modules_outside(self.model) if name and _matches(name, patterns)]
 
     def exact(self) -> dict[str, set[str] | dict[str, str | None]]:
         """The fields that are regular expressions or `all-linear`, each as the names of the leaves that it matches.
@@ -553,14 +553,16 @@ class Planner:
         shapes = read.shapes if read else {}
         saved = read.tensors if read else {}
         plan = Plan(externals=self.recorded_externals(config))
+        parameters: dict[str, dict[str, nn.Parameter]] = {}
         for full_name, size in config.ticket_sizes.items():
             module, _, name = full_name.rpartition(".")
-            self._require(module)
-            self._refuse_foreign(module, "ticket_sizes")
-            parameters = internal_parameters(self.leaves[module])
-            if name not in parameters:
+            if module not in parameters:
+                self._require(module)
+                self._refuse_foreign(module, "ticket_sizes")
+                parameters[module] = internal_parameters(self.leaves[module])
+            if name not in parameters[module]:
                 raise CheckpointError(_OTHER_ARCHITECTURE.format(name=full_name, model=type(self.model).__name__))
-            parameter = parameters[name]
+            parameter = parameters[module][name]
             sealed = shapes.get(full_name)
             if sealed is not None and sealed != tuple(parameter.shape):
                 raise CheckpointError(

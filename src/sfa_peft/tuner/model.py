@@ -159,6 +159,11 @@ class SFAModel(BaseTuner):
         wrap_heads(model, planner.heads, adapter_name, is_active, config.inference_mode)
         keep_statistics(model)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # PEFT's version goes through all modules of the model, and a load calls it twice.
+        if any(p.dtype not in (torch.float32, torch.float64) for p in self.parameters_of(adapter_name)):
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+
     @staticmethod
     def _check_target_module_exists(peft_config: RecordedConfig, key: str) -> bool:  # type: ignore[override]
         # PEFT's `inspect_matched_modules` asks.

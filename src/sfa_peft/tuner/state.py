@@ -17,6 +17,7 @@ from ..checkpoint.packing import unpack
 from ..checkpoint.reader import adapter_in_load
 from ..checkpoint.validation import check_finite, decode_state_dict
 from ..layers.adapted import SFALayer
+from ..layers.leaves import modules_outside
 from ..layers.sparse import SparseDelta
 
 ALIGNMENT = 64  # bytes, the alignment of torch's allocator
@@ -162,9 +163,9 @@ def _parts(
 ) -> tuple[list[tuple[str, SFALayer]], list[tuple[str, ModulesToSaveWrapper]]]:
     """The layers and the heads that have an adapter, by name."""
     layers, heads = [], []
-    for name, module in model.named_modules():
+    for name, module in modules_outside(model, (SFALayer,)):
         if isinstance(module, SFALayer):
-            if adapter_name in module.adapter_names:
+            if module.modules_of(adapter_name):
                 layers.append((name, module))
         elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             heads.append((name, module))
