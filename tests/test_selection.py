@@ -98,6 +98,44 @@ def test_scores_must_be_finite(bad, granularity):
         choose({"m": {"weight": torch.zeros(2, 2)}}, lambda n, p: torch.full((2, 2), bad), granularity, 2)
 
 
+@pytest.mark.parametrize("k", [1, 7, 300, 1500])
+@pytest.mark.parametrize("levels", [None, 40, 2])
+@pytest.mark.parametrize("misleads", [0, 1, -1])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_few_of_many_are_the_stable_sort(k, levels, misleads, sign, monkeypatch):
+    """So few that a sample finds them, with ties, also where the sample has only the highest or the lowest scores."""
+    monkeypatch.setattr(selection, "CHUNK", 5000)
+    numbers = torch.randn(40_000, generator=torch.Generator().manual_seed(k))
+    flat = numbers if levels is None else (levels * torch.rand(40_000)).floor()
+    flat[:: selection.STRIDE] += 50 * misleads
+    named = dict(zip("abcd", (sign * flat).split([17, 20_000, 1, 19_982]), strict=True))
+    chosen = top_k(lambda: ((n, s.view(-1, 2) if len(s) > 100 else s) for n, s in named.items()), k)
+    expected = torch.sort(sign * flat, descending=True, stable=True).indices[:k].sort().values
+    offsets = {"a": 0, "b": 17, "c": 20_017, "d": 20_018}
+    assert torch.equal(torch.cat([chosen[name].long() + offsets[name] for name in named]), expected)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", [0, 12_345])
+def test_few_of_many_must_be_finite(bad, place):
+    scores = torch.rand(20_000)
+    scores[place] = bad
+    with pytest.raises(ValueError, match="scores of 'a' must be finite"):
+        top_k({"a": scores}.items, 10)
+
+
+def test_the_highest_finite_numbers_are_finite():
+    most = torch.finfo(torch.float32).max
+    scores = torch.rand(20_000)
+    scores[[5, 6]] = torch.tensor([most, -most])
+    assert top_k({"a": scores}.items, 1)["a"].tolist() == [5]
+
+
+def test_scores_that_change_are_noticed():
+    with pytest.raises(ValueError, match="the same scores every time"):
+        top_k(lambda: [("a", torch.rand(20_000))], 10)
+
+
 def test_more_than_there_are():
     with pytest.raises(ValueError, match="cannot choose 3 of 2 positions"):
         top_k({"a": torch.tensor([1.0, 2.0])}.items, 3)

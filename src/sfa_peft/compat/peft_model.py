@@ -36,7 +36,7 @@ from ..layers.offloading import is_hooked, onloaded
 from ..recorded import RecordedConfig
 from ..search import ticket_of
 from ..tuner.model import tuner_of
-from ..tuner.state import write
+from ..tuner.state import state_of, write
 from .hotswap import resize
 from .loads import AdapterLoad, readable_errors, restoring
 from .patching import Method, arguments_of, in_own_context, patch
@@ -97,15 +97,7 @@ def save_pretrained(
         raise ValueError(
             "SFA saves no embedding layers, since loading them would change the base: name them in `modules_to_save`."
         )
-    tensors = {
-        name: get_peft_model_state_dict(  # on every process, since it may be a collective operation
-            model,
-            state_dict=kwargs.get("state_dict"),
-            adapter_name=name,
-            save_embedding_layers=False,  # with "auto" PEFT asks the Hub for the base's vocabulary
-        )
-        for name in names
-    }
+    tensors = {name: _state_of(model, name, kwargs.get("state_dict")) for name in names}
     if not _writes(is_main_process):
         return
     folder = Path(save_directory)
@@ -120,6 +112,18 @@ def save_pretrained(
         for name in names:
             _write(model, name, tensors[name], tickets[name].shapes, card.folder_of(stage, name))
     card.write_card(model, folder, os.fspath(save_directory), tickets=tickets)
+
+
+def _state_of(model: PeftModel, adapter_name: str, state_dict: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    if state_dict is None and not dist.is_initialized():
+        return state_of(model, adapter_name)
+    state: dict[str, Tensor] = get_peft_model_state_dict(  # on every process, since it may be a collective operation
+        model,
+        state_dict=state_dict,
+        adapter_name=adapter_name,
+        save_embedding_layers=False,  # with "auto" PEFT asks the Hub for the base's vocabulary
+    )
+    return state
 
 
 def _is_of_another_method(config: Path) -> bool:

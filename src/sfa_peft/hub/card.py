@@ -19,12 +19,14 @@ import peft
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoint.files import staged
 from ..checkpoint.seal import CONFIG, WEIGHTS, digest_of
 from ..layers.adapted import sfa_layers
+from ..layers.leaves import modules_outside
 from ..search import ticket_of
 from ..search.install import adapter_of
 from ..ticket import Ticket
@@ -397,8 +399,9 @@ def parameter_counts(model: PeftModel, name: str) -> dict[str, int]:
     layers = [layer for _, layer in sfa_layers(model)]
     internal = sum(layer.sfa_internal[name].num_values for layer in layers if name in layer.sfa_internal)
     every = sum(p.numel() for layer in layers for p in layer.parameters_of(name))
-    heads = [p for key, p in model.named_parameters() if f".modules_to_save.{name}." in key]
-    return {"internal": internal, "external": every - internal, "heads": sum(p.numel() for p in heads)}
+    heads = [m for _, m in modules_outside(model) if isinstance(m, ModulesToSaveWrapper) and name in m.modules_to_save]
+    of_heads = {id(p): p.numel() for head in heads for p in head.modules_to_save[name].parameters()}
+    return {"internal": internal, "external": every - internal, "heads": sum(of_heads.values())}
 
 
 def _draw(ticket: Ticket, notes: Notes, path: Path) -> bool:

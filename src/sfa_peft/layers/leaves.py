@@ -29,8 +29,8 @@ def modules_outside(model: nn.Module, closed: tuple[type, ...] = CLOSED) -> list
         if kind not in are_closed:
             are_closed[kind] = issubclass(kind, closed)
         if are_closed[kind]:
-            for part in module.children():  # what is in the base under this name is not listed under another one
-                if not isinstance(part, nn.ModuleDict):
+            for part in module._modules.values():  # what the base has under this name is not listed under another one
+                if part is not None and not isinstance(part, nn.ModuleDict):
                     seen.update(part.modules())
             return
         prefix = f"{name}." if name else ""

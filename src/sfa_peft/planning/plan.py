@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import SimpleNamespace
 
 import torch
@@ -330,7 +331,9 @@ class Planner:
     def _head_leaves(self) -> list[str]:
         """The leaves in `target_heads` that a ticket may choose from, in model order."""
         leaves = []
-        for head in self.config.target_heads or ():
+        if not self.config.target_heads:
+            return []
+        for head in self.config.target_heads:
             found = [n for n, m in self.leaves.items() if internal_parameters(m) and in_module(n, [head])]
             if not any(self._is_allowed(n) for n in found):
                 raise ValueError(
@@ -516,7 +519,11 @@ class Planner:
     def budget(self) -> int:
         """The budget as a number of parameters."""
         assert self.config.budget is not None
-        return absolute_budget(self.config.budget, backbone_parameters(self.model, self.config))
+        return absolute_budget(self.config.budget, self._backbone_parameters)
+
+    @cached_property
+    def _backbone_parameters(self) -> int:
+        return backbone_parameters(self.model, self.config)
 
     def density_size(self, candidates: dict[str, dict[str, nn.Parameter]]) -> int:
         """The size of the ticket from `internal_density`, in elements."""

@@ -6,9 +6,13 @@ in the bin of the k-th score, give the exact threshold. A last pass takes all sc
 equal to it the first ones in position order. With quotas there is one histogram for each group, and a group at one of
 its limits has a separate threshold.
 
-The scores of a parameter are computed once per pass, three times in total. Memory beside the scores of one parameter:
-for each group a histogram of 65,536 counters of 8 bytes (0.5 MB) and twice as much while the threshold is computed,
-buffers for `CHUNK` scores (under 16 MB), and the chosen positions, twice while they are copied to the result.
+A ticket is usually a small part of all positions. Then, without quotas, two passes are enough: the histogram of a
+sample gives a score a little below the k-th highest one, and few scores are above it.
+
+The scores of a parameter are computed once per pass, two or three times in total. Memory beside the scores of one
+parameter: for each group a histogram of 65,536 counters of 8 bytes (0.5 MB) and twice as much while the threshold is
+computed, buffers for `CHUNK` scores (under 16 MB), and the chosen positions, twice while they are copied to the end.
+In two passes, these are up to 1.5 times as many positions, with their scores.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from ..layers.granularity import Element, Granularity, position_dtype
 
 BINS = 1 << 16
 CHUNK = 1 << 19
+INFINITE = 0x7F800000  # the bits of infinity; those of a NaN are higher
 STRIDE = 61  # of a sample of scores. A prime, so that it takes all columns of a matrix
 
 CHANGED = "were different when they were computed again; a criterion must give the same scores every time"
@@ -66,27 +71,27 @@ class Threshold:
 Bits = npt.NDArray[np.int32]
 
 
-def _chunks(scores: Tensor) -> Iterator[Bits]:
+def _chunks(name: str, scores: Tensor) -> Iterator[Bits]:
     """The scores as int32 numbers that sort in the same way, flat and on the CPU, in parts of `CHUNK`.
 
     With NumPy, since its bincount and nonzero are several times faster on a CPU than torch's.
+
+    Raises:
+        NotFiniteError: If a score is infinite or NaN.
     """
     for part in scores.detach().reshape(-1).split(CHUNK):
         floats = part.to(device="cpu", dtype=torch.float32).numpy()
         bits = floats.view(np.int32)
-        if len(bits) and bits.min() < 0:
+        if len(bits) and bits.view(np.uint32).max() >= INFINITE:  # or negative, which has the highest bit
             bits = (floats + np.float32(0)).view(np.int32)  # adding 0 turns -0.0 into 0.0
             bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+            if bits.max() >= INFINITE or bits.min() < -INFINITE:
+                raise NotFiniteError(f"scores of {name!r} must be finite.")
         yield bits
 
 
 def _upper(bits: Bits) -> Bits:
     return (bits >> 16) + (BINS >> 1)
-
-
-# The bins of infinities and NaNs, below and above those of finite numbers.
-NOT_FINITE = (slice(0, 0x80), slice(BINS - 0x80, BINS))
-INFINITE = 0x7F800000  # the bits of infinity; those of a NaN are higher
 
 
 def top_k(
@@ -120,10 +125,8 @@ def top_k(
     for name, score in scores():
         sizes[name] = score.numel()
         histogram = histograms.setdefault(group_of(name), torch.zeros(BINS, dtype=torch.int64))
-        for bits in _chunks(score):
+        for bits in _chunks(name, score):
             histogram += torch.from_numpy(np.bincount(_upper(bits), minlength=BINS))
-        if any(histogram[bins].any() for bins in NOT_FINITE):
-            raise NotFiniteError(f"scores of {name!r} must be finite.")
     total = sum(sizes.values())
     if not 0 <= k <= total:
         raise ValueError(f"cannot choose {k:,} of {total:,} positions.")
@@ -145,7 +148,7 @@ def top_k(
     for name, score in scores():
         i = groups.index(group_of(name))
         group_bin = BINS - 1 - int(bins[i])
-        for bits in _chunks(score):
+        for bits in _chunks(name, score):
             inside = bits[np.flatnonzero(_upper(bits) == group_bin)]
             lower[i] += torch.from_numpy(np.bincount(inside & (BINS - 1), minlength=BINS))
     lower = _from_top(lower) + bins_above[:, None]
@@ -174,13 +177,14 @@ def _top_k_from_sample(scores: Scores, k: int) -> dict[str, Tensor] | None:
     lower, and the k highest of them are the k highest of all.
     """
     sizes: dict[str, int] = {}
-    sums: dict[str, int] = {}
     histogram = np.zeros(BINS, dtype=np.int64)
     sample: list[Bits] = []
+    check = 0
     for name, score in scores():
         sizes[name] = score.numel()
-        sample += (parts := list(_chunks(score.detach().reshape(-1)[::STRIDE])))
-        sums[name] = sum(int(bits.sum(dtype=np.int64)) for bits in parts)
+        for bits in _chunks(name, score.reshape(-1)[::STRIDE]):
+            check += int(bits.sum(dtype=np.int64))
+            sample.append(bits)
         if sum(map(len, sample)) >= CHUNK:
             histogram += _histogram(sample)
             sample = []
@@ -201,11 +205,8 @@ def _top_k_from_sample(scores: Scores, k: int) -> dict[str, Tensor] | None:
     ends, end = [0], 0
     for name, score in scores():
         start = 0
-        if sums[name] != sum(int(bits.sum(dtype=np.int64)) for bits in _chunks(score.detach().reshape(-1)[::STRIDE])):
-            raise ValueError(f"scores of {name!r} {CHANGED}.")
-        for bits in _chunks(score):
-            if len(bits) and (bits.max() >= INFINITE or bits.min() <= -INFINITE):
-                raise NotFiniteError(f"scores of {name!r} must be finite.")
+        for bits in _chunks(name, score):
+            check -= int(bits[-start % STRIDE :: STRIDE].sum(dtype=np.int64))
             found = np.flatnonzero(bits >= least)
             begin, end = end, end + len(found)
             if end > most:
@@ -214,6 +215,8 @@ def _top_k_from_sample(scores: Scores, k: int) -> dict[str, Tensor] | None:
             np.add(found, start, out=places[begin:end], casting="unsafe")
             start += len(bits)
         ends.append(end)
+    if check:
+        raise ValueError(f"scores {CHANGED}.")
     if end < k:
         return None
     values = values[:end]
@@ -278,7 +281,7 @@ def _take(
     for name, score in scores():
         threshold = thresholds[group_of(name)]
         start = 0
-        for bits in _chunks(score):
+        for bits in _chunks(name, score):
             above = bits > threshold.bits
             if threshold.ties or (threshold.spare and left):
                 equal = np.flatnonzero(bits == threshold.bits)

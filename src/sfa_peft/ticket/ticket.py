@@ -64,11 +64,13 @@ class Ticket:
     def chosen(self, name: str) -> Tensor:
         """The positions in the parameter ``"module.parameter"``, a 1-D integer tensor. It may be empty."""
         module, _, parameter = name.rpartition(".")
-        return self.positions.get(module, {}).get(parameter, torch.empty(0, dtype=torch.int32))
+        chosen = self.positions.get(module, {}).get(parameter)
+        return torch.empty(0, dtype=torch.int32) if chosen is None else chosen
 
     def elements(self, name: str) -> int:
         """The number of elements of the parameter ``"module.parameter"`` in the ticket."""
-        return len(self.chosen(name)) * self.granularity.size(self.shapes[name]) if len(self.chosen(name)) else 0
+        count = len(self.chosen(name))
+        return count * self.granularity.size(self.shapes[name]) if count else 0
 
     def counts(self, group_of: Callable[[str], G]) -> dict[G, tuple[int, int]]:
         """For each group of modules, its elements in the ticket and its candidate elements.

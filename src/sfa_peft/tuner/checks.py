@@ -7,6 +7,7 @@ from torch import nn
 
 from ..checkpoint.names import is_parallel
 from ..layers.adapted import sfa_layers
+from ..layers.leaves import modules_outside
 from ..planning.base import head_modules
 from ..planning.plan import ticket_sizes
 from ..recorded import RecordedConfig
@@ -50,7 +51,7 @@ def check_config(model: nn.Module, adapter_name: str, config: RecordedConfig, po
     }
     heads = {
         name
-        for name, module in model.named_modules()
+        for name, module in modules_outside(model)
         if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
     }
     for field_name, is_right in (

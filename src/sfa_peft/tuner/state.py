@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from weakref import WeakKeyDictionary
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import CheckpointError
 from ..checkpoint.coding import encode_all
-from ..checkpoint.names import INTERNAL, POSITIONS, PREFIX, is_adapter_key, is_positions_key
+from ..checkpoint.names import INTERNAL, KINDS, POSITIONS, PREFIX, is_adapter_key, is_positions_key
 from ..checkpoint.packing import unpack
 from ..checkpoint.reader import adapter_in_load
 from ..checkpoint.validation import check_finite, decode_state_dict
@@ -24,18 +23,46 @@ ALIGNMENT = 64  # bytes, the alignment of torch's allocator
 
 
 def without_adapter_name(key: str, adapter_name: str) -> str:
-    return re.sub(rf"(\.sfa_(?:internal|external|parallel))\.{re.escape(adapter_name)}\.", r"\1.", key)
+    for kind in KINDS:
+        key = key.replace(f"{kind}{adapter_name}.", kind)
+    return key
 
 
 # A ticket stays the same while its values are trained, so the codes of the last save are kept with their positions.
 _CODES: WeakKeyDictionary[SparseDelta, dict[str, tuple[Tensor, Tensor]]] = WeakKeyDictionary()
 
 
+def state_of(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """The tensors of an adapter and its heads by their names in a checkpoint, with coded positions.
+
+    As PEFT's `get_peft_model_state_dict`, which also gathers what several processes share, and goes through the whole
+    model several times.
+    """
+    layers, heads = _parts(model, adapter_name)
+    tensors = {
+        f"{name}.{kind}.{adapter_name}.{p}": tensor
+        for name, layer in layers
+        for kind, module in layer.modules_of(adapter_name)
+        for p, tensor in module.state_dict().items()
+    }
+    coded = _encoded(layers, adapter_name, tensors)
+    state = {without_adapter_name(key, adapter_name): tensor for key, tensor in coded.items()}
+    for name, head in heads:
+        state |= {f"{name}.{p}": tensor for p, tensor in head.modules_to_save[adapter_name].state_dict().items()}
+    return state
+
+
 def encoded(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of an adapter, with coded positions."""
+    return _encoded(_parts(model, adapter_name)[0], adapter_name, tensors)
+
+
+def _encoded(
+    layers: Iterable[tuple[str, SFALayer]], adapter_name: str, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
     caches = {
         f"{name}{INTERNAL}{adapter_name}.{p}{POSITIONS}": _CODES.setdefault(delta, {})
-        for name, _, delta, p in _changed(_parts(model, adapter_name)[0], adapter_name)
+        for name, _, delta, p in _changed(layers, adapter_name)
     }
     positions = {key: tensor.detach().cpu() for key, tensor in tensors.items() if is_positions_key(key)}
     kept = {key: caches[key][key] for key in positions if key in caches.get(key, ())}
