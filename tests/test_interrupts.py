@@ -170,7 +170,7 @@ def state_of(model):
     found["attributes"] = sorted(vars(model)), torch.is_grad_enabled()
     if isinstance(model, PeftModel):
         found["configs"] = {name: config.to_dict() for name, config in model.peft_config.items()}
-        found["active"] = list(model.base_model.active_adapters), model.base_model._plan
+        found["active"] = list(model.base_model.active_adapters)
     return found
 
 
