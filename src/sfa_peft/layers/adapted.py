@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .bottleneck import ExternalAdapter, add_in_dtype
 from .granularity import Granularity
 from .kept import ChangedParameters
-from .leaves import base_parameters_of, channels_of, modules_outside
+from .leaves import base_parameters_of, channels_of, modules_outside, parameters_in
 from .merged import AddExternals
 from .mixed import Mixture, in_order, mixture_of
 from .offloading import is_hooked, onloaded
@@ -179,7 +179,8 @@ class SFALayer(nn.Module, BaseTunerLayer):
         device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         for _, adapter in self.modules_of(adapter_name):
             self._move(adapter, device, dtype)
-            adapter.requires_grad_(is_trained)
+            for p in parameters_in(adapter):
+                p.requires_grad = is_trained
             if not self.training:
                 adapter.eval()
 
@@ -188,9 +189,11 @@ class SFALayer(nn.Module, BaseTunerLayer):
     ) -> tuple[torch.device | None, torch.dtype | None]:
         # PEFT looks for a `weight`. LayerScale has `lambda1`; for a norm without parameters the block decides.
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        if device is not None:
+            return device, dtype
         (block,) = self._block
         parameter = next(base_parameters_of(base_layer if block is None else block), None)
-        return (parameter.device, parameter.dtype) if device is None and parameter is not None else (device, dtype)
+        return (None, dtype) if parameter is None else (parameter.device, parameter.dtype)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT calls this after it has loaded weights. PEFT's version would drop them while the base is on the meta
@@ -205,7 +208,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
     def _move(adapter: nn.Module, device: torch.device | None, dtype: torch.dtype | None) -> None:
         if dtype is not None and not dtype.is_floating_point:
             dtype = None
-        parameters = list(adapter.parameters())
+        parameters = list(parameters_in(adapter))
         # `to` takes a while even if there is nothing to do.
         is_there = all(p.device == (device or p.device) and p.dtype == (dtype or p.dtype) for p in parameters)
         if not is_there and not any(p.is_meta for p in parameters):
@@ -224,7 +227,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     def parameters_of(self, adapter_name: str) -> list[nn.Parameter]:
         """All parameters of an adapter in this layer."""
-        return [p for _, adapter in self.modules_of(adapter_name) for p in adapter.parameters()]
+        return [p for _, adapter in self.modules_of(adapter_name) for p in parameters_in(adapter)]
 
     def modules_of(self, adapter_name: str) -> list[tuple[str, nn.Module]]:
         """The modules of an adapter in this layer, each with its kind: the name of the dict that it is in."""

@@ -42,6 +42,16 @@ def modules_outside(model: nn.Module, closed: tuple[type, ...] = CLOSED) -> list
     return found
 
 
+def parameters_in(module: nn.Module) -> Iterator[nn.Parameter]:
+    """As `nn.Module.parameters`, which takes ten times as long for a module of a few parameters."""
+    for p in module._parameters.values():
+        if p is not None:
+            yield p
+    for part in module._modules.values():
+        if part is not None:
+            yield from parameters_in(part)
+
+
 def base_layer_of(module: nn.Module) -> nn.Module:
     """The module inside a tuner's layer; any other module is returned as it is."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module

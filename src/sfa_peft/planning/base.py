@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 from ..checkpoint.fingerprint import BaseMismatchWarning, Fingerprint
 from ..config import SFAConfig
 from ..layers.adapted import sfa_layers
-from ..layers.leaves import modules_outside
+from ..layers.leaves import base_layer_of, modules_outside
 from ..layers.quantized import numel
 from ..recorded import RecordedConfig
 
@@ -56,17 +55,18 @@ def in_heads(name: str, heads: Iterable[str]) -> bool:
 def base_parameters(model: nn.Module, roots: Sequence[str], config: SFAConfig) -> list[tuple[str, Tensor]]:
     """The base's parameters in the modules `roots`, outside the heads, by their names in the base, in model order."""
     heads = head_modules(model, config)
+    inside = tuple(f"{root}." if root else "" for root in roots)
     found: dict[int, tuple[str, Tensor]] = {}
     for name, module in modules_outside(model):
         if isinstance(module, ModulesToSaveWrapper):
-            parameters = module.original_module.named_parameters()
+            parameters = dict(module.original_module.named_parameters())
         else:
-            base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-            parameters = base.named_parameters(recurse=False)
-        for parameter, tensor in parameters:
+            parameters = base_layer_of(module)._parameters
+        for parameter, tensor in parameters.items():
+            if tensor is None:
+                continue
             full = f"{name}.{parameter}" if name else parameter
-            is_inside = any(not root or full.startswith(f"{root}.") for root in roots)
-            if is_inside and not in_heads(full, heads):
+            if full.startswith(inside) and not in_heads(full, heads):
                 found.setdefault(id(tensor), (full, tensor))
     return list(found.values())
 

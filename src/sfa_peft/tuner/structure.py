@@ -7,7 +7,7 @@ from torch import nn
 from ..layers.adapted import SFALayer, sfa_layers
 from ..layers.kept import ChangedParameters
 from ..layers.kinds import layer_class
-from ..layers.leaves import base_parameters_of
+from ..layers.leaves import base_parameters_of, parameters_in
 from ..layers.statistics import release_statistics
 
 
@@ -22,10 +22,10 @@ def sfa_layer(model: nn.Module, name: str, active: list[str], shared: ChangedPar
     """
     around, _, child = name.rpartition(".")
     parent = model.get_submodule(around)
-    leaf = parent.get_submodule(child)
+    leaf: nn.Module = getattr(parent, child)
     if isinstance(leaf, SFALayer):
         return leaf
-    block = _block_of(model, name) if next(leaf.parameters(), None) is None else None
+    block = _block_of(model, name) if next(parameters_in(leaf), None) is None else None
     layer = layer_class(leaf)(leaf, active, block, shared)
     if not leaf.training:
         layer.eval()
