@@ -12,7 +12,7 @@ sample gives a score a little below the k-th highest one, and few scores are abo
 The scores of a parameter are computed once per pass, two or three times in total. Memory beside the scores of one
 parameter: for each group a histogram of 65,536 counters of 8 bytes (0.5 MB) and twice as much while the threshold is
 computed, buffers for `CHUNK` scores (under 16 MB), and the chosen positions, twice while they are copied to the end.
-In two passes, these are up to 1.5 times as many positions, with their scores.
+In two passes, these are up to 1.5 times as many positions, with their scores (more where they are few).
 """
 
 from __future__ import annotations
