@@ -12,7 +12,7 @@ sample gives a score a little below the k-th highest one, and few scores are abo
 The scores of a parameter are computed once per pass, two or three times in total. Memory beside the scores of one
 parameter: for each group a histogram of 65,536 counters of 8 bytes (0.5 MB) and twice as much while the threshold is
 computed, buffers for `CHUNK` scores (under 16 MB), and the chosen positions, twice while they are copied to the end.
-In two passes, these are up to 1.5 times as many positions, with their scores (more where they are few).
+In two passes, these are up to twice as many positions, with their scores (more where they are few).
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def top_k(
 
 
 def _top_k_from_sample(scores: Scores, k: int) -> dict[str, Tensor] | None:
-    """As `top_k` without limits, in two passes; None if `k` is a large part of all scores, or the sample misleads.
+    """As `top_k` without limits, in two passes; None if `k` is a large part of the scores, or the sample is no help.
 
     A sample gives a score that is a little lower than the k-th highest one. One pass collects all scores that are not
     lower, and the k highest of them are the k highest of all.
@@ -184,7 +184,7 @@ def _top_k_from_sample(scores: Scores, k: int) -> dict[str, Tensor] | None:
         sizes[name] = score.numel()
         for bits in _chunks(name, score.reshape(-1)[::STRIDE]):
             check += int(bits.sum(dtype=np.int64))
-            sample.append(bits)
+            sample.append(bits.copy())  # a view would keep the scores
         if sum(map(len, sample)) >= CHUNK:
             histogram += _histogram(sample)
             sample = []
@@ -197,6 +197,8 @@ def _top_k_from_sample(scores: Scores, k: int) -> dict[str, Tensor] | None:
         return None
     from_top = histogram[::-1].cumsum()
     bin_ = int(np.searchsorted(from_top, wanted))
+    if from_top[bin_] > 1.5 * wanted:  # too many scores are nearly equal
+        return None
     least = (BINS - 1 - bin_ - (BINS >> 1)) << 16
     most = int(1.2 * STRIDE * from_top[bin_])
 
