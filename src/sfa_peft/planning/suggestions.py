@@ -7,9 +7,8 @@ from typing import NamedTuple
 from torch import nn
 
 from ..layers.kinds import internal_parameters
-from ..layers.leaves import base_layer_of
+from ..layers.leaves import base_layer_of, modules_outside
 from .architectures import leaf_names
-from .base import modules_outside_adapters
 
 MOST = 3  # classes that are proposed
 _ROWS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -100,7 +99,7 @@ def _fields(found: _Repeated) -> str:
 def _repeated(model: nn.Module) -> list[_Repeated]:
     """The classes of blocks that stand in rows and have leaves that a ticket may choose from."""
     blocks: dict[type, list[nn.Module]] = {}
-    for _, row in modules_outside_adapters(model):
+    for _, row in modules_outside(model):
         for child in row.children() if isinstance(row, _ROWS) else ():
             is_leaf = next(child.children(), None) is None or base_layer_of(child) is not child
             if not is_leaf and not isinstance(child, _ROWS):
