@@ -6,9 +6,13 @@ from pathlib import Path
 import peft
 import pytest
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 
 import sfa_peft
-from sfa_peft.compat import registration
+from sfa_peft.compat import guard, registration
+from sfa_peft.layers.adapted import SFALayer
+from sfa_peft.layers.heads import Head
 
 
 def run(code):
@@ -86,3 +90,43 @@ def test_a_peft_whose_functions_have_changed_is_named_and_left_as_it_is():
     assert done.returncode == 0, done.stderr
     assert "PeftModel.load_adapter has no model_id, adapter_name, key_mapping" in done.stdout
     assert "there is no peft.utils.hotswap.hotswap_adapter_from_state_dict" in done.stdout
+
+
+def test_a_peft_without_a_hook_is_refused_before_anything_is_registered():
+    done = run(
+        "import peft\n"
+        "from peft.tuners.tuners_utils import BaseTuner\n"
+        "del BaseTuner._get_adapter_state_dict\n"
+        "def delete_adapter(self, name): pass\n"
+        "BaseTuner.delete_adapter = delete_adapter\n"
+        "del peft.NoMatchingPeftModuleError\n"
+        "try:\n"
+        "    import sfa_peft\n"
+        "except ImportError as error:\n"
+        "    print(error)\n"
+        "assert 'SFA' not in peft.PeftType.__members__"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "there is no peft.NoMatchingPeftModuleError" in done.stdout
+    assert "there is no peft.tuners.tuners_utils.BaseTuner._get_adapter_state_dict" in done.stdout
+    assert "peft.tuners.tuners_utils.BaseTuner.delete_adapter has no adapter_name" in done.stdout
+    assert 'pip install "peft==' in done.stdout
+
+
+def test_every_hook_that_is_overridden_is_guarded():
+    owners = {
+        "peft.tuners.tuners_utils.BaseTuner": (BaseTuner, sfa_peft.SFAModel),
+        "peft.tuners.tuners_utils.BaseTunerLayer": (BaseTunerLayer, SFALayer),
+        "peft.utils.ModulesToSaveWrapper": (ModulesToSaveWrapper, Head),
+    }
+    for place, (theirs, ours) in owners.items():
+        present = {name for cls in theirs.__mro__ if cls.__module__.startswith("peft.") for name in vars(cls)}
+        own = {name for cls in ours.__mro__ if cls.__module__.startswith("sfa_peft.") for name in vars(cls)}
+        methods = {n for n in present & own if callable(getattr(theirs, n)) and not n.startswith("__")}
+        assert methods <= guard.NEEDS[place].keys(), place
+
+
+def test_the_docs_name_the_newest_versions_that_were_tested():
+    text = (Path(__file__).parents[1] / "docs" / "compatibility.md").read_text()
+    for name, version in guard.TESTED.items():
+        assert f"{name} {version}" in text

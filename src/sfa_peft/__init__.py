@@ -1,6 +1,10 @@
 """Selective Feature Adapters (SFA) for Hugging Face PEFT. Importing this package registers the method with PEFT."""
 
-from .compat.registration import add_peft_type, register
+from .compat.guard import check_libraries
+
+check_libraries()
+
+from .compat.registration import add_peft_type, register  # noqa: E402
 
 add_peft_type()
 

@@ -24,7 +24,7 @@ from ..tuner.model import SFAModel, tuner_of
 from ..tuner.optimizers import warn_of_replaced
 from .loads import AdapterLoad, readable_errors, restoring
 from .patching import Method, arguments_of, in_own_context, patch
-from .registration import NAME, incompatible
+from .registration import NAME
 
 
 def swap(model: nn.Module, tensors: dict[str, Tensor], adapter_name: str, config: RecordedConfig) -> None:
@@ -129,7 +129,5 @@ def hotswap_adapter_from_state_dict(original: Method, *args: Any, **kwargs: Any)
     return swap(given["model"], given["state_dict"], given["adapter_name"], config)
 
 
-if not hasattr(hotswap, "CONFIG_KEYS_TO_CHECK"):
-    raise incompatible("there is no peft.utils.hotswap.CONFIG_KEYS_TO_CHECK")
 # No more fields, since PEFT compares the config with that of the active adapter, which may not be the swapped one.
 hotswap.CONFIG_KEYS_TO_CHECK[PeftType[NAME]] = ["peft_type"]

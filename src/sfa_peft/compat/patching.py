@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, TypeVar, cast
 
-from .registration import incompatible
+from .guard import incompatible, parameters_missing
 
 Method = Callable[..., Any]
 F = TypeVar("F", bound=Method)
@@ -46,8 +46,7 @@ class Patch:
         what = f"{self.owner.__name__}.{self.name}"
         if original is None:
             return f"there is no {what}"
-        parameters = inspect.signature(getattr(original, "__func__", original)).parameters
-        missing = [name for name in self.needs if name not in parameters]
+        missing = parameters_missing(original, self.needs)
         return f"{what} has no {', '.join(missing)}" if missing else None
 
     def apply(self) -> None:

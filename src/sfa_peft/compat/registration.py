@@ -9,23 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import peft
 from aenum import extend_enum
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
 
+from .guard import incompatible
+
 NAME = "SFA"
-
-
-class PeftTooDifferentError(ImportError):
-    """The installed PEFT cannot be extended with SFA."""
-
-
-def incompatible(reason: object) -> PeftTooDifferentError:
-    return PeftTooDifferentError(
-        f"sfa_peft cannot register itself with the installed peft {peft.__version__}: {reason}. "
-        f"Install a version in the range that sfa_peft declares (`pip install --upgrade sfa-peft`)."
-    )
 
 
 def add_peft_type() -> None:
