@@ -3,8 +3,8 @@
     python benchmarks/import_time.py [--runs 9] [--most 1.3]
 
 Runs take turns, so that a busy machine slows both. Prints the medians, their ratio, and where the difference is: for
-each package that `sfa_peft` loads and `peft` does not, the time of its own modules. With `--most`, the exit code is 1 if
-the ratio is larger.
+each package that `sfa_peft` loads and `peft` does not, the time of its own modules. With `--most`, the exit code is 1
+if the ratio is larger.
 """
 
 from __future__ import annotations

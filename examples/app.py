@@ -16,11 +16,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import gradio
+import dense
+
+# isort: split
 import numpy as np
 import torch
 from accelerate import PartialState
-from gradio.utils import get_upload_folder
+
+try:
+    import gradio
+    from gradio.utils import get_upload_folder
+except ModuleNotFoundError as error:
+    raise SystemExit(f"the page needs {error.name}: {dense.INSTALL}") from error
 
 from dense.folder import TICKET_PICTURE
 from dense.limits import whole

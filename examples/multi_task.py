@@ -15,6 +15,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import dense  # noqa: F401 - first, since it says which packages are missing
+
+# isort: split
 import numpy as np
 from accelerate import PartialState
 from PIL import Image

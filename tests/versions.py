@@ -6,8 +6,9 @@
     python tests/versions.py newest-peft [...]                # accelerate
     python tests/versions.py torch==2.9.1,peft==0.21.0 [...]  # any others, separated by commas
 
-An environment of its own is made in `build/`, with everything else as in `constraints.txt`. At the end stands a row for
-the table in docs/compatibility.md; `--record` as the first option writes it there. `make test` runs what is pinned.
+An environment of its own is made in `build/`, with everything else as in `constraints.txt`. At the end stands a row
+for the table in docs/compatibility.md; with `--record` as the first option it is written there. `make test` runs what
+is pinned.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ def wanted(which: str) -> dict[str, str]:
     ranges = {name: r.specifier for name, r in admitted().items() if alone in ("", name)}
     if age == "newest":
         return {name: str(specifier) for name, specifier in ranges.items()}
-    return {name: "==" + next(s.version for s in specifier if s.operator == ">=") for name, specifier in ranges.items()}
+    return {
+        name: "==" + next(s.version for s in specifier if s.operator == ">=") for name, specifier in ranges.items()
+    }
 
 
 def constraints(specifiers: dict[str, str]) -> list[str]:

@@ -95,7 +95,9 @@ def differences() -> list[str]:
     for place, names in NEEDS.items():
         owner = _resolved(place)
         for name, parameters in names.items():
-            there = inspect.getattr_static(owner, name, None) if isinstance(owner, type) else getattr(owner, name, None)
+            there = (
+                inspect.getattr_static(owner, name, None) if isinstance(owner, type) else getattr(owner, name, None)
+            )
             missing = parameters_missing(there, parameters) if there is not None and parameters else []
             if there is None:
                 found.append(f"there is no {place}.{name}")

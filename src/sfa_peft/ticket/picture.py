@@ -76,7 +76,7 @@ def _draw(
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("drawing a ticket needs matplotlib: pip install matplotlib") from error
+        raise ImportError('drawing a ticket needs matplotlib: pip install "sfa-peft[pictures]"') from error
 
     columns = [list(dict.fromkeys(column for _, column in cells)) for _, cells, _, _ in panels]
     beside, below = _extra(layers), max(map(_extra, columns), default=0)
