@@ -154,7 +154,9 @@ _block(
 # DINOv2 and DINOv3
 
 
-def _layer_scale(name: str, block: str, mlp: PlainMLP, attention: tuple[str, ...] = _QKVO) -> None:
+def _layer_scale(
+    name: str, block: str, mlp: PlainMLP, attention: tuple[str, ...] = _QKVO, has: tuple[str, ...] = ()
+) -> None:
     """Blocks of transformers with LayerScale, and a plain or a gated MLP."""
     register_architecture(
         Architecture(
@@ -165,6 +167,7 @@ def _layer_scale(name: str, block: str, mlp: PlainMLP, attention: tuple[str, ...
             places={"attention": "layer_scale1", "mlp": "layer_scale2", "mlp_parallel": "layer_scale2"},
             mlp_input="mlp",
             mlp=mlp,
+            has=has,
             note=_BEHIND_SCALE,
         )
     )
@@ -179,16 +182,25 @@ _SCALED_SIZE = PlainMLP(
     activation="mlp.act_fn",
     fc2="mlp.down_proj",
 )
-_layer_scale("DINOv2", "Dinov2Layer", _SCALED_RATIO)
-_layer_scale("DINOv2 with registers", "Dinov2WithRegistersLayer", _SCALED_RATIO)
-_layer_scale("RF-DETR's DINOv2", "RfDetrDinov2Layer", _SCALED_RATIO)
+# transformers 5.18 gave the modules of DINOv2 the names that those of Swin and ViT have had since 5.9.
+EARLIER = ", before transformers 5.18"
+_EARLIER_RATIO = PlainMLP("mlp_ratio", is_ratio=True, factor="layer_scale2.lambda1", activation="mlp.activation")
+for _name, _class in (
+    ("DINOv2", "Dinov2Layer"),
+    ("DINOv2 with registers", "Dinov2WithRegistersLayer"),
+    ("RF-DETR's DINOv2", "RfDetrDinov2Layer"),
+):
+    _layer_scale(_name, _class, _SCALED_RATIO)
+    _layer_scale(
+        _name + EARLIER, _class, _EARLIER_RATIO, _query_key_value("attention"), has=("attention.attention.query",)
+    )
 _layer_scale("DINOv3 ViT", "DINOv3ViTLayer", _SCALED_SIZE)
 _layer_scale("EoMT", "EomtLayer", _SCALED_RATIO, _inside("attention", "q_proj", "k_proj", "v_proj", "out_proj"))
 _layer_scale("EoMT on DINOv3", "EomtDinov3Layer", _SCALED_SIZE)
 _layer_scale(
     "rfdetr's windowed DINOv2",
     "WindowedDinov2WithRegistersLayer",
-    PlainMLP("mlp_ratio", is_ratio=True, factor="layer_scale2.lambda1", activation="mlp.activation"),
+    _EARLIER_RATIO,
     _query_key_value("attention"),
 )
 
