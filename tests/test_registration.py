@@ -46,7 +46,8 @@ def test_a_peft_that_cannot_be_extended_is_named():
         "import sfa_peft"
     )
     assert done.returncode != 0
-    assert f"cannot register itself with the installed peft {peft.__version__}: no extensions" in done.stderr
+    assert f"cannot register itself with the installed peft {peft.__version__} and transformers" in done.stderr
+    assert ": no extensions. Install" in done.stderr
 
 
 def test_a_foreign_method_of_the_same_name_is_not_overwritten(monkeypatch):
