@@ -19,8 +19,9 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DPTConfig, DPTForDepthEstimation
+from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessorPil
 
+from dense.augmentation import normalised
 from dense.limits import above_0, whole
 from dense.methods import Rates
 from dense.metrics import DepthErrors
@@ -67,6 +68,9 @@ class DepthEstimation(Task):
     def backbone_options(self) -> dict[str, Any]:
         return {"reshape_hidden_states": False, "apply_layernorm": False}
 
+    def processor(self) -> DPTImageProcessorPil:
+        return DPTImageProcessorPil(**normalised(self.size))
+
     def load_whole(self, name_or_path: str) -> nn.Module:
         return DPTForDepthEstimation.from_pretrained(name_or_path)
 
@@ -86,8 +90,7 @@ class DepthEstimation(Task):
             )
         )
         model.backbone.load_state_dict(backbone.state_dict())
-        # A fresh head that ends in a ReLU dies easily: where it gives 0, nothing trains it any more.
-        model.head.head[-1] = nn.Softplus()
+        # The head ends in a ReLU: where it gives 0, nothing trains it any more. So it begins well above.
         with torch.no_grad():
             model.head.head[-2].bias.fill_(self.args.max_depth / 10)
         return model

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
+from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessorPil
 
+from dense.augmentation import normalised
 from dense.data import Rows, load_classes
 from dense.limits import whole
 from dense.methods import Rates
@@ -95,6 +96,9 @@ class InstanceSegmentation(Task):
     @classmethod
     def load_classes(cls, args: argparse.Namespace, rows: Rows) -> Classes:
         return load_classes(args, rows, args.objects_column, args.category_key, ignored={"background"})
+
+    def processor(self) -> Mask2FormerImageProcessorPil:
+        return Mask2FormerImageProcessorPil(**normalised(self.size), size_divisor=1)
 
     def load_whole(self, name_or_path: str) -> nn.Module:
         return Mask2FormerForUniversalSegmentation.from_pretrained(

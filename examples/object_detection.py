@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import RfDetrConfig, RfDetrForObjectDetection
+from transformers import RfDetrConfig, RfDetrForObjectDetection, RTDetrImageProcessorPil
 from transformers.image_transforms import center_to_corners_format, corners_to_center_format
-from transformers.models.rf_detr.configuration_rf_detr import RfDetrDinov2Config
 
+from dense.augmentation import normalised
 from dense.data import Rows, load_classes
 from dense.limits import whole
 from dense.methods import Rates
@@ -83,6 +83,9 @@ class ObjectDetection(Task):
     def load_classes(cls, args: argparse.Namespace, rows: Rows) -> Classes:
         return load_classes(args, rows, args.objects_column, args.category_key)
 
+    def processor(self) -> RTDetrImageProcessorPil:
+        return RTDetrImageProcessorPil(**normalised(self.size))  # RF-DETR's own needs torchvision
+
     def load_whole(self, name_or_path: str) -> nn.Module:
         return RfDetrForObjectDetection.from_pretrained(name_or_path, **self.labels, ignore_mismatched_sizes=True)
 
@@ -95,18 +98,10 @@ class ObjectDetection(Task):
                 f"--queries {args.queries}: each is a place in the image, and --image_size gives {tokens}; lower the "
                 f"one or raise the other"
             )
-        described = RfDetrDinov2Config(
-            hidden_size=own.hidden_size,
-            num_hidden_layers=own.num_hidden_layers,
-            num_attention_heads=own.num_attention_heads,
-            patch_size=own.patch_size,
-            image_size=own.image_size,
-            out_features=own.out_features,
-            num_windows=1,
-        )
+        own.num_windows, own.window_block_indexes = 1, []  # which RF-DETR asks for
         model = RfDetrForObjectDetection(
             RfDetrConfig(
-                backbone_config=described,
+                backbone_config=own,
                 d_model=args.head_channels,
                 decoder_layers=args.decoder_layers,
                 decoder_ffn_dim=4 * args.head_channels,

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import UperNetConfig, UperNetForSemanticSegmentation
+from transformers import SegformerImageProcessorPil, UperNetConfig, UperNetForSemanticSegmentation
 
+from dense.augmentation import normalised
 from dense.data import Rows, load_classes
 from dense.limits import whole
 from dense.metrics import MeanIoU
@@ -51,6 +52,9 @@ class SemanticSegmentation(Task):
     @classmethod
     def load_classes(cls, args: argparse.Namespace, rows: Rows) -> Classes:
         return load_classes(args, rows, args.label_column)
+
+    def processor(self) -> SegformerImageProcessorPil:
+        return SegformerImageProcessorPil(**normalised(self.size))
 
     def load_whole(self, name_or_path: str) -> nn.Module:
         model = UperNetForSemanticSegmentation.from_pretrained(

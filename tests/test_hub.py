@@ -51,8 +51,8 @@ def test_there_and_back(hub, model):
     info = model.push_to_hub(REPO, commit_message="My adapter")
     assert info.oid == hub.repos[REPO].branches["main"][-1]["oid"]
     assert hub.repos[REPO].branches["main"][-1]["message"] == "My adapter"
-    files = {"README.md", "adapter_config.json", "adapter_model.safetensors", "ticket.png", ".gitattributes"}
-    assert set(HfApi().list_repo_files(REPO)) == files
+    files = {"README.md", "adapter_config.json", "adapter_model.safetensors", "base_config.json", "ticket.png"}
+    assert set(HfApi().list_repo_files(REPO)) == {*files, ".gitattributes"}
     assert same(model)
     assert isinstance(PeftConfig.from_pretrained(REPO), SFAConfig)
 
@@ -438,7 +438,7 @@ def test_no_name_breaks_a_card(tmp_path_factory, task, dataset, split, metric, c
     parsed = tokens(found.text)
     assert not {t.type for t in parsed} & {"html_block", "html_inline", "link_open", "s_open", "hr", "blockquote_open"}
     assert [t.attrs["src"] for t in parsed if t.type == "image"] == ["ticket.png"]
-    assert [t.content.count("\n") for t in parsed if t.type == "fence"] == [5]
+    assert [t.content.count("\n") for t in parsed if t.type == "fence"] == [6]
     rows = cells(parsed)
     assert {len(row) for row in rows} == {2}
     assert ["Dataset", shown["dataset"].strip()] in rows

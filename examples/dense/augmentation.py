@@ -116,6 +116,17 @@ def _areas(boxes: Tensor) -> Tensor:
     return (boxes[:, 2:] - boxes[:, :2]).prod(1)
 
 
+def normalised(size: tuple[int, int]) -> dict[str, Any]:
+    """What an image processor of transformers needs to do with an image what `to_tensors` and `finished` do."""
+    return {
+        "size": {"height": size[0], "width": size[1]},
+        "resample": Image.Resampling.BILINEAR,
+        "do_normalize": True,
+        "image_mean": MEAN.flatten().tolist(),
+        "image_std": STD.flatten().tolist(),
+    }
+
+
 def finished(tensors: Tensors) -> Tensors:
     """The tensors as models take them: a normalised image, boolean masks with their boxes, integer labels."""
     result = tensors | {"image": (tensors["image"] - MEAN) / STD}

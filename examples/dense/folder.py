@@ -23,7 +23,8 @@ REPORT = "report.html"
 TICKET_PICTURE = "ticket.png"
 PRODUCTS = (
     *(RUN, RESULTS, TICKET, TICKET_PICTURE, SEARCH, CHECKPOINTS, PICTURES, LOGS, REPORT, "README.md"),
-    *("adapter_config.json", "adapter_model.safetensors", "head.safetensors", "model.safetensors"),
+    *("adapter_config.json", "adapter_model.safetensors", "base_config.json", "preprocessor_config.json"),
+    *("head.safetensors", "model.safetensors"),
 )
 UNFINISHED = "unfinished_run"
 COMPLETE = "complete_run"

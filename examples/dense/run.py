@@ -226,7 +226,8 @@ class Run:
         if self.args.push_to_hub:
             raise FlagError(
                 f"--push_to_hub {self.args.push_to_hub}: the run in {path} has ended; push its adapter with "
-                f"`hf upload {self.args.push_to_hub} {path} --include README.md 'adapter_*' {TICKET_PICTURE}`"
+                f"`hf upload {self.args.push_to_hub} {path} --include README.md '*_config.json' "
+                f"adapter_model.safetensors {TICKET_PICTURE}`"
             )
         results = read_json(path / RESULTS, MEASURED, "run it again with --overwrite")
         self._say(f"the run in {path} has ended; nothing is left to do")
@@ -295,7 +296,13 @@ class Run:
         if self.args.method == "sfa":
             metrics = {name: v for name, v in scores.items() if isinstance(v, float) and math.isfinite(v)}
             dataset = self.args.dataset or "embedded scenes"
-            describe_adapter(model, dataset=dataset, split=self.validation_rows.split, metrics=metrics)
+            describe_adapter(
+                model,
+                dataset=dataset,
+                split=self.validation_rows.split,
+                metrics=metrics,
+                processor=self.task.processor(),
+            )
 
     def _doubt(self, split: str) -> None:
         """Say what is doubtful in a split, the first time; later it is brought up to date."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import BaseImageProcessor, PretrainedConfig
 
 from .data import Rows, check_kinds, load_rows
 from .methods import Dense, Rates
@@ -120,6 +120,10 @@ class Task(ABC):
     def backbone_options(self) -> dict[str, Any]:
         """Fields of the backbone's config that the head depends on."""
         return {"reshape_hidden_states": True}
+
+    @abstractmethod
+    def processor(self) -> BaseImageProcessor:
+        """What makes the model's input of an image, for programs that have the adapter alone; see `normalised`."""
 
     @abstractmethod
     def load_whole(self, name_or_path: str) -> nn.Module:

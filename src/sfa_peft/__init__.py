@@ -14,6 +14,7 @@ from .compat import hotswap, peft_model, transformers  # noqa: E402, F401
 from .compat.patching import apply_patches  # noqa: E402
 from .config import SFAConfig  # noqa: E402
 from .hub.card import describe_adapter  # noqa: E402
+from .hub.dense import Dense, load_dense  # noqa: E402
 from .layers.adapted import SFALayer  # noqa: E402
 from .planning.registry import Architecture, ArchitectureWarning, PlainMLP, register_architecture  # noqa: E402
 from .recorded import RecordedConfig  # noqa: E402
@@ -43,6 +44,8 @@ __all__ = [
     "ticket_of",
     "extract_adapter",
     "describe_adapter",
+    "load_dense",
+    "Dense",
     "criterion",
     "register_architecture",
     "Architecture",

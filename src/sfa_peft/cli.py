@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-import transformers
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from torch import nn
 
 from .checkpoint import CheckpointError
-from .checkpoint.fingerprint import BaseMismatchWarning, Fingerprint
+from .checkpoint.fingerprint import Fingerprint
 from .checkpoint.names import INTERNAL, POSITIONS, PREFIX, is_adapter_key, is_positions_key
 from .checkpoint.packing import CODES
 from .checkpoint.reader import contents_of, difference_of, tensors_of, weights_of
 from .checkpoint.seal import AdapterFile, digest_of, read
 from .config import SFAConfig
+from .hub.base import class_name_of, load_model, quiet
+from .hub.dense import load_with_base, on_base, processor_of
 from .layers.merged import merged_leaves, remove_externals
 from .planning.base import in_module
 from .recorded import RecordedConfig
@@ -55,10 +55,10 @@ class Saved:
     @classmethod
     def load(cls, name: str, options: dict[str, Any]) -> Saved:
         config = SFAConfig.from_pretrained(name, **options)
-        if not isinstance(_class_name(config), str | None):
+        if not isinstance(class_name_of(config), str | None):
             raise CheckpointError(
                 f"adapter_config.json of {name!r} is not valid: auto_mapping.base_model_class="
-                f"{_class_name(config)!r} is not the name of a class. Download the adapter or save it again."
+                f"{class_name_of(config)!r} is not the name of a class. Download the adapter or save it again."
             )
         weights = weights_of(name, **options)
         if weights is None or not isinstance(config, RecordedConfig):
@@ -113,11 +113,6 @@ class Saved:
         return Ticket(positions, self.file.shapes, self.config.granularity, self.config.external_widths)
 
 
-def _class_name(config: SFAConfig) -> Any:
-    """What a config says of the base model's class. A file may have anything there."""
-    return (config.auto_mapping or {}).get("base_model_class")
-
-
 def _part(key: str) -> str:
     if key == CODES or is_positions_key(key):
         return "positions"
@@ -136,7 +131,7 @@ def inspect(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     found: dict[str, Any] = {
         "adapter": saved.name,
         "base_model": config.base_model_name_or_path,
-        "base_class": _class_name(config),
+        "base_class": class_name_of(config),
         "base_fingerprint": base
         and {"roots": list(base.roots), "layout": base.layout, "parameters": len(base.samples)},
         "budget": config.budget,
@@ -162,7 +157,7 @@ def inspect(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     lines = [
         f"adapter      {printable(saved.name)}",
         f"base         {printable(config.base_model_name_or_path or 'not named')} "
-        f"({printable(_class_name(config) or 'class not known')})",
+        f"({printable(class_name_of(config) or 'class not known')})",
         f"fingerprint  {printable(where)}",
         f"budget       {'widths and density were given' if config.budget is None else config.budget}",
         f"digest       {saved.file.digest[:16]}{'' if found['sealed'] else ' (no seal)'}",
@@ -194,7 +189,7 @@ def verify(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
         "sealed": saved.file.config is not None,
         "fingerprint": saved.config.base_fingerprint is not None,
     }
-    text = printable(f"{args.adapter}: not damaged, and fits {_base_name(args, saved.config)}")
+    text = printable(f"{args.adapter}: not damaged, and fits {args.base or saved.config.base_model_name_or_path}")
     if not found["sealed"]:
         text += "\nIt has no seal, since another program saved it, so damage to single values is not detected."
     if not found["fingerprint"]:
@@ -219,6 +214,9 @@ def merge(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     leaves = merged_leaves(merged)
     remove_externals(merged, leaves.values())
     merged.save_pretrained(out)
+    processor = processor_of(args.adapter, _options(args))
+    if processor is not None:
+        processor.save_pretrained(out)
     text = f"merged model: {out}"
     found: dict[str, Any] = {"out": str(out), "external": None, "not_folded": kept}
     if kept:
@@ -253,9 +251,9 @@ def extract(args: argparse.Namespace) -> tuple[int, dict[str, Any], str]:
     is printed. The heads that are named with --modules-to-save are taken over whole.
     """
     out = _new_folder(args)
-    goal = _model(args.finetuned, "FINETUNED", {}, ())
+    goal = load_model(args.finetuned, "FINETUNED", {}, ())
     labels = {"num_labels": args.num_labels, "ignore_mismatched_sizes": True} if args.num_labels else {}
-    base = _model(args.base, "BASE", labels, (type(goal).__name__,))
+    base = load_model(args.base, "BASE", labels, (type(goal).__name__,))
     model, extraction = extract_adapter(base, goal, args.budget, modules_to_save=args.modules_to_save)
     model.save_pretrained(str(out))
     found = {"out": str(out), **asdict(extraction)}
@@ -337,64 +335,15 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
 def _load(args: argparse.Namespace, config: SFAConfig) -> PeftModel:
     """The base model with the adapter. A base with other weights is an error."""
-    base = _base(args, config)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", BaseMismatchWarning)
-        try:
-            return PeftModel.from_pretrained(base, args.adapter, **_options(args))
-        except BaseMismatchWarning as error:
-            raise CheckpointError(str(error)) from error
-
-
-def _base_name(args: argparse.Namespace, config: SFAConfig) -> str:
+    if args.num_labels is None:
+        return load_with_base(args.adapter, config, _options(args), args.base, "--base")
     name = args.base or config.base_model_name_or_path
     if not name:
         raise RefusedError("the adapter's config does not name its base model: give --base MODEL.")
-    return name
-
-
-def _base(args: argparse.Namespace, config: SFAConfig) -> nn.Module:
-    """The base model, in the class that the adapter was trained with, or otherwise in that of the model's config.
-
-    Whoever made the adapter may have chosen the base. So its class is one of transformers, its weights are read from
-    safetensors, and code from the Hub, which a config may ask for, is not run: neither modules nor kernels.
-    """
-    labels = {} if args.num_labels is None else {"num_labels": args.num_labels, "ignore_mismatched_sizes": True}
+    labels = {"num_labels": args.num_labels, "ignore_mismatched_sizes": True}
     where = {"revision": config.revision} if not args.base and config.revision else {}
-    return _model(_base_name(args, config), "--base", labels | where, (_class_name(config),))
-
-
-def _model(name: str, argument: str, options: dict[str, Any], classes: Sequence[Any]) -> nn.Module:
-    """A model in the first of `classes` that fits its config, or otherwise in the class that its config names."""
-    where = {"trust_remote_code": False} | {key: options[key] for key in ("revision",) if key in options}
-    try:
-        cls = _class_of(classes, transformers.AutoConfig.from_pretrained(name, **where))
-        if cls is not None:
-            safe: dict[str, Any] = {"use_safetensors": True, "attn_implementation": "eager"}
-            model: nn.Module = cls.from_pretrained(name, **options | where | safe)
-            return model
-    except Exception as error:  # a config can make transformers fail in any way
-        why = str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
-        if "safetensors" in why:
-            why += (
-                " The command reads only safetensors, since a pickle can run code. If you trust the model, load it in "
-                f"Python, save it with save_pretrained, and give {argument} that folder."
-            )
-        raise RefusedError(f"{argument} {name!r} cannot be loaded: {why}") from error
-    raise RefusedError(f"{argument} {name!r} has a class that transformers does not have; load it in Python.")
-
-
-def _class_of(
-    classes: Sequence[Any], base_config: transformers.PreTrainedConfig
-) -> type[transformers.PreTrainedModel] | None:
-    """The first class that is named and that transformers has for such a base; None if there is none."""
-    for name in (*classes, *(base_config.architectures or ())):
-        cls = getattr(transformers, name, None) if isinstance(name, str) else None
-        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
-            of = cls.config_class
-            if of is not None and isinstance(base_config, of):
-                return cls
-    return None
+    base = load_model(name, "--base", labels | where, (class_name_of(config),))
+    return on_base(base, args.adapter, _options(args))
 
 
 Command = Callable[[argparse.Namespace], tuple[int, dict[str, Any], str]]
@@ -456,18 +405,10 @@ def _only_own_output() -> Iterator[None]:
     def show(message: Warning | str, *about: Any, **more: Any) -> None:
         _print(f"sfa-peft: warning: {message}", sys.stderr)
 
-    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # from transformers; not relevant to users of the command
-            warnings.showwarning = show
-            yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        if bars:
-            transformers.logging.enable_progress_bar()
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # from transformers; not relevant to users of the command
+        warnings.showwarning = show
+        yield
 
 
 def _print(text: str, stream: TextIO) -> None:

@@ -112,22 +112,28 @@ def is_restored() -> bool:
 
 
 def weights_of(name: str, subfolder: str | None = None, **kwargs: Any) -> Path | None:
-    """The weights file of a saved adapter, in a folder or from the Hub; None if there is none.
+    """The weights file of a saved adapter, in a folder or from the Hub; None if there is none. See `file_of`."""
+    return file_of(name, WEIGHTS, subfolder, **kwargs)
+
+
+def file_of(name: str, file: str, subfolder: str | None = None, **kwargs: Any) -> Path | None:
+    """A file of a saved adapter, in a folder or from the Hub; None if there is none.
 
     Args:
         name: A folder, or a repository on the Hub.
+        file: The name of the file.
         subfolder: A subfolder of it.
         kwargs: Arguments of `huggingface_hub.hf_hub_download`. Others are ignored.
     """
     folder = Path(name, subfolder) if subfolder else Path(name)
-    if os.path.lexists(folder / WEIGHTS):  # also a broken link, for which the error says so
-        return folder / WEIGHTS
+    if os.path.lexists(folder / file):  # also a broken link, for which the error says so
+        return folder / file
     if (folder / CONFIG).is_file():
         return None
     known = inspect.signature(hf_hub_download).parameters
     options = {key: value for key, value in kwargs.items() if key in known}
     try:
-        return Path(hf_hub_download(name, WEIGHTS, subfolder=subfolder, **options))
+        return Path(hf_hub_download(name, file, subfolder=subfolder, **options))
     except LocalEntryNotFoundError:
         raise  # the Hub could not be reached, so the file may exist
     except EntryNotFoundError:

@@ -30,6 +30,7 @@ from ..checkpoint.seal import CONFIG, WEIGHTS
 from ..checkpoint.writer import write_adapter
 from ..config import DTYPES, SFAConfig
 from ..hub import card
+from ..hub.base import BASE_CONFIG, source_of
 from ..hub.upload import upload
 from ..layers.adapted import sfa_layers
 from ..layers.offloading import is_hooked, onloaded
@@ -111,6 +112,8 @@ def save_pretrained(
         tickets = {name: ticket_of(model.base_model, name) for name in names}
         for name in names:
             _write(model, name, tensors[name], tickets[name].shapes, card.folder_of(stage, name))
+            if not (card.folder_of(stage, name) / BASE_CONFIG).exists():  # then an earlier one is of another model
+                (card.folder_of(folder, name) / BASE_CONFIG).unlink(missing_ok=True)
     card.write_card(model, folder, os.fspath(save_directory), tickets=tickets)
 
 
@@ -147,12 +150,15 @@ def _write(
         return None if name is None else DTYPES.get(name)
 
     base = model.get_base_model()
-    if config.base_model_name_or_path is None:
-        config.base_model_name_or_path = vars(base).get("name_or_path") or None
+    name, commit = source_of(base)
+    config.base_model_name_or_path = config.base_model_name_or_path or name
+    if config.revision is None and config.base_model_name_or_path == name:
+        config.revision = commit  # the repository may get other weights
     fields = config.to_dict() | {"inference_mode": True}
     if config.task_type is None:  # PEFT's Auto classes read the base's class from it
         fields["auto_mapping"] = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
     write_adapter(folder, tensors, fields, shapes, dtype_of)
+    card.write_base(model, adapter_name, folder)
 
 
 def _writes(is_main_process: bool) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import keyword
 import math
-import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,12 +15,10 @@ from typing import Any
 from urllib.parse import quote
 
 import peft
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..checkpoint.files import staged
 from ..checkpoint.seal import CONFIG, WEIGHTS, digest_of
@@ -33,10 +30,13 @@ from ..ticket import Ticket
 from ..ticket.picture import draw_ticket
 from ..ticket.text import printable
 from ..tuner.model import SFAModel, tuner_of
+from .base import BASE_CONFIG, Recipe, can_be_repo, hub_id, quiet, recipe_of, source_of
 from .readme import Readme, ReadmeError, code, dicts_in, escaped, literal, text_in, with_texts
 
 CARD = "README.md"
 PICTURE = "ticket.png"
+PROCESSOR = "preprocessor_config.json"
+INSTALL = "pip install sfa-peft"
 
 # Endings of class names in transformers, and the names of their tasks on the Hub.
 TASKS = {
@@ -69,9 +69,12 @@ def describe_adapter(
     split: str | None = None,
     metrics: Mapping[str, float] | None = None,
     repo_id: str | None = None,
+    processor: BaseImageProcessor | None = None,
     adapter_name: str | None = None,
 ) -> None:
-    """Set the task, dataset and metrics in the model card of an adapter. The next save or upload writes them.
+    """Set the task, dataset and metrics in the model card of an adapter, and the image processor beside it.
+
+    The next save or upload writes them.
 
     Args:
         model (`nn.Module`): The model that `get_peft_model` returned for an `SFAConfig`.
@@ -85,23 +88,29 @@ def describe_adapter(
         repo_id (`str`, *optional*, defaults to `None`):
             The repository in the card's code example. Needed if another function than `model.push_to_hub` uploads the
             adapter, such as `Trainer.push_to_hub`.
+        processor (`BaseImageProcessor`, *optional*, defaults to `None`):
+            The image processor that makes the model's inputs, for `load_dense`. None keeps an earlier one.
         adapter_name (`str`, *optional*, defaults to `None`): The adapter. None means the active one.
 
     The card shows these texts as they are; line breaks and other characters that cannot be printed become escapes.
 
     Raises:
         TypeError: If `model` was not returned by `get_peft_model` for an `SFAConfig`, or `metrics` does not map names
-            to finite numbers.
+            to finite numbers, or `processor` is not an image processor of transformers.
         ValueError: If there is no such adapter, metrics are given without a dataset, a text is empty or not a string,
             or `repo_id` cannot be the name of a repository.
     """
     tuner, name = adapter_of(model, adapter_name)
     said = {"task": task, "dataset": dataset, "split": split, "repo_id": repo_id}
     texts = {argument: _checked(argument, text) for argument, text in said.items() if text is not None}
-    if repo_id is not None and not _can_be_repo(repo_id):
+    if repo_id is not None and not can_be_repo(repo_id):
         raise ValueError(f"repo_id={repo_id!r} cannot be the name of a repository; use one such as 'user/name'.")
     if metrics and not dataset:
         raise ValueError(f"metrics={metrics!r} need a `dataset`: give the name of the one they were measured on.")
+    if not isinstance(processor, BaseImageProcessor | None):
+        raise TypeError(
+            f"processor={processor!r} must be an image processor of transformers, such as AutoImageProcessor gives."
+        )
     try:
         values = {metric: float(value) for metric, value in dict(metrics or {}).items()}
     except (TypeError, ValueError, OverflowError) as error:
@@ -109,7 +118,9 @@ def describe_adapter(
     if not all(map(math.isfinite, values.values())):
         raise TypeError(f"metrics={metrics!r} must be finite numbers.")
     values = {_checked("metrics", metric): value for metric, value in values.items()}
-    notes_of(tuner, name).evaluation = Evaluation(metrics=values, **texts)
+    notes = notes_of(tuner, name)
+    notes.evaluation = Evaluation(metrics=values, **texts)
+    notes.processor = processor or notes.processor
 
 
 def _checked(argument: str, text: Any) -> str:
@@ -121,15 +132,19 @@ def _checked(argument: str, text: Any) -> str:
 
 @dataclass
 class Notes:
-    """The data of an adapter that is kept for its model card.
+    """The data of an adapter that is kept for its model card, and for the files that make it stand alone.
 
     Attributes:
         evaluation: The user's description.
         picture: The digest of the ticket and its picture, which is cached, since drawing takes longer than saving.
+        processor: The image processor.
+        recipe: What the base can be rebuilt from, which is cached, too.
     """
 
     evaluation: Evaluation = field(default_factory=Evaluation)
     picture: tuple[str, bytes] = ("", b"")
+    processor: BaseImageProcessor | None = None
+    recipe: Recipe = field(default_factory=Recipe)
 
 
 def notes_of(tuner: SFAModel, adapter_name: str) -> Notes:
@@ -140,6 +155,17 @@ def notes_of(tuner: SFAModel, adapter_name: str) -> Notes:
 def folder_of(folder: Path, adapter_name: str) -> Path:
     """The folder of an adapter in the folder of a model, as in PEFT."""
     return folder if adapter_name == "default" else folder / adapter_name
+
+
+def write_base(model: PeftModel, adapter_name: str, folder: Path) -> None:
+    """Write the files beside an adapter that `load_dense` needs: the base's config, and the image processor."""
+    notes = notes_of(tuner_of(model), adapter_name)
+    notes.recipe = recipe_of(model.get_base_model(), notes.recipe)
+    if notes.recipe.text is not None:
+        (folder / BASE_CONFIG).write_text(notes.recipe.text, encoding="utf-8")
+    if notes.processor is not None:
+        with quiet():
+            notes.processor.save_pretrained(folder)
 
 
 def write_card(
@@ -226,7 +252,8 @@ def _write(
         section = [
             _summary(model, name, ticket, evaluations[name], base_id, size),
             *([f"![Where the adapter sits in the backbone]({quote(picture.as_posix())})"] if drawn else []),
-            f"```python\n{_snippet(model, name, source, is_repo)}\n```",
+            f"```python\n{_snippet(model, name, source, is_repo, (path / BASE_CONFIG).is_file())}\n```",
+            _NEEDS_IMPORT + (f" {_not_alone(why)}" if (why := notes_of(tuner, name).recipe.why) else ""),
         ]
         card.set_section(name, "\n\n".join(section))
     card.write(stage / CARD)
@@ -331,23 +358,11 @@ def task_of(base: nn.Module) -> str | None:
     return next((task for ending, task in TASKS.items() if type(base).__name__.endswith(ending)), None)
 
 
-def hub_id(name: Any) -> str | None:
-    """The name if it can be a repository on the Hub and is not a local folder, otherwise None."""
-    return name if isinstance(name, str) and _can_be_repo(name) and not os.path.exists(name) else None
-
-
-def _can_be_repo(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return name.isprintable()  # the Hub's client admits a line break at the end
-
-
 def base_name_of(model: PeftModel, adapter_name: str) -> str:
     """The folder or repository of the base model; empty if it is not known."""
-    name = getattr(model.get_base_model(), "name_or_path", None)
-    return str(name or tuner_of(model).peft_config[adapter_name].base_model_name_or_path or "")
+    return str(
+        source_of(model.get_base_model())[0] or tuner_of(model).peft_config[adapter_name].base_model_name_or_path or ""
+    )
 
 
 def _summary(
@@ -425,27 +440,64 @@ def _draw(ticket: Ticket, notes: Notes, path: Path) -> bool:
     return True
 
 
-def _snippet(model: PeftModel, name: str, source: str, is_repo: bool) -> str:
-    """The code example that loads the adapter."""
+_NEEDS_IMPORT = "Without `import sfa_peft`, PEFT does not know the method, and ends in `KeyError: 'SFA'`."
+
+
+def _not_alone(why: str) -> str:
+    return f"`sfa_peft.load_dense` cannot make this model: {escaped(why)}."
+
+
+def _snippet(model: PeftModel, name: str, source: str, is_repo: bool, stands_alone: bool) -> str:
+    """The code example that loads the adapter, and with an image processor predicts."""
+    imports = f"# {INSTALL}\nimport sfa_peft  # registers SFA with PEFT\n"
+    named = base_name_of(model, name)
+    is_found = bool(named) and (hub_id(named) is not None or not is_repo)
+    subfolder = "" if name == "default" else f", subfolder={literal(name)}"
+    if not (stands_alone and named):
+        return imports + _load_of_both(model, name, source, subfolder, named if is_found else None)
+    base = "" if is_found else ', base="..."'  # what the author has is of no use to others
+    load = f"model, processor, id2label = sfa_peft.load_dense({literal(source)}{subfolder}{base})"
+    if notes_of(tuner_of(model), name).processor is None:
+        return f"{imports}\n{load}"
+    finish = _finish(type(model.get_base_model()).__name__, notes_of(tuner_of(model), name).processor)
+    return (
+        f"{imports}import torch\nfrom PIL import Image\n\n{load}\n"
+        'image = Image.new("RGB", (640, 480))  # yours: Image.open("street.jpg").convert("RGB")\n'
+        'with torch.no_grad():\n    outputs = model(**processor(image, return_tensors="pt"))\n' + finish
+    )
+
+
+def _finish(class_name: str, processor: Any) -> str:
+    """The line that makes a prediction out of a model's outputs; empty if the processor has no method for it."""
+    tasks = ("semantic_segmentation", "object_detection", "depth_estimation", "instance_segmentation")
+    endings = {f"For{task.title().replace('_', '')}": task for task in tasks}
+    task = next((t for ending, t in endings.items() if class_name.endswith(ending)), "instance_segmentation")
+    method = f"post_process_{task}"
+    if not hasattr(processor, method):
+        return ""
+    return f"prediction = processor.{method}(outputs, target_sizes=[(image.height, image.width)])[0]"
+
+
+def _load_of_both(model: PeftModel, name: str, source: str, subfolder: str, base_name: str | None) -> str:
+    """The code that loads the base model and then the adapter."""
     base = model.get_base_model()
     config = tuner_of(model).peft_config[name]
     options = ""
     num_labels = getattr(getattr(base, "config", None), "num_labels", None)
     if config.modules_to_save and isinstance(num_labels, int):
         options = f", num_labels={num_labels}, ignore_mismatched_sizes=True"
-    base_name = base_name_of(model, name)
     cls = type(base)
     library = cls.__module__.partition(".")[0]
     module = library if library == "transformers" else cls.__module__
-    if base_name and (hub_id(base_name) or not is_repo) and _is_importable(module, cls.__name__):
+    is_whole = vars(base).get("name_or_path") == base_name  # otherwise the name is the backbone's
+    if base_name and is_whole and _is_importable(module, cls.__name__):
         imports = f"from {module} import {cls.__name__}\n"
         make = f"base = {cls.__name__}.from_pretrained({literal(base_name)}{options})"
     else:
         class_name = cls.__name__ if cls.__name__.isidentifier() else literal(cls.__name__)
         imports, make = "", f"base = ...  # the {class_name} that the adapter was trained on"
-    subfolder = "" if name == "default" else f", subfolder={literal(name)}"
     return (
-        f"import sfa_peft  # registers SFA with PEFT\nfrom peft import PeftModel\n{imports}\n{make}\n"
+        f"from peft import PeftModel\n{imports}\n{make}\n"
         f"model = PeftModel.from_pretrained(base, {literal(source)}{subfolder}).eval()"
     )
 
