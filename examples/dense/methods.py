@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, ShiraConfig, get_peft_model
 from torch import nn
 
-from sfa_peft import SFAConfig
+from sfa_peft import SFAConfig, parameter_groups
 
 from .models import count_parameters
 
@@ -186,18 +186,15 @@ def is_head(name: str, heads: Sequence[str]) -> bool:
 
 def optimizer_for(model: nn.Module, heads: Sequence[str], rates: Rates, decay: float = 0.0) -> torch.optim.AdamW:
     """AdamW with a group for each learning rate; weight decay on what is trained in the backbone alone."""
-    groups: dict[str, list[nn.Parameter]] = {"head": [], "backbone": [], "internal": []}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            kind = "head" if is_head(name, heads) else "internal" if ".sfa_internal." in name else "backbone"
-            groups[kind].append(p)
-    return torch.optim.AdamW(
-        [
-            {"params": parameters, "lr": getattr(rates, kind), "weight_decay": decay if kind == "backbone" else 0.0}
-            for kind, parameters in groups.items()
-            if parameters
-        ]
+    if is_adapter(model) and isinstance(model.active_peft_config, SFAConfig):
+        groups = parameter_groups(model, internal=rates.internal, external=rates.backbone, head=rates.head)
+        return torch.optim.AdamW(groups)
+    trained = [(is_head(name, heads), p) for name, p in model.named_parameters() if p.requires_grad]
+    kinds = (
+        {"params": [p for of_head, p in trained if of_head], "lr": rates.head, "weight_decay": 0.0},
+        {"params": [p for of_head, p in trained if not of_head], "lr": rates.backbone, "weight_decay": decay},
     )
+    return torch.optim.AdamW([group for group in kinds if group["params"]])
 
 
 def trained_backbone_parameters(model: nn.Module, heads: Sequence[str]) -> int:

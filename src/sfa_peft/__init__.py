@@ -28,6 +28,8 @@ from .search import (  # noqa: E402
 )
 from .ticket import Evidence, Quotas, Ticket, TicketReport, criterion  # noqa: E402
 from .tuner.model import SFAModel  # noqa: E402
+from .tuner.optimizers import parameter_groups  # noqa: E402
+from .tuner.trunk import shared_trunk  # noqa: E402
 
 apply_patches()
 register(RecordedConfig, SFAModel)
@@ -43,6 +45,8 @@ __all__ = [
     "install_ticket",
     "ticket_of",
     "extract_adapter",
+    "parameter_groups",
+    "shared_trunk",
     "describe_adapter",
     "load_dense",
     "Dense",

@@ -42,6 +42,7 @@ from .hotswap import resize
 from .loads import AdapterLoad, readable_errors, restoring
 from .patching import Method, arguments_of, in_own_context, patch
 from .registration import NAME
+from .trainer import watch_trainer
 
 
 def is_sfa(model: Any) -> bool:
@@ -173,6 +174,8 @@ def init(original: Method, model: PeftModel, *args: Any, **kwargs: Any) -> None:
     concerned = isinstance(given.get("peft_config"), SFAConfig) and isinstance(given.get("model"), nn.Module)
     with restoring(given["model"]) if concerned else nullcontext():
         original(*args, **kwargs)
+    if concerned:
+        watch_trainer()
 
 
 @patch(PeftModel, "add_adapter", "adapter_name", applies=is_sfa)

@@ -1,14 +1,83 @@
-"""Finds optimizers with parameters that an adapter no longer has, so that their steps would have no effect."""
+"""Optimizers of adapters: groups with the measured rates, and a warning of one with replaced parameters."""
 
 from __future__ import annotations
 
 import gc
+import math
 import warnings
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from ..config import is_int
+from ..layers.adapted import sfa_layers
+
+_EXTERNAL = ("sfa_external", "sfa_parallel")
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    internal: float = 1.2e-2,
+    external: float = 1e-2,
+    head: float = 2e-3,
+    weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    """The trainable parameters of a model with SFA adapters, as groups for AdamW with a learning rate for each kind.
+
+    The defaults are those that measured best in semantic segmentation; docs/choosing.md has those of other tasks. Call
+    it after `search_ticket`, which gives the adapter new parameters.
+
+    Args:
+        model (`nn.Module`): A model with at least one SFA adapter that is trained, also wrapped or injected.
+        internal (`float`, defaults to 1.2e-2): The learning rate of the values of the ticket.
+        external (`float`, defaults to 1e-2): The learning rate of external adapters.
+        head (`float`, defaults to 2e-3):
+            The learning rate of heads (`modules_to_save`), and of whatever else is trained whole.
+        weight_decay (`float`, defaults to 0.0): The weight decay of every group.
+
+    Returns:
+        A group for each kind that the model has, with `params`, `lr`, `weight_decay` and `name`: `head`, `external` or
+        `internal`. Every trainable parameter is in exactly one of them.
+
+    Raises:
+        TypeError: If the model has no SFA adapter.
+        ValueError: If a rate is not a number >= 0, or no adapter is trained.
+
+    Example:
+
+        >>> optimizer = torch.optim.AdamW(parameter_groups(model))
+        >>> trainer = Trainer(model, args, train_dataset=rows, optimizers=(optimizer, None))
+    """
+    rates = {"internal": internal, "external": external, "head": head}
+    for argument, rate in (rates | {"weight_decay": weight_decay}).items():
+        if not (is_int(rate) or isinstance(rate, float)) or not math.isfinite(rate) or rate < 0:
+            raise ValueError(f"{argument}={rate!r} must be a number >= 0.")
+    layers = [layer for _, layer in sfa_layers(model)]
+    if not layers:
+        raise TypeError(f"{type(model).__name__} has no SFA adapter: call get_peft_model(base, SFAConfig(...)) first.")
+    values = internal_values(model)
+    external_adapters = (a for layer in layers for kind in _EXTERNAL for a in getattr(layer, kind).values())
+    bottlenecks = {id(p) for adapter in external_adapters for p in adapter.parameters()}
+    groups: dict[str, list[nn.Parameter]] = {"head": [], "external": [], "internal": []}
+    for p in model.parameters():
+        if p.requires_grad:
+            groups["internal" if id(p) in values else "external" if id(p) in bottlenecks else "head"].append(p)
+    if not groups["internal"] and not groups["external"]:
+        raise ValueError("no SFA adapter of the model is trained: load it with is_trainable=True, or activate it.")
+    return [
+        {"params": parameters, "lr": rates[kind], "weight_decay": weight_decay, "name": kind}
+        for kind, parameters in groups.items()
+        if parameters
+    ]
+
+
+def internal_values(model: nn.Module) -> set[int]:
+    """The values of all tickets in a model, by `id`."""
+    deltas = (delta for _, layer in sfa_layers(model) for delta in layer.sfa_internal.values())
+    return {id(p) for delta in deltas for p in delta.parameters()}
 
 
 def holds_any(parameters: Iterable[Tensor]) -> Optimizer | None:
