@@ -23,6 +23,8 @@ from accelerate import PartialState
 from PIL import Image
 from torch import nn
 
+from sfa_peft import shared_trunk
+
 from dense.arguments import parse
 from dense.folder import DESCRIBED, RESULTS, RUN, read_json, write_json
 from dense.limits import whole
@@ -54,6 +56,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--image", type=Path, help="Default: one of the embedded scenes.")
     parser.add_argument("--steps", type=whole(1), default=300, help="Of each training.")
     parser.add_argument("--search_steps", type=whole(0), default=60, help="Of each ticket search.")
+    parser.add_argument(
+        "--last_blocks", type=whole(1), help="Of each adapter: only these, so that the blocks before run once for all."
+    )
     parser.add_argument("--overwrite", action="store_true", help="Train the default runs again where they are there.")
     parser.add_argument("--output_dir", type=Path, default=Path("out/multi_task"))
     return parser.parse_args(arguments)
@@ -66,6 +71,7 @@ def train_all(args: argparse.Namespace) -> list[Path]:
         FlagError: If an earlier call has done it with others; nothing is trained then.
     """
     given = ["--backbone=dinov2", f"--steps={args.steps}", f"--search_steps={args.search_steps}", "--log_with=none"]
+    given += [] if args.last_blocks is None else [f"--last_blocks={args.last_blocks}"]
     runs = {args.output_dir / name: task for name, task in DEFAULT.items()}
     done = {folder for folder in runs if (folder / RESULTS).is_file() and not args.overwrite}
     for folder in done:
@@ -123,6 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     save_grid(picture, pictures, {}, f"one backbone, {len(runs)} adapters")
     for folder, own in seconds.items():
         print(f"{folder}: answered in {1000 * own:.0f} ms, with the switch")
+    print(answer_together(switchboard, runs, image))
     print(
         f"in memory: one backbone of {backbone / MIB:.1f} MiB, {len(runs)} adapters and heads of "
         f"{(together - backbone) / MIB:.1f} MiB; together {together / MIB:.1f} MiB. {len(runs)} whole models: "
@@ -133,6 +140,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     numbers = {"bytes_together": together, "bytes_of_backbone": backbone, "bytes_of_whole_models": whole}
     write_json(args.output_dir / NUMBERS, numbers | {"bytes_on_disk": on_disk})
     print(f"picture: {picture}")
+
+
+def answer_together(switchboard: Switchboard, runs: Sequence[Trained], image: Image.Image) -> str:
+    """Let all runs answer with what is before their first adapted block computed once, and say how long it takes."""
+    try:
+        with shared_trunk(switchboard.model) as shared:
+            began = time.perf_counter()
+            for trained in runs:
+                switchboard.paint(trained, image)
+            seconds = time.perf_counter() - began
+    except ValueError as error:
+        return f"every run computes the whole backbone: {error} Here: --last_blocks 4."
+    return f"all together in {1000 * seconds:.0f} ms, with {len(shared)} modules that run once for all"
 
 
 def image_of_flag(path: Path) -> Image.Image:

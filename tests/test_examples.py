@@ -1060,6 +1060,9 @@ def test_nothing_of_an_earlier_run_is_taken_for_a_later_ones(folders, tmp_path):
         (DepthEstimation, ["--depth_scale", "0.001"], r"is --depth_scale right\?"),
         (SemanticSegmentation, ["--method", "lora", "--external_share", "0.5"], "--external_share 0.5"),
         (SemanticSegmentation, ["--budget", "1e-6"], "--budget 1e-06"),
+        (SemanticSegmentation, ["--last_blocks", "1"], "--last_blocks 1: the backbone is a swin, whose blocks"),
+        (DepthEstimation, ["--last_blocks", "5"], "--last_blocks 5: the backbone has 4"),
+        (DepthEstimation, ["--last_blocks", "1", "--method", "lora"], "--method lora .*--last_blocks 1: "),
     ],
 )
 def test_flags_that_do_not_fit_the_data_or_the_method_end_with_a_sentence(folders, task, flags, match, tmp_path):

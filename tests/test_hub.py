@@ -290,7 +290,8 @@ def test_a_base_that_the_hub_does_not_have_is_not_named_there(hub, tmp_path):
     base = tiny.swin()
     base.save_pretrained(tmp_path / "base")
     model = get_peft_model(type(base).from_pretrained(tmp_path / "base"), SFAConfig(budget=0.1))
-    model.push_to_hub(REPO)
+    with pytest.warns(UserWarning, match="a folder that others do not have"):
+        model.push_to_hub(REPO)
     text = hub.repos[REPO].branches["main"][-1]["files"]["README.md"].decode()
     assert str(tmp_path) not in text
     assert ModelCard(text).data.base_model is None

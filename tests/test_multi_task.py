@@ -22,6 +22,7 @@ from PIL import Image
 from transformers import Dinov2Model
 
 import tiny
+from sfa_peft import shared_trunk
 
 from app import Adapters
 from app import main as app
@@ -79,6 +80,7 @@ def folders(tmp_path_factory):
             "2",
         ]
         more = ["--image_size", "48", "64", "--budget", "0.1", "--search_steps", "2", "--num_workers", "0"]
+        more += ["--last_blocks", "2"]
         run(TASKS[task], [*flags, *more, "--dataset", str(root / "data"), "--log_with", "none", *own])
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
@@ -109,10 +111,14 @@ def test_one_backbone_answers_as_each_task_alone(folders):
     board = Switchboard(runs, CPU)
     for trained in (*runs, *runs[::-1]):  # switched back and forth
         assert same(board.predict(trained, image), alone(trained, image))
+    with shared_trunk(board.model) as shared:
+        assert [name.rpartition(".")[2] for name in shared][:3] == ["embeddings", "0", "1"]
+        for trained in (*runs, *runs[::-1]):
+            assert same(board.predict(trained, image), alone(trained, image))
     (frozen,) = [
-        p for n, p in board.model.named_parameters() if n.endswith("layer.0.attention.q_proj.base_layer.weight")
+        p for n, p in board.model.named_parameters() if n.endswith("layer.3.attention.q_proj.base_layer.weight")
     ]
-    assert torch.equal(frozen, Dinov2Model.from_pretrained(runs[0].model).encoder.layer[0].attention.q_proj.weight)
+    assert torch.equal(frozen, Dinov2Model.from_pretrained(runs[0].model).encoder.layer[3].attention.q_proj.weight)
 
 
 @pytest.mark.slow
@@ -150,6 +156,7 @@ def test_the_script_draws_and_compares(folders, tmp_path, capsys):
     numbers = json.loads((tmp_path / "out" / "memory.json").read_text())
     assert numbers["bytes_together"] < numbers["bytes_of_whole_models"]
     assert "3 whole models" in told
+    assert "modules that run once for all" in told
     assert (tmp_path / "out" / "answers.png").stat().st_size > 5_000
     with pytest.raises(FlagError, match=r"--image .*nowhere\.png: image that cannot be read"):
         multi_task(["--image", str(tmp_path / "nowhere.png")])

@@ -42,6 +42,11 @@ def parse(
     model.add_argument("--method", choices=tuple(METHODS), default="sfa")
     model.add_argument("--budget", type=float, default=0.05, help="Fraction of the backbone that may be trained.")
     model.add_argument("--external_share", type=float, help="Of SFA's budget, for external adapters. Default: SFA's.")
+    model.add_argument(
+        "--last_blocks",
+        type=whole(1),
+        help="Of SFA on a plain transformer: adapt only that many blocks, so that tasks can share those before.",
+    )
     model.add_argument("--image_size", type=whole(1), nargs=2, default=(96, 128), metavar=("HEIGHT", "WIDTH"))
     task_class.add_arguments(parser)
     data.add_arguments(parser, {**task_class.columns, **task_class.optional_columns})

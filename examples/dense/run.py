@@ -126,9 +126,10 @@ class Run:
         self.heads, self.whole = dense.heads, dense.backbone_parameters
         share = {} if args.external_share is None else {"external_share": args.external_share}
         try:
-            model = adapt(dense, args.method, args.budget, **share)
+            model = adapt(dense, args.method, args.budget, **share, **last_blocks(dense, args))
         except (TypeError, ValueError) as error:
-            given = "".join(f" --external_share {value}" for value in share.values())
+            flags = {"external_share": args.external_share, "last_blocks": args.last_blocks}
+            given = "".join(f" --{name} {value}" for name, value in flags.items() if value is not None)
             raise FlagError(f"--method {args.method} --budget {args.budget}{given}: {error}") from error
         self.trained = trained_backbone_parameters(model, self.heads)
         self.report.facts |= {
@@ -438,6 +439,22 @@ class Run:
     def _say(self, text: str) -> None:
         if self.accelerator.is_main_process:
             tqdm.write(text)
+
+
+def last_blocks(dense: Dense, args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a config that name the last blocks of a backbone, if the flags ask for them.
+
+    Raises:
+        FlagError: If the backbone has fewer, or they are in stages.
+    """
+    if args.last_blocks is None:
+        return {}
+    config = dense.model.get_submodule(dense.backbone).config
+    count = 0 if hasattr(config, "depths") else getattr(config, "num_hidden_layers", 0)
+    if args.last_blocks > count:
+        has = f"has {count}" if count else f"is a {config.model_type}, whose blocks have no numbers of their own"
+        raise FlagError(f"--last_blocks {args.last_blocks}: the backbone {has}")
+    return {"layers_to_transform": list(range(count - args.last_blocks, count))}
 
 
 PARTS = (("sfa_internal.positions", "positions"), ("sfa_internal.", "internal values"), (".sfa_", "external"),

@@ -26,7 +26,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..checkpoint import CheckpointError
 from ..checkpoint.reader import file_of
 from ..config import SFAConfig
-from ..planning.base import modules_outside_adapters
+from ..layers.leaves import modules_outside
 
 BASE_CONFIG = "base_config.json"
 MAX_BASE_CONFIG = 1 << 24  # bytes
@@ -124,7 +124,7 @@ def recipe_of(base: nn.Module, earlier: Recipe) -> Recipe:
 def _structure(model: nn.Module) -> dict[str, tuple[str, str, dict[str, tuple[int, ...]]]]:
     """For each module of a base model, without adapters: its class, its options, the shapes of its parameters."""
     found = {}
-    for name, module in modules_outside_adapters(model):
+    for name, module in modules_outside(model):
         if isinstance(module, ModulesToSaveWrapper):
             members = [(f"{name}.{n}" if n else name, m) for n, m in module.original_module.named_modules()]
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -36,6 +37,13 @@ def upload(
         message, description: Of the commit.
         private, token, revision, create_pr, tags: As in `push_to_hub`.
     """
+    for base in {config.base_model_name_or_path or "" for config in model.peft_config.values()}:
+        if base and Path(base).exists():
+            warnings.warn(
+                f"the adapter names {base!r} as its base model, a folder that others do not have. Push the base "
+                f"too, and tell them to pass `base=` to load_dense; or load it from the Hub before the next training.",
+                stacklevel=4,
+            )
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision and not create_pr and not revision.startswith("refs/"):
