@@ -2,8 +2,8 @@
 
     python tests/versions.py oldest [options of pytest]       # the oldest versions that pyproject.toml admits
     python tests/versions.py newest [options of pytest]       # the newest
-    python tests/versions.py oldest-torch [...]               # torch alone; also transformers, peft, huggingface_hub,
-    python tests/versions.py newest-peft [...]                # accelerate
+    python tests/versions.py oldest-torch [...]               # torch alone; also transformers, peft, accelerate
+    python tests/versions.py newest-peft [...]
     python tests/versions.py torch==2.9.1,peft==0.21.0 [...]  # any others, separated by commas
 
 An environment of its own is made in `build/`, with everything else as in `constraints.txt`. At the end stands a row
@@ -27,6 +27,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "docs" / "compatibility.md"
+# huggingface_hub moves with transformers, which sets its lowest version.
 VARIED = ("torch", "transformers", "peft", "huggingface_hub", "accelerate")
 # What must move with a package: its own requirements, and what limits it. `constraints.txt` pins them otherwise.
 HUB = ("huggingface_hub", "datasets", "gradio", "gradio_client", "hf-gradio", "fsspec", "typer")
