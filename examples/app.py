@@ -4,7 +4,8 @@
     python examples/app.py                                                     # the adapters of multi_task.py
 
 `--runs` are output folders of the other examples, trained with SFA. Adapters on the same backbone share it in memory.
-The page shows the prediction beside that of the model before its training, what the colours mean, and the ticket.
+The page shows the prediction beside that without the adapter, what the colours mean, and the ticket. Without it, the
+head is the one that was trained alone, if the run was made with `--compare head`, or else that of before the training.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import html
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import dense
 import numpy as np
 import torch
 from accelerate import PartialState
+from PIL import Image
 
 try:
     import gradio
@@ -29,15 +32,16 @@ try:
 except ModuleNotFoundError as error:
     raise SystemExit(f"the page needs {error.name}: {dense.INSTALL}") from error
 
-from dense.folder import TICKET_PICTURE
+from dense.folder import PICTURES, TICKET_PICTURE
 from dense.limits import whole
-from dense.report import number
+from dense.report import LAST, number
 from dense.samples import LONGEST_SIDE, Array, BadSampleError, FlagError, printable, read_picture
 from dense.switching import Switchboard, Trained
 from multi_task import DEFAULT, TASKS
 
 MULTI_TASK = Path("out/multi_task")
 LARGEST_FILE = "30mb"
+EXAMPLES = 4
 
 
 class Adapters:
@@ -79,8 +83,10 @@ class Adapters:
         return before, adapted, ""
 
     def before(self, folder: str) -> str:
-        """What the model is called that the training began with."""
+        """What the model without the adapter is called."""
         trained = self.runs[folder]
+        if trained.head_alone is not None:
+            return "The head alone, trained as long on the frozen backbone"
         is_fresh = self.boards[trained.model].fresh[trained]
         return "Untrained head on the frozen backbone" if is_fresh else "The checkpoint before training"
 
@@ -97,10 +103,22 @@ class Adapters:
         )
 
     def legend(self, folder: str) -> str:
-        """The colours of the pictures, as HTML."""
-        colours = self.runs[folder].task.legend().items()
-        keys = ((name, " ".join(f"{255 * part:.0f}" for part in colour)) for name, colour in colours)
-        return "".join(f'<li><i style="background: rgb({rgb})"></i>{html.escape(name)}</li>' for name, rgb in keys)
+        """The colours of the pictures, as HTML; a scale where they go over into each other."""
+        task = self.runs[folder].task
+        keys = ((name, " ".join(f"{255 * part:.0f}" for part in colour)) for name, colour in task.legend().items())
+        items = "".join(f'<li><i style="background: rgb({rgb})"></i>{html.escape(name)}</li>' for name, rgb in keys)
+        return f"<ul{' class=scale' if task.legend_is_scale else ''}>{items}</ul>"
+
+    def examples(self) -> dict[str, Array]:
+        """Validation images that the runs have shown in their reports, by the names of the files they go into."""
+        found = {}
+        for trained in self.runs.values():
+            path = trained.folder / PICTURES / LAST
+            if path.is_file():
+                with np.load(path) as shown:
+                    for key in [key for key in shown.files if key.startswith("image_")][:EXAMPLES]:
+                        found.setdefault(shown[key].tobytes(), shown[key])
+        return {f"example_{i}.png": picture for i, picture in enumerate(list(found.values())[:EXAMPLES], start=1)}
 
     def ticket(self, folder: str) -> Array | None:
         """The ticket's picture; there is none without internal adapters. Not its file, so that none is served."""
@@ -114,8 +132,13 @@ class Adapters:
 def uploaded(file: dict[str, Any] | None) -> str | None:
     """The path of an upload. A request may name any file of this machine; another one than an upload is none."""
     path = str(file["path"]) if file else ""
-    uploads = Path(get_upload_folder()).resolve()
-    return path if Path(path).resolve().is_relative_to(uploads) else None
+    return path if Path(path).resolve().is_relative_to(_uploads()) else None
+
+
+def _uploads() -> Path:
+    folder = Path(get_upload_folder()).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 # Gradio shows small pictures small.
@@ -123,6 +146,9 @@ STYLE = """
 :is(#upload, #before, #adapted) :is(.image-frame, img) { width: 100% !important; object-fit: contain !important; }
 #legend ul { display: flex; flex-wrap: wrap; gap: .2em 1.2em; margin: 0; padding: 0; list-style: none; }
 #legend i { display: inline-block; width: .9em; height: .9em; margin-right: .4em; border: 1px solid #0004; }
+#legend ul.scale { gap: 0; }
+#legend ul.scale li { flex: 1 1 3.5em; }
+#legend ul.scale i { display: block; width: 100%; margin: 0; border: 0; }
 """
 
 
@@ -140,11 +166,19 @@ def build(adapters: Adapters) -> gradio.Blocks:
                 button = gradio.Button("Predict", variant="primary", elem_id="predict")
                 # HTML that is escaped, not Markdown, in which a name can be a link or a picture from elsewhere.
                 wrong = gradio.HTML(elem_id="wrong")
+                pictures = adapters.examples()
+                if pictures:
+                    # In the folder for uploads: the server gives out no other files.
+                    folder = Path(tempfile.mkdtemp(dir=_uploads()))
+                    for name, picture in pictures.items():
+                        Image.fromarray(picture).save(folder / name)
+                    own = [[str(folder / name)] for name in pictures]
+                    gradio.Examples(own, [upload], label="Or one of these", cache_examples=False)
                 words = gradio.HTML(adapters.words(first), elem_id="words")
             with gradio.Column():
                 before = gradio.Image(label=adapters.before(first), interactive=False, elem_id="before")
                 adapted = gradio.Image(label="With the adapter", interactive=False, elem_id="adapted")
-                legend = gradio.HTML(f"<ul>{adapters.legend(first)}</ul>", elem_id="legend")
+                legend = gradio.HTML(adapters.legend(first), elem_id="legend")
         ticket = gradio.Image(
             adapters.ticket(first),
             format="png",
@@ -159,7 +193,7 @@ def build(adapters: Adapters) -> gradio.Blocks:
 
         def describe(folder: str) -> tuple[str, str, Array | None, gradio.Image]:
             label = gradio.Image(label=adapters.before(folder))
-            return adapters.words(folder), f"<ul>{adapters.legend(folder)}</ul>", adapters.ticket(folder), label
+            return adapters.words(folder), adapters.legend(folder), adapters.ticket(folder), label
 
         def answer(file: dict[str, Any] | None, folder: str) -> tuple[Array | None, Array | None, str]:
             return adapters.answer(uploaded(file), folder)

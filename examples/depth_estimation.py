@@ -26,7 +26,7 @@ from dense.limits import above_0, whole
 from dense.methods import Rates
 from dense.metrics import DepthErrors
 from dense.models import require_plain
-from dense.pictures import depth_colours, paint_depth
+from dense.pictures import RELATIVE_ERRORS, depth_colours, paint_depth, paint_relative_errors
 from dense.run import main
 from dense.samples import Array, BadSampleError, Census, Note, Sample, read_depth, read_image
 from dense.task import Task
@@ -43,6 +43,10 @@ class DepthEstimation(Task):
     name = "depth estimation"
     columns = {"image": "image", "depth": "depth_map"}
     headline = "abs_rel"
+    score_words = "mean error relative to the depth (0 is perfect)"
+    legend_is_scale = True
+    lower_is_better = True
+    cuts_images = False  # how far away a thing is, is seen from what is around it
     backbone_path = "backbone"
     dense_config = DPTConfig
     embedded_backbone = "dinov2"
@@ -159,6 +163,12 @@ class DepthEstimation(Task):
 
     def paint(self, image: Array, annotation: Array) -> Array:
         return paint_depth(annotation, self.args.max_depth)
+
+    def paint_errors(self, image: Array, truth: Array, found: Array) -> Array:
+        return paint_relative_errors(truth, found, self._counts(truth))
+
+    def error_legend(self) -> dict[str, tuple[float, float, float]]:
+        return RELATIVE_ERRORS
 
     def legend(self) -> dict[str, tuple[float, float, float]]:
         return depth_colours(self.args.max_depth)

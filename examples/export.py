@@ -31,7 +31,7 @@ from transformers import AutoConfig
 import sfa_peft  # noqa: F401 - importing registers SFA with PEFT
 
 from dense.augmentation import finished, to_tensors
-from dense.folder import write_json
+from dense.folder import check_products, put_products, write_json
 from dense.limits import above_0, whole
 from dense.samples import FlagError, Sample
 from dense.scenes import make_scene
@@ -69,22 +69,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     if args.adapter is not None and args.image_size is None:
         parser.error("--adapter needs --image_size, the height and width of the images")
     return args
-
-
-def check_is_free(folder: Path, overwrite: bool) -> None:
-    """Check that an export may be written.
-
-    Raises:
-        FlagError: If that would replace an earlier one, and `overwrite` does not say so, or files of something else.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise FlagError(f"--output_dir {folder} is no folder")
-    there = [name for name in (MERGED, ONNX, NUMBERS) if (folder / name).exists()]
-    if there and NUMBERS not in there:
-        names = ", ".join(there)
-        raise FlagError(f"--output_dir {folder}: {names} would be replaced, and is of no export; name another folder")
-    if there and not overwrite:
-        raise FlagError(f"--output_dir {folder}: an export is there; replace it with --overwrite, or name another one")
 
 
 def load(args: argparse.Namespace) -> tuple[nn.Module, str, tuple[int, int]]:
@@ -208,7 +192,7 @@ def check(what: str, differs: float, args: argparse.Namespace, work: Path) -> No
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Export, check and time; gives what is written to `export.json`."""
     args = parse_arguments(arguments)
-    check_is_free(args.output_dir, args.overwrite)
+    check_products(args.output_dir, (MERGED, ONNX, NUMBERS), NUMBERS, "an export", args.overwrite)
     base, adapter, size = load(args)
     try:
         # Two: merging changes the model.
@@ -256,12 +240,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     for name, own in times.items():
         print(f"  {name:<20} {own:8.1f}")
     numbers = {"difference": differs, "milliseconds": times, "batch_size": args.batch_size, "image_size": list(size)}
-    write_json(args.output_dir / NUMBERS, numbers)  # first: it says that what comes now is an export
-    for name in (MERGED, ONNX):
-        shutil.rmtree(args.output_dir / name, ignore_errors=True)
-        if (work / name).exists():
-            (work / name).rename(args.output_dir / name)
-    work.rmdir()
+    write_json(work / NUMBERS, numbers)
+    put_products(work, args.output_dir, (MERGED, ONNX, NUMBERS), NUMBERS)
     print(f"exported to {args.output_dir}")
     return numbers
 

@@ -28,7 +28,7 @@ from dense.data import Rows, load_classes
 from dense.limits import whole
 from dense.methods import Rates
 from dense.metrics import CocoAP
-from dense.pictures import paint_objects, palette
+from dense.pictures import WRONG_OBJECTS, paint_objects, paint_wrong_objects, palette
 from dense.run import main
 from dense.samples import (
     Array,
@@ -46,6 +46,7 @@ from dense.samples import (
     read_painted_objects,
 )
 from dense.task import Task
+from dense.windows import Box, join_objects
 from object_detection import DETECTIONS, add_object_arguments
 
 POINTS = 12544  # where a mask's loss is sampled, on large images
@@ -58,6 +59,7 @@ class InstanceSegmentation(Task):
     columns = {"image": "image"}
     optional_columns = {"objects": "objects", "instances": "instances", "annotation": "annotation"}
     headline = "ap"
+    score_words = "AP of masks (1 is perfect)"
     backbone_path = "model.pixel_level_module.encoder"
     dense_config = Mask2FormerConfig
     defaults = {"max_grad_norm": 1.0}
@@ -187,6 +189,9 @@ class InstanceSegmentation(Task):
             )
         return found
 
+    def join(self, boxes: Sequence[Box], found: Sequence[Mapping[str, Any]], size: tuple[int, int]) -> dict[str, Any]:
+        return join_objects(boxes, found, size)
+
     def truth(self, sample: Sample) -> dict[str, Any]:
         return {
             "labels": sample.classes,
@@ -200,6 +205,12 @@ class InstanceSegmentation(Task):
 
     def paint(self, image: Array, annotation: Mapping[str, Any]) -> Array:
         return paint_objects(image, annotation, self.id2label, palette(len(self.id2label)))
+
+    def paint_errors(self, image: Array, truth: Mapping[str, Any], found: Mapping[str, Any]) -> Array:
+        return paint_wrong_objects(image, truth, found)
+
+    def error_legend(self) -> dict[str, tuple[float, float, float]]:
+        return WRONG_OBJECTS
 
     def legend(self) -> dict[str, tuple[float, float, float]]:
         return dict(zip(self.id2label.values(), palette(len(self.id2label)), strict=True))

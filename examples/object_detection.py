@@ -26,10 +26,11 @@ from dense.limits import whole
 from dense.methods import Rates
 from dense.metrics import CocoAP
 from dense.models import require_plain
-from dense.pictures import paint_objects, palette
+from dense.pictures import WRONG_OBJECTS, paint_objects, paint_wrong_objects, palette
 from dense.run import main
 from dense.samples import Array, Classes, FlagError, Note, Sample, read_image, read_objects
 from dense.task import Task
+from dense.windows import Box, join_objects
 
 DETECTIONS = 100  # that COCO judges an image by
 
@@ -50,6 +51,7 @@ class ObjectDetection(Task):
     name = "object detection"
     columns = {"image": "image", "objects": "objects"}
     headline = "ap"
+    score_words = "AP of boxes (1 is perfect)"
     backbone_path = "model.backbone.backbone"
     dense_config = RfDetrConfig
     embedded_backbone = "dinov2"
@@ -150,6 +152,9 @@ class ObjectDetection(Task):
             found.append({"scores": score.cpu().numpy(), "labels": (place % count).cpu().numpy(), "boxes": boxes})
         return found
 
+    def join(self, boxes: Sequence[Box], found: Sequence[Mapping[str, Any]], size: tuple[int, int]) -> dict[str, Any]:
+        return join_objects(boxes, found, size)
+
     def truth(self, sample: Sample) -> dict[str, Array]:
         return {"labels": sample.classes, "boxes": sample.boxes, "areas": sample.areas, "crowd": sample.crowd}
 
@@ -158,6 +163,12 @@ class ObjectDetection(Task):
 
     def paint(self, image: Array, annotation: Mapping[str, Any]) -> Array:
         return paint_objects(image, annotation, self.id2label, palette(len(self.id2label)))
+
+    def paint_errors(self, image: Array, truth: Mapping[str, Any], found: Mapping[str, Any]) -> Array:
+        return paint_wrong_objects(image, truth, found)
+
+    def error_legend(self) -> dict[str, tuple[float, float, float]]:
+        return WRONG_OBJECTS
 
     def legend(self) -> dict[str, tuple[float, float, float]]:
         return dict(zip(self.id2label.values(), palette(len(self.id2label)), strict=True))

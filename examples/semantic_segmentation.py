@@ -21,14 +21,16 @@ from torch import Tensor, nn
 from transformers import SegformerImageProcessorPil, UperNetConfig, UperNetForSemanticSegmentation
 
 from dense.augmentation import normalised
-from dense.data import Rows, load_classes
+from dense.data import Rows
 from dense.limits import whole
+from dense.mask_values import load_map_classes
 from dense.metrics import MeanIoU
 from dense.models import LinearHead
-from dense.pictures import paint_labels, palette
+from dense.pictures import WRONG_PIXELS, paint_labels, paint_wrong_pixels, palette
 from dense.run import main
 from dense.samples import IGNORE_INDEX, Array, Census, Classes, Note, Sample, read_image, read_label
 from dense.task import Task
+from dense.windows import Box, join_maps
 
 
 class SemanticSegmentation(Task):
@@ -37,6 +39,7 @@ class SemanticSegmentation(Task):
     name = "semantic segmentation"
     columns = {"image": "image", "label": "label"}
     headline = "mean_iou"
+    score_words = "mean IoU (1 is perfect)"
     backbone_path = "backbone"
     dense_config = UperNetConfig
 
@@ -51,7 +54,7 @@ class SemanticSegmentation(Task):
 
     @classmethod
     def load_classes(cls, args: argparse.Namespace, rows: Rows) -> Classes:
-        return load_classes(args, rows, args.label_column)
+        return load_map_classes(args, rows, args.label_column)
 
     def processor(self) -> SegformerImageProcessorPil:
         return SegformerImageProcessorPil(**normalised(self.size))
@@ -82,7 +85,7 @@ class SemanticSegmentation(Task):
 
     def read(self, row: Mapping[str, Any], note: Note) -> Sample:
         sample = Sample(read_image(row[self.column["image"]]))
-        label = read_label(row[self.column["label"]], sample.size)
+        label = read_label(row[self.column["label"]], sample.size, self.classes.colours)
         if self.args.reduce_labels:
             label = np.where((label == 0) | (label == IGNORE_INDEX), IGNORE_INDEX, label - 1)
         sample.label = self.classes.of_map(label)
@@ -119,6 +122,9 @@ class SemanticSegmentation(Task):
             for one, size in zip(logits, sizes, strict=True)
         ]
 
+    def join(self, boxes: Sequence[Box], found: Sequence[Array], size: tuple[int, int]) -> Array:
+        return join_maps(boxes, found, size)
+
     def truth(self, sample: Sample) -> Array:
         return sample.label
 
@@ -127,6 +133,12 @@ class SemanticSegmentation(Task):
 
     def paint(self, image: Array, annotation: Array) -> Array:
         return paint_labels(image, annotation, palette(len(self.id2label)))
+
+    def paint_errors(self, image: Array, truth: Array, found: Array) -> Array:
+        return paint_wrong_pixels(image, (truth != found) & (truth != IGNORE_INDEX), truth == IGNORE_INDEX)
+
+    def error_legend(self) -> dict[str, tuple[float, float, float]]:
+        return WRONG_PIXELS
 
     def legend(self) -> dict[str, tuple[float, float, float]]:
         return dict(zip(self.id2label.values(), palette(len(self.id2label)), strict=True))

@@ -3,11 +3,9 @@
 import io
 import json
 import re
-import textwrap
 import warnings
 import zlib
 from argparse import Namespace
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -22,7 +20,7 @@ from pycocotools import mask as rle
 from dense.arguments import parse
 from dense.augmentation import Augmentation, finished, to_tensors
 from dense.checkpoints import Progress
-from dense.data import load_rows
+from dense.data import load_splits
 from dense.loading import Draws, TrainBatches, check_all, eval_batches
 from dense.pictures import paint_objects, palette, save_grid
 from dense.report import Report
@@ -620,12 +618,14 @@ def doubts_of(args, task_class=SemanticSegmentation):
     return task.doubts(problems.census)
 
 
-@pytest.mark.parametrize("streaming", [[], ["--streaming"]])
-def test_masks_of_0_and_255_are_doubted_until_255_is_named(tmp_path, streaming):
+def test_masks_of_0_and_255_are_mapped_and_in_a_stream_doubted(tmp_path):
     masks_of(tmp_path, (0, 255))
     names = tmp_path / "id2label.json"
     names.write_text('{"0": "background", "1": "person"}')
-    args = flags(SemanticSegmentation, "--dataset", tmp_path, *streaming)
+    task, train, _ = SemanticSegmentation.load(flags(SemanticSegmentation, "--dataset", tmp_path))
+    assert train.told == ["the label maps hold 0 and 255: 0 is 'background', 255 is 'person'"]
+    assert set(task.read(train[0], Notes()).label.ravel().tolist()) == {0, 1}
+    args = flags(SemanticSegmentation, "--dataset", tmp_path, "--streaming")
     absent, ignored = doubts_of(args)
     assert absent.startswith("of 2 classes, 1 in none of the 4 rows that were read (person): is --id2label that of")
     assert re.match(
@@ -633,6 +633,9 @@ def test_masks_of_0_and_255_are_doubted_until_255_is_named(tmp_path, streaming):
     )
     names.write_text('{"0": "background", "255": "person"}')
     assert doubts_of(args) == []
+    names.unlink()
+    task, _, _ = SemanticSegmentation.load(flags(SemanticSegmentation, "--dataset", tmp_path))
+    assert task.id2label == {0: "background", 1: "foreground"}
 
 
 def test_what_mostly_does_not_count_is_doubted(tmp_path, folder):
@@ -674,32 +677,25 @@ def pictures_and_masks(tmp_path):
     return tmp_path
 
 
-def test_folders_of_images_and_masks_are_paired_as_the_error_says(pictures_and_masks):
+def test_folders_of_images_and_masks_are_paired_by_their_names(pictures_and_masks):
     args = flags(
         SemanticSegmentation, "--dataset", pictures_and_masks, "--id2label", pictures_and_masks / "names.json"
     )
-    with pytest.raises(
-        DataError, match=r"column 'label' of .* \(images, masks\).*--label_column.*metadata.jsonl"
-    ) as told:
-        SemanticSegmentation.load(args)
-    line = str(told.value).split("such as ")[-1]
-    for split in ("train", "validation"):
-        (pictures_and_masks / split / "metadata.jsonl").write_text(f"{line.replace('1.jpg', '1.png')}\n")
-    task, train, _ = SemanticSegmentation.load(args)
-    (row,) = train
-    assert (task.read(row, Notes()).label == 1).all()
-
-
-def test_the_documented_way_to_pair_images_and_masks(pictures_and_masks, monkeypatch):
-    docs = (Path(__file__).parent.parent / "docs" / "examples.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?metadata.jsonl.*?)```", docs, re.DOTALL)
-    monkeypatch.chdir(pictures_and_masks)
-    for split in ("train", "validation"):
-        exec(textwrap.dedent(code).replace("my-data/train", split), {})
-    _, train, validation = SemanticSegmentation.load(
-        flags(SemanticSegmentation, "--dataset", pictures_and_masks, "--id2label", "names.json")
-    )
+    task, train, validation = SemanticSegmentation.load(args)
     assert len(train) == len(validation) == 2
+    assert (task.read(train[0], Notes()).label == 1).all()
+    assert f"{pictures_and_masks}: images with masks (train 2, validation 2)" in train.told
+
+
+def test_a_metadata_file_says_which_files_belong_together(pictures_and_masks):
+    line = '{"image_file_name": "images/1.png", "label_file_name": "masks/0.png"}'
+    for split in ("train", "validation"):
+        (pictures_and_masks / split / "metadata.jsonl").write_text(f"{line}\n")
+    names = pictures_and_masks / "names.json"
+    _, train, _ = SemanticSegmentation.load(
+        flags(SemanticSegmentation, "--dataset", pictures_and_masks, "--id2label", names)
+    )
+    assert len(train) == 1
 
 
 @pytest.mark.parametrize("task_class", TASKS)
@@ -757,7 +753,7 @@ def test_samples_can_be_limited(folder):
     args = flags(DepthEstimation, "--dataset", folder, "--max_train_samples", 3, "--max_eval_samples", 2)
     _, train, validation = DepthEstimation.load(args)
     assert (len(train), len(validation)) == (3, 2)
-    embedded = load_rows(flags(DepthEstimation, "--max_train_samples", 2), "train", {"image": "image"})
+    embedded, _ = load_splits(flags(DepthEstimation, "--max_train_samples", 2), {"image": "image"}, ("image",))
     assert len(embedded) == 2
 
 

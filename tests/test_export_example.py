@@ -82,7 +82,7 @@ def test_an_export_is_replaced_only_where_a_flag_says_so_and_the_new_one_is_righ
     assert {path: path.read_bytes() for path in before} == before
     export.main(arguments(folder, "upernet", tmp_path, "--overwrite"))
     (tmp_path / "export.json").unlink()
-    with pytest.raises(FlagError, match="merged, onnx would be replaced, and is of no export"):
+    with pytest.raises(FlagError, match="merged, onnx would be replaced, and is not of an export"):
         export.main(arguments(folder, "upernet", tmp_path, "--overwrite"))
 
 

@@ -15,10 +15,14 @@ from .loading import default_workers
 from .methods import METHODS
 from .nano_backbone import KINDS
 from .samples import FlagError
+from .scenes import HEIGHT, WIDTH
 
 if TYPE_CHECKING:
     from .task import Task
 
+STEPS = 400
+EMBEDDED_SIZE = (HEIGHT, WIDTH)
+SCHEDULES = ("polynomial", "cosine", "linear", "constant")
 LARGEST_SEED = 2**32 - 1 - (1 << 16)  # NumPy's, less the numbers of processes that are added
 
 
@@ -40,6 +44,14 @@ def parse(
         help=f"Which nano one, without --model. Default: {task_class.embedded_backbone}.",
     )
     model.add_argument("--method", choices=tuple(METHODS), default="sfa")
+    model.add_argument(
+        "--compare",
+        nargs="+",
+        choices=tuple(METHODS),
+        default=(),
+        metavar="METHOD",
+        help="Train these too, under the same settings, and have all of them in one report.",
+    )
     model.add_argument("--budget", type=float, default=0.05, help="Fraction of the backbone that may be trained.")
     model.add_argument("--external_share", type=float, help="Of SFA's budget, for external adapters. Default: SFA's.")
     model.add_argument(
@@ -47,11 +59,31 @@ def parse(
         type=whole(1),
         help="Of SFA on a plain transformer: adapt only that many blocks, so that tasks can share those before.",
     )
-    model.add_argument("--image_size", type=whole(1), nargs=2, default=(96, 128), metavar=("HEIGHT", "WIDTH"))
+    model.add_argument(
+        "--image_size",
+        type=whole(1),
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="What the model sees. Default: what the image processor of --model makes; 96 128 of the nano ones.",
+    )
     task_class.add_arguments(parser)
     data.add_arguments(parser, {**task_class.columns, **task_class.optional_columns})
     loop = parser.add_argument_group("training")
-    loop.add_argument("--steps", type=whole(1), default=400, help="Optimizer steps.")
+    length = loop.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=whole(1), help=f"Optimizer steps. Default: {STEPS}.")
+    length.add_argument("--num_epochs", type=whole(1), help="Instead of --steps: so many times through the data.")
+    loop.add_argument(
+        "--early_stopping",
+        type=whole(1),
+        metavar="EVALUATIONS",
+        help="Stop when so many evaluations in a row were no better than the best one.",
+    )
+    loop.add_argument(
+        "--lr_scheduler",
+        choices=SCHEDULES,
+        default=SCHEDULES[0],
+        help="How the learning rates fall, after a warm-up. Default: polynomial, of power 0.9.",
+    )
     loop.add_argument(
         "--search_steps", type=whole(0), default=80, help="Of the ticket search; 0 keeps the data-free one."
     )
@@ -81,7 +113,9 @@ def parse(
     )
     out.add_argument("--logging_steps", type=whole(1), default=10)
     out.add_argument(
-        "--eval_steps", type=whole(1), help="Evaluate, and draw pictures, this often. Default: 4 times a run."
+        "--eval_steps",
+        type=whole(1),
+        help="Evaluate, and draw pictures, this often. Default: 4 times a run, 20 times with --early_stopping.",
     )
     out.add_argument("--checkpointing_steps", help="Write a checkpoint every so many steps, or every `epoch`.")
     out.add_argument(
@@ -98,6 +132,13 @@ def parse(
     out.add_argument("--push_to_hub", metavar="REPO_ID", help="Push the adapter there at the end.")
     parser.set_defaults(**task_class.defaults)
     args = parser.parse_args(arguments)
+    if args.image_size is None and args.model is None:
+        args.image_size = EMBEDDED_SIZE
+    if args.steps is None and args.num_epochs is None:
+        args.steps = STEPS
+    args.compare = [method for method in dict.fromkeys(args.compare) if method != args.method]
+    if args.num_epochs and args.streaming:
+        parser.error("--num_epochs: a stream has no known length; give --steps")
     if args.output_dir is None:
         args.output_dir = Path("out") / f"{task_class.name.replace(' ', '_')}-{args.method}"
     for name, value in vars(args).items():
@@ -143,6 +184,11 @@ def checkpointing_interval(args: argparse.Namespace, rows: data.Rows, processes:
         return int(wanted)
     if rows.is_stream:
         raise FlagError("--checkpointing_steps epoch: a stream has no known length; give a number of steps")
+    return steps_of_epoch(args, rows, processes)
+
+
+def steps_of_epoch(args: argparse.Namespace, rows: data.Rows, processes: int) -> int:
+    """The optimizer steps in which each row is seen once."""
     return -(-len(rows) // (args.batch_size * args.gradient_accumulation_steps * processes))
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,14 @@ RESULTS = "results.json"
 TICKET = "ticket.safetensors"
 SEARCH = "search.safetensors"
 CHECKPOINTS = "checkpoints"
+BEST = "best"  # the adapter of the step with the best score, where that is not the last
+COMPARED = "compared"  # the runs of other methods; no product of this one
 PICTURES = "pictures"
 LOGS = "logs"
 REPORT = "report.html"
 TICKET_PICTURE = "ticket.png"
 PRODUCTS = (
-    *(RUN, RESULTS, TICKET, TICKET_PICTURE, SEARCH, CHECKPOINTS, PICTURES, LOGS, REPORT, "README.md"),
+    *(RUN, RESULTS, TICKET, TICKET_PICTURE, SEARCH, CHECKPOINTS, BEST, PICTURES, LOGS, REPORT, "README.md"),
     *("adapter_config.json", "adapter_model.safetensors", "base_config.json", "preprocessor_config.json"),
     *("head.safetensors", "model.safetensors"),
 )
@@ -117,7 +119,7 @@ class RunFolder:
         source = run_of(checkpoint)
         if (checkpoint / TICKET).is_file():
             shutil.copy(checkpoint / TICKET, self.work / TICKET)
-        for name in (PICTURES, LOGS):
+        for name in (BEST, PICTURES, LOGS):
             if (source / name).is_dir():
                 shutil.copytree(source / name, self.work / name)
         copy = self.work / CHECKPOINTS / f"unfinished_{checkpoint.name}"
@@ -138,6 +140,44 @@ class RunFolder:
 
     def _products(self) -> Iterator[Path]:
         return (self.path / name for name in PRODUCTS if (self.path / name).exists())
+
+
+def check_products(folder: Path, products: Sequence[str], record: str, what: str, overwrite: bool) -> None:
+    """Check that what a script makes may be written into a folder.
+
+    Args:
+        folder: Of `--output_dir`.
+        products: What the script writes into it.
+        record: Of these the one that says that they are of the script.
+        what: What they are, for people.
+        overwrite: Whether earlier ones may be replaced.
+
+    Raises:
+        FlagError: If that would replace earlier ones, and `overwrite` does not say so, or files of something else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FlagError(f"--output_dir {folder} is no folder")
+    there = [name for name in products if (folder / name).exists()]
+    if there and record not in there:
+        names = ", ".join(there)
+        raise FlagError(f"--output_dir {folder}: {names} would be replaced, and is not of {what}; name another folder")
+    if there and not overwrite:
+        raise FlagError(f"--output_dir {folder}: {what} is there; replace it with --overwrite, or name another folder")
+
+
+def put_products(work: Path, folder: Path, products: Sequence[str], record: str) -> None:
+    """Move what a script has made in a folder of its own to its place, for what was there before."""
+    (work / record).rename(folder / record)  # first: it says that what comes now is the script's
+    for name in products:
+        if name == record:
+            continue
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+        if (work / name).exists():
+            (work / name).rename(path)
+    work.rmdir()
 
 
 def run_of(checkpoint: Path) -> Path:

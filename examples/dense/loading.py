@@ -245,21 +245,25 @@ def eval_batches(
             yield images.to(accelerator.device), [item.sample for item in good]
 
 
+def look_through(task: Task, rows: Rows, accelerator: Accelerator, most: int | None = None) -> Problems:
+    """What is wrong with the rows of a split, or with so many that are evenly spaced; on all processes."""
+    step = 1 if most is None else max(1, -(-len(rows) // most))
+    own, indices = Problems(), range(accelerator.process_index * step, len(rows), accelerator.num_processes * step)
+    loader = DataLoader(EvalRows(task, rows, indices), batch_size=16, **_options(task.args.num_workers))
+    for items in tqdm(loader, desc=f"checking {rows.split}", disable=not accelerator.is_main_process):
+        own.merge(item.problems for item in items)
+    problems = Problems()
+    problems.merge(gather_object([own]))
+    return problems
+
+
 def check_all(task: Task, rows: Rows, accelerator: Accelerator) -> None:
     """Read every row of a split, and stop if one has a problem.
 
     Raises:
         DataError: Names each kind of problem, how often it comes and in which file first. On all processes.
     """
-    rank, world = accelerator.process_index, accelerator.num_processes
-    loader = DataLoader(
-        EvalRows(task, rows, range(rank, len(rows), world)), batch_size=16, **_options(task.args.num_workers)
-    )
-    own = Problems()
-    for items in tqdm(loader, desc=f"checking {rows.split}", disable=not accelerator.is_main_process):
-        own.merge(item.problems for item in items)
-    problems = Problems()
-    problems.merge(gather_object([own]))
+    problems = look_through(task, rows, accelerator)
     if problems.found:
         raise DataError(
             f"split {rows.split!r} has rows that cannot be used: {'; '.join(problems.lines())}. Mend them, or leave "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoBackbone, AutoConfig, PretrainedConfig
+from transformers.image_processing_base import ImageProcessingMixin
 
 from .errors import FlagError
 
@@ -102,6 +103,31 @@ def use_fast_attention(model: nn.Module, backbone: nn.Module, device: torch.devi
     """
     if device.type == "cpu" and backbone.config.model_type.startswith("swin"):
         model.set_attn_implementation("eager")
+
+
+def default_size(name_or_path: str, config: PretrainedConfig) -> tuple[tuple[int, int], str]:
+    """The height and width that a checkpoint's image processor makes of an image, and where that is said.
+
+    Raises:
+        FlagError: If neither the processor nor the config says it.
+    """
+    inner = getattr(config, "backbone_config", None) or config
+    try:
+        said, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path)
+        size = said.get("crop_size") if said.get("do_center_crop") else said.get("size")
+        source = "its image processor"
+    except OSError:
+        size, source = getattr(inner, "image_size", None), "its config"
+    if isinstance(size, Mapping):
+        edge = size.get("shortest_edge")
+        size = (size["height"], size["width"]) if "height" in size else edge
+    if size is None:
+        raise FlagError(f"--model {name_or_path}: nothing in it says how large images are; give --image_size")
+    height, width = (size, size) if isinstance(size, int) else size
+    patch = getattr(inner, "patch_size", 1)
+    multiple = (patch if isinstance(patch, int) else max(patch)) * getattr(inner, "num_windows", 1)
+    rounded = tuple(max(1, round(side / multiple)) * multiple for side in (height, width))
+    return (rounded[0], rounded[1]), source
 
 
 def patch_multiple(backbone: nn.Module) -> int:

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from pycocotools import mask as rle
 
@@ -23,6 +24,15 @@ Colour = tuple[float, float, float]
 OPACITY = 0.6
 BEST = [0, 4, 2, 6, 8, 10, 12, 14, 16, 18, 1, 5, 3, 7, 9, 11]  # of the colour map, the most different first
 SHOWN = 0.3  # objects with a lower score are left out of pictures
+LARGEST_ERROR = 0.5  # of depth, relative; larger ones look the same
+WRONG_PIXELS: dict[str, Colour] = {"wrong class": (0.86, 0.15, 0.15), "does not count": (0.1, 0.1, 0.1)}
+WRONG_OBJECTS: dict[str, Colour] = {"found": (0.1, 0.65, 0.2), "missed": (0.9, 0.1, 0.1), "not there": (1.0, 0.6, 0.0)}
+RELATIVE_ERRORS: dict[str, Colour] = {
+    f"{part:.0%} off{' or more' if part == LARGEST_ERROR else ''}": tuple(
+        map(float, plt.get_cmap("viridis")(part / LARGEST_ERROR)[:3])
+    )
+    for part in (0.0, 0.25, LARGEST_ERROR)
+}
 LEAST_SIDE = 320  # small images are enlarged for pictures, so that boxes and names can be read
 
 
@@ -65,9 +75,54 @@ def paint_objects(
     return np.asarray(drawn)
 
 
+def paint_wrong_pixels(image: Array, wrong: Array, ignored: Array) -> Array:
+    """Where a map of classes is wrong, over its image in grey."""
+    grey = np.repeat(image.mean(2, keepdims=True), 3, 2) * 0.7 + 70
+    for where, name in ((wrong, "wrong class"), (ignored, "does not count")):
+        grey[where] = 0.25 * grey[where] + 0.75 * 255 * np.array(WRONG_PIXELS[name])
+    return grey.clip(0, 255).astype(np.uint8)
+
+
+def paint_wrong_objects(image: Array, truth: Mapping[str, Any], found: Mapping[str, Any]) -> Array:
+    """Boxes of objects that were found, missed, and found where there is none of their class."""
+    sure = np.flatnonzero(np.asarray(found["scores"]) >= SHOWN)
+    order = sure[np.argsort(-np.asarray(found["scores"])[sure])]
+    left = dict(enumerate(np.asarray(truth["boxes"], float)))
+    boxes: list[tuple[Array, str]] = []
+    for i in order:
+        own = np.asarray(found["boxes"][i], float)
+        same = [k for k in left if truth["labels"][k] == found["labels"][i] and _iou(left[k], own) >= 0.5]
+        if same:
+            boxes.append((left.pop(max(same, key=lambda k: _iou(left[k], own))), "found"))
+        else:
+            boxes.append((own, "not there"))
+    boxes += [(box, "missed") for box in left.values()]
+    scale = max(1, round(LEAST_SIDE / max(image.shape[:2])))
+    drawn = Image.fromarray(image.repeat(scale, 0).repeat(scale, 1))
+    draw = ImageDraw.Draw(drawn)
+    for box, name in boxes:
+        x1, y1, x2, y2 = (float(v) * scale for v in box)
+        colour = tuple(int(255 * c) for c in WRONG_OBJECTS[name])
+        draw.rectangle((x1, y1, max(x2 - 1, x1), max(y2 - 1, y1)), outline=colour, width=3)
+    return np.asarray(drawn)
+
+
+def _iou(a: Array, b: Array) -> float:
+    sides = np.clip(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0, None)
+    both = sides.prod()
+    return float(both / max((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - both, 1e-9))
+
+
+def paint_relative_errors(truth: Array, found: Array, counts: Array) -> Array:
+    """How far a depth map is from the truth, relative to that; black where it is unknown."""
+    error = np.where(counts, np.abs(found - truth) / np.maximum(truth, 1e-9), 0)
+    shown = plt.get_cmap("viridis")(np.clip(error / LARGEST_ERROR, 0, 1))[..., :3]
+    return (np.where(counts[..., None], shown, 0) * 255).astype(np.uint8)
+
+
 def depth_colours(max_depth: float) -> dict[str, Colour]:
     """What the colours of `paint_depth` mean."""
-    depths = np.array([max_depth / 100, max_depth / 10, max_depth])
+    depths = max_depth * np.array([0.01, 0.03, 0.1, 0.3, 1])
     painted = paint_depth(depths[None], max_depth)[0] / 255
     return {f"{depth:g} m": tuple(map(float, colour)) for depth, colour in zip(depths, painted, strict=True)}
 
@@ -96,12 +151,42 @@ def _save_grid(path: Path, columns: Mapping[str, Sequence[Array]], legend: Mappi
     for axis in axes.flat:
         axis.axis("off")
     figure.suptitle(title)
-    patches = [Patch(color=colour, label=shortened(name)) for name, colour in legend.items()]
-    if patches:
-        figure.legend(handles=patches, loc="lower center", ncol=min(len(patches), 3 * wide - 1), frameon=False)
-    figure.tight_layout(rect=(0, 0.02 + 0.25 / (2.45 * rows + 1.2), 1, 1))
+    _add_legend(figure, legend, 3 * wide)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def save_sheet(path: Path, pictures: Mapping[str, Array], legend: Mapping[str, Colour]) -> None:
+    """Draw small pictures in rows, each with its name, as on a photographer's contact sheet."""
+    wide = min(4, len(pictures))
+    rows = -(-len(pictures) // wide)
+    with plt.rc_context({"text.parse_math": False}):
+        figure, axes = plt.subplots(rows, wide, figsize=(3.2 * wide, 2.6 * rows + 0.6), squeeze=False)
+        for axis, (name, picture) in zip(axes.flat, pictures.items(), strict=False):
+            axis.imshow(smaller(picture), interpolation="nearest")
+            axis.set_title(shortened(name, 32), fontsize=8)
+        for axis in axes.flat:
+            axis.axis("off")
+        _add_legend(figure, legend, 3 * wide)
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
+
+
+def smaller(picture: Array, side: int = 480) -> Array:
+    """A picture for a page or a sheet."""
+    small = Image.fromarray(picture)
+    small.thumbnail((side, side))
+    return np.asarray(small)
+
+
+def _add_legend(figure: Figure, legend: Mapping[str, Colour], wide: int) -> None:
+    """Colours with their names below all pictures, and the pictures drawn so that these have room."""
+    patches = [Patch(color=colour, label=shortened(name)) for name, colour in legend.items()]
+    columns = max(1, min(len(patches), wide - 1))
+    if patches:
+        figure.legend(handles=patches, loc="lower center", ncol=columns, frameon=False)
+    lines, height = -(-len(patches) // columns), figure.get_size_inches()[1]
+    figure.tight_layout(rect=(0, min(0.5, (0.1 + 0.22 * lines) / height), 1, 1))
 
 
 def shortened(name: str, most: int = 24) -> str:
@@ -109,17 +194,25 @@ def shortened(name: str, most: int = 24) -> str:
     return name if len(name) <= most else f"{name[: most - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
-def draw_curves(series: Mapping[str, Sequence[tuple[int, float]]]) -> bytes:
-    """A PNG of curves over the steps, each on an axis of its own."""
-    shown = {name: points for name, points in series.items() if points}
+def draw_curves(series: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> bytes:
+    """A PNG of curves over the steps.
+
+    Args:
+        series: For each axis, by its title, the points of each curve by its name; an axis of one has no legend.
+    """
+    shown = {title: {n: p for n, p in own.items() if p} for title, own in series.items() if any(own.values())}
     figure, axes = plt.subplots(
         1, max(len(shown), 1), figsize=(4.6 * max(len(shown), 1), 3.2), squeeze=False, layout="constrained"
     )
-    for axis, (name, points) in zip(axes[0], shown.items(), strict=False):
-        axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 30 else None, markersize=3)
-        axis.set_title(name)
+    for axis, (title, own) in zip(axes[0], shown.items(), strict=False):
+        for place, (name, points) in enumerate(own.items()):
+            marker = "o" if len(points) < 30 else None
+            axis.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=name, lw=2 if not place else 1)
+        axis.set_title(title)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
+        if len(own) > 1:
+            axis.legend(frameon=False)
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=110)
     plt.close(figure)

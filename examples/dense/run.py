@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import shlex
+import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, gather_object, set_seed
+from huggingface_hub import HfApi
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -22,9 +25,11 @@ from tqdm.auto import tqdm
 
 from sfa_peft import Ticket, describe_adapter, install_ticket, search_ticket
 
-from .arguments import checkpointing_interval, parse, plain, trackers_of
+from .arguments import checkpointing_interval, parse, plain, steps_of_epoch, trackers_of
 from .checkpoints import Checkpoints, Progress
 from .folder import (
+    BEST,
+    COMPARED,
     DESCRIBED,
     LOGS,
     MEASURED,
@@ -39,18 +44,21 @@ from .folder import (
     run_of,
     write_json,
 )
-from .loading import TrainBatches, check_all
+from .loading import TrainBatches, check_all, look_through
 from .methods import METHODS, Dense, Rates, adapt, is_adapter, is_head, trained_backbone_parameters
+from .models import default_size, load_config
 from .nano_backbone import pretrained_nano_backbone
-from .report import Report, number
+from .report import Report, number, share_of
 from .samples import DataError, FlagError, Problems
 from .task import Task
 from .training import evaluate, fit
 
+MOST_CHECKED = 2000  # rows of a split that are read before the training
+
 # Flags that do not change what a run ends with, and may be others when it goes on.
 FREE = {
     *("output_dir", "logging_steps", "eval_steps", "eval_batch_size", "num_workers", "log_with", "push_to_hub"),
-    *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "overwrite"),
+    *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "overwrite", "compare"),
 }
 
 
@@ -76,7 +84,23 @@ def run(task_class: type[Task], arguments: Sequence[str] | None = None, doc: str
     """
     given = sys.argv[1:] if arguments is None else arguments
     command = shlex.join([Path(sys.argv[0]).name, *given])
-    return Run(task_class, parse(task_class, given, doc), command).all()
+    args = parse(task_class, given, doc)
+    own = Run(task_class, args, command)
+    if args.compare:
+        own.check_folder()  # before the others are trained
+        for method in args.compare:
+            own.say(f"\n--compare: training with --method {method}")
+            Run(task_class, peer_of(args, method), command).all(is_last=False)
+        own.say(f"\ntraining with --method {args.method}")
+    return own.all()
+
+
+def peer_of(args: argparse.Namespace, method: str) -> argparse.Namespace:
+    """The flags of a run that is to be compared: the same, as far as they are for every method."""
+    folder = args.output_dir / COMPARED / method
+    latest = "latest" if not args.overwrite or args.resume_from_checkpoint == "latest" else None
+    own = {"method": method, "output_dir": folder, "compare": [], "external_share": None, "push_to_hub": None}
+    return argparse.Namespace(**vars(args) | own | {"resume_from_checkpoint": latest})
 
 
 class Run:
@@ -106,21 +130,36 @@ class Run:
         self.doubts: dict[str, list[str]] = {}
         self.progress = Progress()
 
-    def all(self) -> dict[str, Any]:
-        """Do everything, and give the results. Nothing in the folder is touched until the flags and data fit."""
+    def check_folder(self) -> bool:
+        """Find out what the run begins with; whether a run that ended here is all that is wanted.
+
+        Raises:
+            FlagError: If this run would replace what the flags do not say it may, or goes on with other flags.
+        """
         args = self.args
         with self.accelerator.main_process_first():
             if self.accelerator.is_main_process:
                 self.folder.mend()
         latest = args.resume_from_checkpoint == "latest"
         self.goes_on = latest and self.folder.is_unfinished
-        if latest and self.folder.is_finished and not (self.goes_on or args.overwrite):
+        is_ended = latest and self.folder.is_finished and not (self.goes_on or args.overwrite)
+        extends = is_ended and self._is_longer()
+        if is_ended and not extends:
+            return True
+        self.resume = self._find_end() if extends else self._find_checkpoint()
+        return False
+
+    def all(self, is_last: bool = True) -> dict[str, Any]:
+        """Do everything, and give the results. Nothing in the folder is touched until the flags and data fit.
+
+        Args:
+            is_last: Whether no other run comes after it in this process.
+        """
+        args = self.args
+        if self.check_folder():
             return self._ended()
-        self.resume = self._find_checkpoint()
         self._load()
-        if args.bad_data == "error":
-            for rows in (self.train_rows, self.validation_rows):
-                check_all(self.task, rows, self.accelerator)
+        self._check_data()
         self.report.read_samples()
         dense = self.base()
         self.heads, self.whole = dense.heads, dense.backbone_parameters
@@ -134,9 +173,9 @@ class Run:
         self.trained = trained_backbone_parameters(model, self.heads)
         self.report.facts |= {
             "backbone parameters": f"{self.whole:,}",
-            "trained in the backbone": f"{self.trained:,} ({self.trained / self.whole:.2%})",
+            "trained in the backbone": share_of(self.trained, self.whole),
         }
-        self._say(
+        self.say(
             f"{args.method}: trains {self.trained:,} of {self.whole:,} backbone parameters "
             f"({self.trained / self.whole:.2%}), and the head"
         )
@@ -158,25 +197,29 @@ class Run:
             decay=0.01 if METHODS[args.method].trains_backbone else 0.0,
             progress=self.progress,
             problems=self.problems["train"],
-            checkpoints=self.checkpoints if self.interval or self.resume else None,
+            checkpoints=self.checkpoints,
             resume=self.resume,
+            saves_start=self.interval is not None,
             after_step=self._after_step,
         )
-        self._save(model)  # first: it must not be lost to a failure in what is measured, drawn and told
+        self._save(model, self.folder.work)  # first: a failure in what is measured, drawn and told must not lose it
         try:
+            self.checkpoints.save(self.progress.step)  # so that the run can be made longer
             if self.progress.step not in self.progress.scores:
                 self._evaluate(model)
             results = self._finish(model)
         except BaseException:
-            self._say(f"what was trained is in {self.folder.work}; keep a copy before you begin anew")
+            self.say(f"what was trained is in {self.folder.work}; keep a copy before you begin anew")
             raise
         if args.push_to_hub and is_adapter(model) and self.accelerator.is_main_process:
             model.push_to_hub(args.push_to_hub)
+            self._push_description()
         # What is wrapped for several processes goes first, on all of them together. If it outlives the process group,
         # the group is closed at the end of each process, where one may wait for ever for another that has ended.
         self.accelerator.wait_for_everyone()
         self.accelerator.free_memory()
-        self.accelerator.end_training()
+        if is_last:
+            self.accelerator.end_training()
         return results
 
     def base(self) -> Dense:
@@ -202,7 +245,33 @@ class Run:
             folder.check_is_free(self.args.overwrite)
         return checkpoint
 
-    def _check_same_run(self, folder: Path) -> None:
+    def _is_longer(self) -> bool:
+        """Whether more steps, or epochs, are wanted than the run that ended here was to have."""
+        before = read_json(self.folder.path / RUN, DESCRIBED, "run it again with --overwrite")["args"]
+        name = "num_epochs" if self.args.num_epochs else "steps"
+        return (getattr(self.args, name) or 0) > (before.get(name) or math.inf)
+
+    def _find_end(self) -> Path:
+        """The last checkpoint of the run that ended here, to be made longer.
+
+        Raises:
+            FlagError: If there is none, or other flags are given than its own.
+        """
+        path = self.folder.path
+        self._check_same_run(path, but={"steps", "num_epochs"})
+        checkpoint = Checkpoints(path, self.accelerator, None).find("latest")
+        if checkpoint is None:
+            raise FlagError(
+                f"--resume_from_checkpoint latest: the run in {path} has no checkpoint to go on from, as an earlier "
+                f"version wrote none at the end; begin anew with --overwrite"
+            )
+        self.say(
+            f"the run in {path} goes on from {checkpoint.name}; the learning rates are those of a run of as many "
+            f"steps as are wanted now"
+        )
+        return checkpoint
+
+    def _check_same_run(self, folder: Path, but: Collection[str] = ()) -> None:
         """Check that a run goes on with the flags that it was started with, as far as they decide its end."""
         path = folder / RUN
         if not path.is_file():
@@ -215,6 +284,8 @@ class Run:
         if started["task"] != self.task_class.__name__:
             raise FlagError(f"--resume_from_checkpoint: the run in {folder} is one of {started['task']}")
         for name, (before, value) in differing(started["args"], self.args).items():
+            if name in but:
+                continue
             raise FlagError(
                 f"--{name} {value}: the run in {folder} was started with {before}; go on with that, or begin anew "
                 f"with --overwrite, or in another folder"
@@ -231,29 +302,58 @@ class Run:
                 f"adapter_model.safetensors {TICKET_PICTURE}`"
             )
         results = read_json(path / RESULTS, MEASURED, "run it again with --overwrite")
-        self._say(f"the run in {path} has ended; nothing is left to do")
+        self.say(f"the run in {path} has ended; nothing is left to do")
         return results
 
     def _load(self) -> None:
         """Load the data, and a backbone's name."""
         args = self.args
+        if args.image_size is None:
+            args.image_size, source = default_size(args.model, load_config(args.model))
+            self.say(f"--image_size {args.image_size[0]} {args.image_size[1]}: what {source} says")
         self.model_name = args.model or pretrained_nano_backbone(self.accelerator, args.backbone)
         with self.accelerator.main_process_first():
             self.task, self.train_rows, self.validation_rows = self.task_class.load(args)
+        if args.num_epochs:
+            args.steps = args.num_epochs * steps_of_epoch(args, self.train_rows, self.accelerator.num_processes)
+            self.say(f"--num_epochs {args.num_epochs}: {args.steps} steps")
         self.interval = checkpointing_interval(args, self.train_rows, self.accelerator.num_processes)
         rows, work = self.validation_rows, self.folder.work
         self.report = Report(
             self.task, work, rows, self.accelerator, self.progress, self.problems, self.doubts, self.command
         )
 
+    def _check_data(self) -> None:
+        """Say how the data was understood, and what is wrong with files on this machine, before time is spent on them.
+
+        Raises:
+            DataError: If something is wrong, and the flags say that this is an error.
+        """
+        splits = {"train": self.train_rows, "validation": self.validation_rows}
+        for line in (line for rows in splits.values() for line in rows.told):
+            self.say(f"data: {line}")
+        is_here = self.args.dataset is not None and Path(self.args.dataset).is_dir() and not self.args.streaming
+        for split, rows in splits.items():
+            if self.args.bad_data == "error":
+                check_all(self.task, rows, self.accelerator)
+            elif is_here:
+                read = look_through(self.task, rows, self.accelerator, MOST_CHECKED)
+                self.problems[split].found |= read.found  # so that each kind is told once
+                self.doubts[split] = self.task.doubts(read.census)
+                for line in (*read.lines(), *self.doubts[split]):
+                    self.say(f"warning: {split}: {line}")
+                if not read.census.usable:
+                    raise DataError(f"no row of split {rows.split!r} can be used: {'; '.join(read.lines())}")
+
     def _begin(self) -> None:
         """Make the folder ready to be written to; no process looks at what was there any more."""
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             described = {"task": self.task_class.__name__, "model": self.model_name, "id2label": self.task.id2label}
-            self.folder.begin(described | {"args": plain(self.args)}, self.resume, self.goes_on)
+            described |= {"args": plain(self.args), "photo_size": self.report.photo_size()}
+            self.folder.begin(described, self.resume, self.goes_on)
         self.accelerator.wait_for_everyone()
-        self._say(f"the run writes into {self.folder.work} until it is complete")
+        self.say(f"the run writes into {self.folder.work} until it is complete")
         if self.trackers:
             flags = {k: v if isinstance(v, int | float | str) else str(v) for k, v in plain(self.args).items()}
             self.accelerator.init_trackers("sfa_peft", config=flags)
@@ -265,19 +365,44 @@ class Run:
         progress.scores[progress.step] = scores
         progress.add(headline, scores[headline])
         self.accelerator.log({k: v for k, v in scores.items() if isinstance(v, float)}, step=progress.step)
-        self._say(f"step {progress.step}: {headline} {number(scores[headline])}")
+        self.say(f"step {progress.step}: {headline} {number(scores[headline])}")
         for split in ("validation", "train") if progress.step else ("validation",):
             self._doubt(split)
+        if 0 < progress.step < self.args.steps and self.best_step == progress.step:
+            self._keep_best(model)
         if self.accelerator.is_main_process:
             self._decorate("the pictures", lambda: self.report.draw(model))
             self._decorate("the report", self.report.write)
+
+    @property
+    def best_step(self) -> int | None:
+        """The step with the best score, of those after the start; the first of equals. None if there is none yet."""
+        headline, sign = self.task.headline, -1 if self.task.lower_is_better else 1
+        own = {
+            step: s[headline] for step, s in sorted(self.progress.scores.items()) if step and s[headline] is not None
+        }
+        finite = {step: sign * score for step, score in own.items() if math.isfinite(score)}
+        return max(finite, key=lambda step: finite[step]) if finite else None
+
+    def _keep_best(self, model: nn.Module) -> None:
+        """Save what is trained now into a folder of its own, in the place of what was best before."""
+        unfinished, kept = self.folder.work / f"unfinished_{BEST}", self.folder.work / BEST
+        if self.accelerator.is_main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+        self.accelerator.wait_for_everyone()
+        self._save(model, unfinished)
+        if self.accelerator.is_main_process:
+            shutil.copy(self.folder.work / RUN, unfinished / RUN)
+            shutil.rmtree(kept, ignore_errors=True)
+            unfinished.rename(kept)
 
     def _decorate(self, what: str, act: Callable[[], Any]) -> None:
         """Do what a run can do without; if it fails, the run goes on and says so."""
         try:
             act()
         except Exception as error:
-            self._say(f"warning: {what} could not be written: {error!r}")
+            self.say(f"warning: {what} could not be written: {error!r}")
 
     def _check_description(self, model: nn.Module) -> None:
         """Check before the training what the model card will say after it.
@@ -305,6 +430,20 @@ class Run:
                 processor=self.task.processor(),
             )
 
+    def _push_description(self) -> None:
+        """Push beside an adapter what `predict.py` needs to know; nothing of where things are on this machine."""
+        own = argparse.ArgumentParser(add_help=False)
+        self.task_class.add_arguments(own)
+        names = {*vars(own.parse_args([])), "image_size", "method", "backbone", "budget", "seed"} - {"id2label"}
+        described = read_json(self.folder.path / RUN, DESCRIBED, "push the adapter again")
+        described["args"] = {name: described["args"][name] for name in sorted(names)}
+        HfApi().upload_file(
+            path_or_fileobj=json.dumps(described, indent=2).encode(),
+            path_in_repo=RUN,
+            repo_id=self.args.push_to_hub,
+            commit_message="What the adapter predicts, and the flags that predict.py needs",
+        )
+
     def _doubt(self, split: str) -> None:
         """Say what is doubtful in a split, the first time; later it is brought up to date."""
         read = Problems()
@@ -312,7 +451,7 @@ class Run:
         is_first = split not in self.doubts
         self.doubts[split] = self.task.doubts(read.census)
         for line in self.doubts[split] if is_first else ():
-            self._say(f"warning: {split}: {line}")
+            self.say(f"warning: {split}: {line}")
 
     def _search(self, model: nn.Module) -> None:
         args = self.args
@@ -334,7 +473,7 @@ class Run:
             if checkpoint is None or str(checkpoint) not in str(error):
                 raise
             raise FlagError(f"the ticket search cannot go on: {error}") from error
-        self._say(f"\n{report}\n")
+        self.say(f"\n{report}\n")
         if self.accelerator.is_main_process:
             report.ticket.save(self.folder.work / TICKET)
 
@@ -348,30 +487,39 @@ class Run:
         }
         return replace(default, **{name: rate for name, rate in given.items() if rate is not None})
 
-    def _after_step(self, model: nn.Module) -> None:
-        step = self.progress.step
-        if step < self.args.steps and step % (self.args.eval_steps or math.ceil(self.args.steps / 4)) == 0:
+    def _after_step(self, model: nn.Module) -> bool:
+        """Evaluate and write checkpoints when it is time; whether to stop."""
+        step, args, stops = self.progress.step, self.args, False
+        often = 20 if args.early_stopping else 4
+        if step < args.steps and step % (args.eval_steps or math.ceil(args.steps / often)) == 0:
             self._evaluate(model)
+            if args.early_stopping:
+                later = [s for s in self.progress.scores if s > (self.best_step or 0)]
+                stops = len(later) >= args.early_stopping
+                if stops:
+                    self.say(f"stopped: {len(later)} evaluations were no better than that of step {self.best_step}")
         if self.interval and step % self.interval == 0:
             self.checkpoints.save(step)
+        return stops
 
     def _finish(self, model: nn.Module) -> dict[str, Any]:
         args, progress, task = self.args, self.progress, self.task
         before, after = progress.scores[0], progress.scores[progress.step]
-        self._say(
+        self.say(
             f"after {progress.step} steps ({progress.seconds:.0f} s): {task.headline} {number(after[task.headline])} "
             f"(before: {number(before[task.headline])})"
         )
         if args.method == "sfa":
             self._decorate("the scores in the model card", lambda: self._describe(model, after))
-            self._save(model)
+            self._save(model, self.folder.work)
+        best = self._tell_best()
         sizes = self._sizes()
         if is_adapter(model):
             self._check_reloaded(model)
         for split, problems in self.problems.items():
             problems.merge(gather_object([problems]))
             for line in problems.lines():
-                self._say(f"{split}: left out {line}")
+                self.say(f"{split}: left out {line}")
         results = {
             "task": task.name,
             "method": args.method,
@@ -380,6 +528,7 @@ class Run:
             "backbone_parameters": self.whole,
             "before": task.by_class(before),
             "after": task.by_class(after),
+            "best": best,
             "curves": progress.series,
             "seconds": round(progress.seconds, 1),
             "bytes": sizes,
@@ -396,12 +545,24 @@ class Run:
             write_json(self.folder.work / RESULTS, results)  # last: with it, the result is complete
             self.folder.put_in_place()
         self.accelerator.wait_for_everyone()
-        self._say(f"report: {self.folder.path / REPORT}\nnumbers: {self.folder.path / RESULTS}")
+        self.say(f"report: {self.folder.path / REPORT}\nnumbers: {self.folder.path / RESULTS}")
         return results
 
-    def _save(self, model: nn.Module) -> None:
+    def _tell_best(self) -> dict[str, Any]:
+        """Which step was the best, and where it is."""
+        step, folder = self.best_step, self.folder.path
+        if step is None or step == self.progress.step:
+            if self.accelerator.is_main_process:
+                shutil.rmtree(self.folder.work / BEST, ignore_errors=True)
+        else:
+            score = number(self.progress.scores[step][self.task.headline])
+            self.say(f"the best was step {step} ({self.task.headline} {score}): {folder / BEST}; the last: {folder}")
+            folder = folder / BEST
+        return {"step": step, "folder": "." if folder == self.folder.path else BEST}
+
+    def _save(self, model: nn.Module, folder: Path) -> None:
         """Save the adapter, or what else was trained."""
-        folder, is_main = self.folder.work, self.accelerator.is_main_process
+        is_main = self.accelerator.is_main_process
         if is_adapter(model):
             model.save_pretrained(folder, is_main_process=is_main)
         if not (is_adapter(model) and model.active_peft_config.modules_to_save):
@@ -421,22 +582,22 @@ class Run:
         for path in sorted(self.folder.work.glob("*.safetensors")):
             if path.name not in (TICKET, SEARCH):
                 sizes |= {part: sizes.get(part, 0) + count for part, count in checkpoint_bytes(path).items()}
-        self._say("saved bytes: " + ", ".join(f"{part} {count:,}" for part, count in sizes.items()))
+        self.say("saved bytes: " + ", ".join(f"{part} {count:,}" for part, count in sizes.items()))
         return sizes
 
     def _check_reloaded(self, model: nn.Module) -> None:
         try:
             base = self.base().model
         except (FlagError, OSError) as error:  # the Hub is away, say
-            self._say(f"warning: the adapter was not loaded again to check it: {error}")
+            self.say(f"warning: the adapter was not loaded again to check it: {error}")
             return
         loaded = PeftModel.from_pretrained(base, str(self.folder.work))
         ours, theirs = get_peft_model_state_dict(model), get_peft_model_state_dict(loaded)
         if ours.keys() != theirs.keys() or any(not torch.equal(ours[k], theirs[k].to(ours[k].device)) for k in ours):
             raise RuntimeError("the adapter that was loaded again is another than the one that was saved: a bug")
-        self._say("reloaded into a fresh base model: every tensor is the same")
+        self.say("reloaded into a fresh base model: every tensor is the same")
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
         if self.accelerator.is_main_process:
             tqdm.write(text)
 
@@ -475,7 +636,10 @@ def checkpoint_bytes(path: Path) -> dict[str, int]:
 
 def differing(recorded: Mapping[str, Any], args: argparse.Namespace) -> dict[str, tuple[Any, Any]]:
     """The flags that decide what a run ends with, where those recorded are others: before, and now."""
-    pairs = {name: (recorded.get(name, value), value) for name, value in plain(args).items() if name not in FREE}
+    # What is not given is worked out later: the size from the model, the steps from the epochs.
+    free = FREE - ({"eval_steps"} if args.early_stopping else set())
+    free |= {name for name in ("steps", "image_size") if getattr(args, name) is None}
+    pairs = {name: (recorded.get(name, value), value) for name, value in plain(args).items() if name not in free}
     return {name: pair for name, pair in pairs.items() if _as_json(pair[0]) != _as_json(pair[1])}
 
 

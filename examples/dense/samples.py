@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import unicodedata
 import warnings
@@ -149,15 +150,20 @@ class Classes:
         id2label: The dataset's ids and names. Names such as `unlabelled` or `void` are ignored, not classes.
         ignored: More such names, in lower case.
 
+        colours: The dataset's ids by the colours of its label maps, if these show classes by colours.
+
     Attributes:
         id2label: The classes' names as they are shown: one line of text, not empty, not too long, each once.
     """
 
-    def __init__(self, id2label: Mapping[int, str], ignored: Collection[str] = ()) -> None:
+    def __init__(
+        self, id2label: Mapping[int, str], ignored: Collection[str] = (), colours: Mapping[int, int] | None = None
+    ) -> None:
         kept = [i for i in sorted(id2label) if id2label[i].lower() not in IGNORED_NAMES.union(ignored)]
         if not kept:
             raise DataError("there is no class: id2label is empty, or all its names mean that a pixel is ignored")
         self.id2label = shown_names([id2label[old] for old in kept])
+        self.colours = dict(colours or {})
         self.new_ids = {old: new for new, old in enumerate(kept)}
         self.ignored = {i for i in id2label if i not in self.new_ids}
         self._ids_of_names = {id2label[old]: new for new, old in enumerate(kept)}
@@ -212,7 +218,7 @@ def read_image(value: Any) -> Image.Image:
     Raises:
         BadSampleError: If it is damaged, or its values have no known range.
     """
-    return _as_rgb(_opened(value, "image"))
+    return _as_rgb(open_picture(value, "image"))
 
 
 def read_picture(path: str | Path, most_pixels: int = MOST_PIXELS, longest_side: int = LONGEST_SIDE) -> Image.Image:
@@ -269,19 +275,36 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def read_label(value: Any, size: tuple[int, int]) -> Array:
+def read_label(value: Any, size: tuple[int, int], colours: Mapping[int, int] | None = None) -> Array:
     """A map of class ids (height, width); of an image with a palette, the indices.
+
+    Args:
+        value: The map's image.
+        size: Of the image that it annotates.
+        colours: The ids by their colours, red first in 24 bits, if the map shows classes by colours.
 
     Raises:
         BadSampleError: If it is damaged, has colours, or another size than the image.
     """
-    label = np.asarray(_opened(value, "label map"))
-    if label.ndim == 3 and (label == label[..., :1]).all():
+    label = np.asarray(open_picture(value, "label map"))
+    if colours:
+        label = _ids_of_colours(label, colours)
+    elif label.ndim == 3 and (label == label[..., :1]).all():
         label = label[..., 0]
     if label.ndim != 2:
         raise BadSampleError("label map with colours instead of class ids")
     _check_size("label map", label, size)
     return label.astype(np.int64)
+
+
+def _ids_of_colours(label: Array, colours: Mapping[int, int]) -> Array:
+    parts = np.repeat(label[..., None], 3, 2) if label.ndim == 2 else label[..., :3]
+    r, g, b = np.moveaxis(parts.astype(np.int64), 2, 0)
+    found, places = np.unique((r << 16) | (g << 8) | b, return_inverse=True)
+    for colour in found.tolist():
+        if colour not in colours:
+            raise BadSampleError("label map with a colour that is no class", f"it has #{colour:06x}")
+    return np.array([colours[colour] for colour in found.tolist()])[places.reshape(label.shape[:2])]
 
 
 def read_depth(value: Any, size: tuple[int, int], scale: float, note: Note) -> Array:
@@ -296,7 +319,7 @@ def read_depth(value: Any, size: tuple[int, int], scale: float, note: Note) -> A
     Raises:
         BadSampleError: If it is damaged, of another size, or has no known pixel.
     """
-    raw = _opened(value, "depth map") if isinstance(value, Mapping | str | Image.Image) else value
+    raw = open_picture(value, "depth map") if isinstance(value, Mapping | str | Image.Image) else value
     if raw is None:
         raise BadSampleError("depth map missing")
     try:
@@ -420,7 +443,7 @@ def read_painted_objects(value: Any, classes: Classes, size: tuple[int, int], no
     Raises:
         BadSampleError: If it is damaged, has no colours, or another size.
     """
-    painted = np.asarray(_opened(value, "annotation"))
+    painted = np.asarray(open_picture(value, "annotation"))
     if painted.ndim != 3 or painted.shape[2] < 2:
         raise BadSampleError("annotation without a red channel of classes and a green one of objects")
     _check_size("annotation", painted, size)
@@ -460,6 +483,7 @@ def _drawn(shapes: Sequence[Any], size: tuple[int, int]) -> Array:
     masks = np.zeros((len(shapes), height, width), bool)
     for mask, shape in zip(masks, shapes, strict=True):
         try:
+            shape = json.loads(shape) if isinstance(shape, str) else shape
             if isinstance(shape, Mapping):
                 runs = dict(shape)
                 if isinstance(runs["counts"], list):
@@ -477,7 +501,12 @@ def _drawn(shapes: Sequence[Any], size: tuple[int, int]) -> Array:
     return masks
 
 
-def _opened(value: Any, what: str) -> Image.Image:
+def open_picture(value: Any, what: str) -> Image.Image:
+    """An image of a row as it is.
+
+    Raises:
+        BadSampleError: If it is missing or damaged; names it as `what`.
+    """
     if value is None:
         raise BadSampleError(f"{what} missing")
     if not isinstance(value, Mapping | str | Image.Image):

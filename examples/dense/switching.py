@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,11 +17,11 @@ from torch import Tensor, nn
 
 import sfa_peft  # noqa: F401 - importing registers SFA with PEFT
 
-from .arguments import parse
 from .augmentation import finished, to_tensors
-from .folder import DESCRIBED, MEASURED, RESULTS, RUN, read_json
+from .folder import COMPARED, MEASURED, RESULTS, read_json
+from .inference import ADAPTER, HEAD, load_head, read_task
 from .methods import Dense
-from .samples import Array, Classes, FlagError, Sample
+from .samples import Array, FlagError, Sample
 from .task import Task, predictions
 
 
@@ -42,6 +41,12 @@ class Trained:
     model: str
     results: Mapping[str, Any]
 
+    @property
+    def head_alone(self) -> Path | None:
+        """The head that the same run has trained on the frozen backbone, where it has (`--compare head`)."""
+        path = self.folder / COMPARED / "head" / HEAD
+        return path if path.is_file() else None
+
     @classmethod
     def load(cls, folder: Path, tasks: Mapping[str, type[Task]]) -> Trained:
         """Read a run's folder.
@@ -53,27 +58,18 @@ class Trained:
         Raises:
             FlagError: If it is none, damaged or not of SFA, or the run did not come to its end.
         """
+        task, described = read_task(folder, tasks)
         remedy = "train it again with --overwrite, or leave it out"
         try:
-            described = read_json(folder / RUN, DESCRIBED, remedy)
             results = read_json(folder / RESULTS, MEASURED, remedy)
         except FileNotFoundError as error:
-            missing = Path(error.filename).name
-            raise FlagError(f"{folder} is not the folder of a finished run: {missing} is missing") from error
-        if not (folder / "adapter_config.json").is_file() or results["method"] not in ("sfa", "adaptformer"):
+            raise FlagError(f"{folder} is not the folder of a finished run: {RESULTS} is missing") from error
+        if not (folder / ADAPTER).is_file() or results["method"] not in ("sfa", "adaptformer"):
             raise FlagError(f"{folder} was trained with --method {results['method']}, and has no SFA adapter")
-        kind = tasks.get(described["task"])
-        if kind is None:
-            raise FlagError(f"{folder} is a run of {described['task']!r}, which is none of {', '.join(tasks)}")
-        try:
-            names = {int(i): str(name) for i, name in described["id2label"].items()}
-        except ValueError as error:
-            raise FlagError(f"{folder / RUN} is damaged (a class has no number: {error}); {remedy}") from error
         for moment in ("before", "after"):
-            if not isinstance(results[moment].get(kind.headline, ""), float | int | None):
-                raise FlagError(f"{folder / RESULTS} is damaged (it has no {kind.headline!r} {moment}); {remedy}")
-        args = vars(parse(kind, [])) | described["args"]  # an earlier version may have had fewer flags
-        return cls(folder, kind(Namespace(**args), Classes(names) if names else None), described["model"], results)
+            if not isinstance(results[moment].get(task.headline, ""), float | int | None):
+                raise FlagError(f"{folder / RESULTS} is damaged (it has no {task.headline!r} {moment}); {remedy}")
+        return cls(folder, task, described["model"], results)
 
 
 class Shared(nn.Module):
@@ -118,6 +114,8 @@ class MultiTask(nn.Module):
                 models.append(trained.task.build(trained.model, device))
             except FlagError as error:
                 raise FlagError(f"the model that {trained.folder} was trained on cannot be loaded: {error}") from error
+            if trained.head_alone is not None:
+                load_head(models[-1], trained.head_alone)
         self.fresh = [dense.is_fresh for dense in models]
         backbones = [dense.model.get_submodule(dense.backbone) for dense in models]
         self.backbone = backbones[0]
@@ -171,7 +169,10 @@ class Switchboard:
                     module.original_module = nn.Identity()
 
     def predict(self, trained: Trained, image: Image.Image, adapted: bool = True) -> Any:
-        """A run's prediction for an image, at its own size; with `adapted` False that of before its training."""
+        """A run's prediction for an image, at its own size; with `adapted` False that without its adapter.
+
+        Then the head is the one that was trained alone, if it was, or else that of before the training.
+        """
         task, sample = trained.task, Sample(image)
         self.model.set_adapter(self.adapters[trained])
         pixels = finished(to_tensors(sample, task.size))["image"][None].to(self.device)

@@ -12,11 +12,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import BaseImageProcessor, PretrainedConfig
 
-from .data import Rows, check_kinds, load_rows
+from .data import Rows, check_kinds, load_splits
 from .methods import Dense, Rates
 from .metrics import InMemoryMetric
 from .models import heads_of, load_backbone, load_config, patch_multiple, use_fast_attention
 from .samples import Array, Census, Classes, FlagError, Note, Sample
+from .windows import Box
 
 NAMED = 6  # so many classes are named in a sentence
 
@@ -34,6 +35,10 @@ class Task(ABC):
         embedded_backbone: What the embedded backbone is, ``swin`` or ``dinov2``.
         defaults: Values of common flags, where the task's own are better.
         rates: Learning rates of methods, where the task's own are better.
+        lower_is_better: Whether the headline is an error.
+        score_words: What the headline is, in words.
+        legend_is_scale: Whether the colours of the legend go over into each other.
+        cuts_images: Whether a large image may be cut into windows; if so, `join` joins their predictions.
         args: The flags.
         classes: The classes; None if the task has none.
     """
@@ -47,6 +52,10 @@ class Task(ABC):
     embedded_backbone: ClassVar[str] = "swin"
     defaults: ClassVar[Mapping[str, Any]] = {}
     rates: ClassVar[Mapping[str, Rates]] = {}
+    lower_is_better: ClassVar[bool] = False
+    score_words: ClassVar[str]
+    legend_is_scale: ClassVar[bool] = False
+    cuts_images: ClassVar[bool] = True
 
     def __init__(self, args: argparse.Namespace, classes: Classes | None = None) -> None:
         self.args, self.classes = args, classes
@@ -69,8 +78,7 @@ class Task(ABC):
             DataError: If the dataset cannot be used.
         """
         roles = {role: getattr(args, f"{role}_column") for role in {**cls.columns, **cls.optional_columns}}
-        needed = {role: roles[role] for role in cls.columns}
-        train, validation = (load_rows(args, split, needed) for split in ("train", "validation"))
+        train, validation = load_splits(args, roles, cls.columns)
         for rows in (train, validation):
             check_kinds(args, rows, roles)
         return cls(args, cls.load_classes(args, train)), train, validation
@@ -171,6 +179,10 @@ class Task(ABC):
     def predict(self, model: nn.Module, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Any]:
         """Predictions for images (batch, 3, height, width), each at its own size, in the form of `truth`."""
 
+    def join(self, boxes: Sequence[Box], found: Sequence[Any], size: tuple[int, int]) -> Any:
+        """One prediction of the predictions for windows of an image (height, width)."""
+        raise NotImplementedError(f"{self.name} does not cut images")
+
     @abstractmethod
     def truth(self, sample: Sample) -> Any:
         """What a prediction should be."""
@@ -183,6 +195,10 @@ class Task(ABC):
     def paint(self, image: Array, annotation: Any) -> Array:
         """A picture (height, width, 3) of a prediction or of the truth, over its image."""
 
+    @abstractmethod
+    def paint_errors(self, image: Array, truth: Any, found: Any) -> Array:
+        """A picture (height, width, 3) of where a prediction is wrong."""
+
     def by_class(self, scores: Mapping[str, Any]) -> dict[str, Any]:
         """Scores with those that are one for each class as a dict from its name."""
         names = self.id2label.values()
@@ -193,6 +209,10 @@ class Task(ABC):
 
     def legend(self) -> dict[str, tuple[float, float, float]]:
         """The colours in the pictures."""
+        return {}
+
+    def error_legend(self) -> dict[str, tuple[float, float, float]]:
+        """The colours in the pictures of errors."""
         return {}
 
 

@@ -35,9 +35,10 @@ def fit(
     problems: Problems | None = None,
     checkpoints: Checkpoints | None = None,
     resume: Path | None = None,
-    after_step: Callable[[nn.Module], None] = lambda model: None,
+    saves_start: bool = True,
+    after_step: Callable[[nn.Module], bool] = lambda model: False,
 ) -> nn.Module:
-    """Train what is trainable with AdamW, a warm-up and a polynomial decay, for the steps that the flags say.
+    """Train what is trainable with AdamW and falling rates, for the steps that the flags say.
 
     Args:
         task: With the flags; gives batches and the loss.
@@ -49,9 +50,10 @@ def fit(
         decay: Weight decay of a fully trained backbone.
         progress: Kept up to date.
         problems: Told what was wrong with the data.
-        checkpoints: Where to write a checkpoint before the first step; `after_step` may write others.
+        checkpoints: Told what a checkpoint holds, so that `after_step` and the caller may write some.
         resume: A checkpoint to go on from.
-        after_step: Called after each step with the model.
+        saves_start: Whether to write a checkpoint before the first step.
+        after_step: Called after each step with the model; whether to stop.
 
     Returns:
         The model, unwrapped.
@@ -62,16 +64,13 @@ def fit(
     args = task.args
     progress = Progress() if progress is None else progress
     optimizer = optimizer_for(model, heads, rates, decay)
-    warm_up = max(1, min(30, args.steps // 10))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / warm_up) * max(0.0, 1 - step / args.steps) ** 0.9
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, falling(args.lr_scheduler, args.steps))
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     if checkpoints is not None:
         checkpoints.training = Training(wrapped, optimizer, schedule, progress)
-        if resume is None:
+        if resume is None and saves_start:
             checkpoints.save(0)
-        else:
+        elif resume is not None:
             checkpoints.load(resume)
     per_step = args.gradient_accumulation_steps
     batches = TrainBatches(
@@ -107,9 +106,22 @@ def fit(
                 bar.set_postfix(loss=f"{mean:.3f}")
                 rate, part = schedule.get_last_lr()[0], waiting.part(progress.seconds)
                 accelerator.log({"loss": mean, "learning_rate": rate, "waiting_for_data": part}, step=progress.step)
-            after_step(accelerator.unwrap_model(wrapped))
+            if after_step(accelerator.unwrap_model(wrapped)):
+                break
             began = time.perf_counter()
     return accelerator.unwrap_model(wrapped)
+
+
+def falling(kind: str, steps: int) -> Callable[[int], float]:
+    """The part of the learning rates that is used at each step: a warm-up, then what `--lr_scheduler` says."""
+    warm_up = max(1, min(30, steps // 10))
+    shapes: dict[str, Callable[[float], float]] = {
+        "polynomial": lambda left: left**0.9,
+        "cosine": lambda left: 0.5 - 0.5 * math.cos(math.pi * left),
+        "linear": lambda left: left,
+        "constant": lambda left: 1.0,
+    }
+    return lambda step: min(1.0, (step + 1) / warm_up) * shapes[kind](max(0.0, 1 - step / steps))
 
 
 def _agree_on_buffers(model: nn.Module, accelerator: Accelerator) -> None:
@@ -125,7 +137,11 @@ def evaluate(
     """The task's scores on a split, at the annotations' own size, over all processes; they have one model then."""
     _agree_on_buffers(model, accelerator)
     metric = task.metric()
-    for images, samples in eval_batches(task, rows, accelerator, Problems() if problems is None else problems):
+    batches = eval_batches(task, rows, accelerator, Problems() if problems is None else problems)
+    own = None if rows.is_stream else -(-len(rows) // (task.args.eval_batch_size * accelerator.num_processes))
+    for images, samples in tqdm(
+        batches, desc="evaluating", total=own, leave=False, disable=not accelerator.is_main_process
+    ):
         with accelerator.autocast():
             found = predictions(task, model, images, samples)
         metric.add_batch(predictions=found, references=[task.truth(sample) for sample in samples])
