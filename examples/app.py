@@ -86,7 +86,7 @@ class Adapters:
         """What the model without the adapter is called."""
         trained = self.runs[folder]
         if trained.head_alone is not None:
-            return "The head alone, trained as long on the frozen backbone"
+            return "The head alone, on the frozen backbone"
         is_fresh = self.boards[trained.model].fresh[trained]
         return "Untrained head on the frozen backbone" if is_fresh else "The checkpoint before training"
 

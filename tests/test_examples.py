@@ -33,10 +33,11 @@ from dense.augmentation import finished, to_tensors
 from dense.checkpoints import Checkpoints, Progress, Training, check
 from dense.folder import CHECKPOINTS, RunFolder, write_json
 from dense.methods import METHODS, Dense, adapt, is_head, lora_config, shira_config, trained_backbone_parameters
-from dense.models import LinearHead, feature_levels, heads_of
+from dense.models import LinearHead, default_size, feature_levels, heads_of
 from dense.run import run
 from dense.samples import Classes, DataError, FlagError, Sample
 from dense.scenes import CLASSES, HEIGHT, THINGS, WIDTH, make_scene, make_scenes
+from dense.training import falling
 from depth_estimation import DepthEstimation
 from instance_segmentation import InstanceSegmentation
 from object_detection import ObjectDetection
@@ -238,8 +239,8 @@ def test_every_task_trains_saves_loads_draws_and_reports(folders, tmp_path, task
     for step in (0, 2, 4):
         assert (tmp_path / "pictures" / f"step_{step:06d}.jpg").stat().st_size > 10_000
     page = (tmp_path / "report.html").read_text()
-    # Four pictures of each validation image, three of evaluations, and the curves.
-    assert page.count("data:image/") == 4 * 4 + 3 + 1
+    # Four pictures of each validation image, three of evaluations, and the curves of loss and score.
+    assert page.count("data:image/") == 4 * 4 + 3 + 2
     assert page.index("data:image/") < page.index(" has a ") < page.index("Curves")
     assert "The ticket on the backbone" in page
     assert "http:" not in page
@@ -721,6 +722,76 @@ def test_a_damaged_ticket_search_is_named(folders, tmp_path, monkeypatch):
         run(task, arguments)
     path.unlink()
     run(task, arguments)
+
+
+# Longer, shorter and beside others
+
+
+def in_epochs(flags, count):
+    """The flags of a run with epochs in the place of steps."""
+    place = flags.index("--steps")
+    return [*flags[:place], *flags[place + 2 :], "--num_epochs", str(count)]
+
+
+@pytest.mark.slow
+def test_methods_are_compared_in_one_report_and_finished_runs_are_made_longer(folders, tmp_path, capsys):
+    flags = flags_of(folders, SemanticSegmentation, tmp_path, "--eval_steps", "100", "--compare", "head", "sfa")
+    run(SemanticSegmentation, in_epochs(flags, 1))
+    own, head = (json.loads((tmp_path / f / "results.json").read_text()) for f in ("", "compared/head"))
+    assert own["curves"]["mean_iou"][-1][0] == head["curves"]["mean_iou"][-1][0] == 6  # 12 rows, 2 a step
+    assert (own["method"], head["method"]) == ("sfa", "head")
+    page = (tmp_path / "report.html").read_text()
+    for told in ("head alone", "the head alone has ", "The methods, under the same settings", "48 x 64"):
+        assert told in page
+    with pytest.raises(FlagError, match="a finished run is there"):
+        run(SemanticSegmentation, in_epochs(flags, 2))
+    run(SemanticSegmentation, [*in_epochs(flags, 2), "--resume_from_checkpoint", "latest"])
+    longer, longer_head = (json.loads((tmp_path / f / "results.json").read_text()) for f in ("", "compared/head"))
+    assert "goes on from step_6" in capsys.readouterr().out
+    for before, after in ((own, longer), (head, longer_head)):
+        assert [step for step, _ in after["curves"]["mean_iou"]] == [0, 6, 12]
+        assert after["curves"]["mean_iou"][:2] == before["curves"]["mean_iou"]
+    more = ["--resume_from_checkpoint", "latest", "--budget", "0.2"]
+    with pytest.raises(FlagError, match=r"--budget 0\.2: the run in"):
+        run(SemanticSegmentation, [*in_epochs(flags, 3), *more])
+
+
+@pytest.mark.slow
+def test_a_run_that_gets_no_better_stops_and_keeps_its_best_step(folders, tmp_path, capsys):
+    still = ["--learning_rate", "0", "--internal_learning_rate", "0", "--head_learning_rate", "0"]
+    flags = [*still, "--steps", "9", "--eval_steps", "1", "--early_stopping", "2", "--lr_scheduler", "cosine"]
+    results = run(SemanticSegmentation, flags_of(folders, SemanticSegmentation, tmp_path, *flags))
+    assert [step for step, _ in results["curves"]["mean_iou"]] == [0, 1, 2, 3]
+    assert results["best"] == {"step": 1, "folder": "best"}
+    told = capsys.readouterr().out
+    assert "stopped: 2 evaluations were no better than that of step 1" in told
+    assert f"the best was step 1 (mean_iou {results['after']['mean_iou']:.4f}): {tmp_path / 'best'}" in told
+    assert {"run.json", "adapter_config.json", "adapter_model.safetensors"} <= set(os.listdir(tmp_path / "best"))
+
+
+def test_learning_rates_rise_and_fall_as_the_schedule_says():
+    for kind, half in (("polynomial", 0.5**0.9), ("cosine", 0.5), ("linear", 0.5), ("constant", 1.0)):
+        part = falling(kind, 100)
+        assert part(0) == pytest.approx(0.1, rel=0.02)
+        assert part(50) == pytest.approx(half)
+        assert part(100) == (1.0 if kind == "constant" else 0.0)
+
+
+def test_by_default_images_are_as_large_as_the_models_processor_makes_them(tmp_path):
+    config = tiny.dinov2_config(image_size=56, patch_size=14)
+    config.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert default_size(str(tmp_path), config) == ((56, 56), "its config")
+    for said, size in (
+        ({"size": {"height": 60, "width": 90}}, (56, 84)),
+        (
+            {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}, "do_center_crop": True},
+            (224, 224),
+        ),
+        ({"size": {"shortest_edge": 100}}, (98, 98)),
+    ):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+        assert default_size(str(tmp_path), config) == (size, "its image processor")
 
 
 # What fails after the training

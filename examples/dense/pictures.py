@@ -194,25 +194,22 @@ def shortened(name: str, most: int = 24) -> str:
     return name if len(name) <= most else f"{name[: most - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
-def draw_curves(series: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> bytes:
+def draw_curves(title: str, curves: Mapping[str, Sequence[tuple[int, float]]]) -> bytes:
     """A PNG of curves over the steps.
 
     Args:
-        series: For each axis, by its title, the points of each curve by its name; an axis of one has no legend.
+        title: What they show.
+        curves: The points of each by its name; one alone has no legend.
     """
-    shown = {title: {n: p for n, p in own.items() if p} for title, own in series.items() if any(own.values())}
-    figure, axes = plt.subplots(
-        1, max(len(shown), 1), figsize=(4.6 * max(len(shown), 1), 3.2), squeeze=False, layout="constrained"
-    )
-    for axis, (title, own) in zip(axes[0], shown.items(), strict=False):
-        for place, (name, points) in enumerate(own.items()):
-            marker = "o" if len(points) < 30 else None
-            axis.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=name, lw=2 if not place else 1)
-        axis.set_title(title)
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-        if len(own) > 1:
-            axis.legend(frameon=False)
+    figure, axis = plt.subplots(figsize=(4.6, 3.2), layout="constrained")
+    for place, (name, points) in enumerate(curves.items()):
+        marker = "o" if len(points) < 30 else None
+        axis.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=name, lw=1 if place else 2)
+    axis.set_title(title)
+    axis.set_xlabel("step")
+    axis.grid(alpha=0.3)
+    if len(curves) > 1:
+        axis.legend(frameon=False)
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=110)
     plt.close(figure)

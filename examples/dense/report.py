@@ -147,10 +147,11 @@ class Report:
             "versions": f"Python {platform.python_version()}, torch {torch.__version__}, transformers "
             f"{transformers.__version__}, peft {peft.__version__}, sfa_peft {sfa_peft.__version__}",
         }
-        curves = {name: {args.method: points} for name, points in progress.series.items()}
+        curves = {name: {args.method: points} for name, points in progress.series.items() if points}
         for method, results in compared.items():
             for name, points in results["curves"].items():
-                curves.get(name, {})[method] = points
+                if name in curves and points:
+                    curves[name][method] = points
         environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
         page = environment.from_string((Path(__file__).parent / "report.html").read_text()).render(
             title=f"{task.name.capitalize()}: {args.model or 'embedded backbone'} on "
@@ -167,7 +168,7 @@ class Report:
             own=args.method,
             headline=task.headline,
             classes=self._classes(per_class),
-            curves=_inline(draw_curves(curves)),
+            curves={name: _inline(draw_curves(name, own)) for name, own in curves.items()},
             pictures={f"step {step}": _inline(path.read_bytes()) for step, path in drawn.items() if path.is_file()},
             diagram=diagram_of(Ticket.load(self.folder / TICKET)) if (self.folder / TICKET).is_file() else None,
             facts=facts,
@@ -253,6 +254,9 @@ class Report:
             f"{METHOD_NAMES.get(name, name)} has {number(results['after'][task.headline])}"
             for name, results in compared.items()
         ]
+        best = self._best_step()
+        if best is not None and 0 < best < self.progress.step:
+            text += f" ({number(scores[best][task.headline])} after {best}, the best)"
         return f"{text}; before training it was {first}" + "".join(f"; {other}" for other in others) + "."
 
     def _picture(self, step: int) -> Path:

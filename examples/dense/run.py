@@ -204,9 +204,9 @@ class Run:
         )
         self._save(model, self.folder.work)  # first: a failure in what is measured, drawn and told must not lose it
         try:
-            self.checkpoints.save(self.progress.step)  # so that the run can be made longer
             if self.progress.step not in self.progress.scores:
                 self._evaluate(model)
+            self.checkpoints.save(self.progress.step)  # so that the run can be made longer
             results = self._finish(model)
         except BaseException:
             self.say(f"what was trained is in {self.folder.work}; keep a copy before you begin anew")
