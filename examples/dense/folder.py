@@ -23,10 +23,13 @@ PICTURES = "pictures"
 LOGS = "logs"
 REPORT = "report.html"
 TICKET_PICTURE = "ticket.png"
-PRODUCTS = (
-    *(RUN, RESULTS, TICKET, TICKET_PICTURE, SEARCH, CHECKPOINTS, BEST, PICTURES, LOGS, REPORT, "README.md"),
+TRAINED = (
     *("adapter_config.json", "adapter_model.safetensors", "base_config.json", "preprocessor_config.json"),
     *("head.safetensors", "model.safetensors"),
+)
+PRODUCTS = (
+    *(RUN, RESULTS, TICKET, TICKET_PICTURE, SEARCH, CHECKPOINTS, BEST, PICTURES, LOGS, REPORT, "README.md"),
+    *TRAINED,
 )
 UNFINISHED = "unfinished_run"
 COMPLETE = "complete_run"
@@ -122,6 +125,12 @@ class RunFolder:
         for name in (BEST, PICTURES, LOGS):
             if (source / name).is_dir():
                 shutil.copytree(source / name, self.work / name)
+        # The best step of a run that has ended may be its last, which lies in the run's own folder.
+        if not (source / BEST).is_dir() and any((source / name).is_file() for name in TRAINED):
+            (self.work / BEST).mkdir()
+            for name in (*TRAINED, RUN, "README.md", TICKET_PICTURE):
+                if (source / name).is_file():
+                    shutil.copy(source / name, self.work / BEST / name)
         copy = self.work / CHECKPOINTS / f"unfinished_{checkpoint.name}"
         shutil.copytree(checkpoint, copy)
         copy.rename(copy.with_name(checkpoint.name))

@@ -550,15 +550,14 @@ class Run:
 
     def _tell_best(self) -> dict[str, Any]:
         """Which step was the best, and where it is."""
-        step, folder = self.best_step, self.folder.path
-        if step is None or step == self.progress.step:
+        step, kept = self.best_step, self.folder.work / BEST
+        if step is None or step == self.progress.step or not (kept / RUN).is_file():
             if self.accelerator.is_main_process:
-                shutil.rmtree(self.folder.work / BEST, ignore_errors=True)
-        else:
-            score = number(self.progress.scores[step][self.task.headline])
-            self.say(f"the best was step {step} ({self.task.headline} {score}): {folder / BEST}; the last: {folder}")
-            folder = folder / BEST
-        return {"step": step, "folder": "." if folder == self.folder.path else BEST}
+                shutil.rmtree(kept, ignore_errors=True)
+            return {"step": step, "folder": "." if step == self.progress.step else None}
+        score, path = number(self.progress.scores[step][self.task.headline]), self.folder.path
+        self.say(f"the best was step {step} ({self.task.headline} {score}): {path / BEST}; the last: {path}")
+        return {"step": step, "folder": BEST}
 
     def _save(self, model: nn.Module, folder: Path) -> None:
         """Save the adapter, or what else was trained."""
