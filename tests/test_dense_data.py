@@ -14,15 +14,29 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import get_peft_model
 from PIL import Image
 from pycocotools import mask as rle
+
+import tiny
+from sfa_peft import SFAConfig, search_ticket
 
 from dense.arguments import parse
 from dense.augmentation import Augmentation, finished, to_tensors
 from dense.checkpoints import Progress
 from dense.data import load_splits
+from dense.diagram import block_of, cell_of, diagram_of
 from dense.loading import Draws, TrainBatches, check_all, eval_batches
-from dense.pictures import paint_objects, palette, save_grid
+from dense.pictures import (
+    RELATIVE_ERRORS,
+    WRONG_OBJECTS,
+    paint_objects,
+    paint_relative_errors,
+    paint_wrong_objects,
+    paint_wrong_pixels,
+    palette,
+    save_grid,
+)
 from dense.report import Report
 from dense.samples import (
     BadSampleError,
@@ -337,6 +351,52 @@ def test_masks_of_polygons_run_lengths_and_maps_of_ids():
     for broken in ([1, 2, 3], {"size": [9, 9], "counts": runs["counts"]}, {"counts": 7}):
         with pytest.raises(BadSampleError, match="mask"):
             read_masks({"objects": {"segmentation": [broken]}}, columns, objects, (100, 200))
+
+
+# Pictures of errors, and of the ticket
+
+
+def test_objects_are_found_missed_or_not_there():
+    image = np.full((60, 90, 3), 128, np.uint8)
+    truth = {"labels": np.array([0, 1]), "boxes": np.array([[5, 5, 25, 25], [60, 5, 80, 25]], np.float32)}
+    found = {
+        "labels": np.array([0, 0, 1]),
+        "boxes": np.array([[6, 5, 25, 25], [60, 5, 80, 25], [5, 35, 25, 55]], np.float32),
+        "scores": np.array([0.9, 0.8, 0.1]),
+    }
+    picture = paint_wrong_objects(image, truth, found)
+    shown = {name for name, c in WRONG_OBJECTS.items() if (picture == [int(255 * v) for v in c]).all(-1).any()}
+    assert "found" in shown
+    assert "missed" in shown  # drawn over the box of another class at its place, which is not there
+    alone = paint_wrong_objects(image, truth | {"labels": np.array([0, 5])}, found)
+    assert alone.shape == picture.shape
+
+
+def test_pixels_and_depths_that_are_wrong_are_seen():
+    image = np.full((4, 6, 3), 100, np.uint8)
+    wrong, ignored = np.zeros((4, 6), bool), np.zeros((4, 6), bool)
+    wrong[0], ignored[3] = True, True
+    picture = paint_wrong_pixels(image, wrong, ignored).astype(int)
+    assert (picture[0, :, 0] > picture[0, :, 1] + 100).all()
+    assert (picture[1:3] == picture[1:3, :, :1]).all()
+    assert picture[3].max() < picture[1].min()
+    truth = np.array([[1.0, 1.0, 0.0]])
+    depth = paint_relative_errors(truth, np.array([[1.0, 9.0, 5.0]]), truth > 0)
+    ends = [[int(255 * v) for v in c] for c in (next(iter(RELATIVE_ERRORS.values())), [*RELATIVE_ERRORS.values()][-1])]
+    assert depth[0].tolist() == [*ends, [0, 0, 0]]
+
+
+def test_the_ticket_is_a_table_of_blocks_and_modules():
+    model = get_peft_model(tiny.swin(), SFAConfig(budget=0.1, modules_to_save=["decode_head"]))
+    diagram = diagram_of(search_ticket(model, [tiny.batch()], steps=1).ticket)
+    blocks = [name for name, _, _ in diagram.rows]
+    assert blocks[0] == "stage 1, block 1"
+    assert len(blocks) == len(set(blocks))
+    assert diagram.columns[:4] == ["q", "k", "v", "out"]
+    assert all(cell is None or cell.words for _, cells, _ in diagram.rows for cell in cells)
+    assert [cell_of(density, 0.1).level for density in (0, 0.01, 0.1, 0.3, 0.5)] == [0, 1, 2, 3, 4]
+    assert block_of("encoder.layer.11.mlp.fc1") == "block 12"
+    assert block_of("backbone.embeddings.norm") == "outside of blocks"
 
 
 # Depth
