@@ -308,12 +308,12 @@ class Run:
     def _load(self) -> None:
         """Load the data, and a backbone's name."""
         args = self.args
-        if args.image_size is None:
-            args.image_size, source = default_size(args.model, load_config(args.model))
-            self.say(f"--image_size {args.image_size[0]} {args.image_size[1]}: what {source} says")
         self.model_name = args.model or pretrained_nano_backbone(self.accelerator, args.backbone)
         with self.accelerator.main_process_first():
             self.task, self.train_rows, self.validation_rows = self.task_class.load(args)
+        if args.image_size is None:
+            args.image_size, source = default_size(args.model, load_config(args.model))
+            self.say(f"--image_size {args.image_size[0]} {args.image_size[1]}: what {source} says")
         if args.num_epochs:
             args.steps = args.num_epochs * steps_of_epoch(args, self.train_rows, self.accelerator.num_processes)
             self.say(f"--num_epochs {args.num_epochs}: {args.steps} steps")
