@@ -18,6 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import dense  # noqa: F401 - first: it says what is not installed
+
+# isort: split
 import numpy as np
 from accelerate import PartialState
 from PIL import Image
