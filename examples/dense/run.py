@@ -99,8 +99,8 @@ def peer_of(args: argparse.Namespace, method: str) -> argparse.Namespace:
     """The flags of a run that is to be compared: the same, as far as they are for every method."""
     folder = args.output_dir / COMPARED / method
     latest = "latest" if not args.overwrite or args.resume_from_checkpoint == "latest" else None
-    own = {"method": method, "output_dir": folder, "compare": [], "external_share": None, "push_to_hub": None}
-    return argparse.Namespace(**vars(args) | own | {"resume_from_checkpoint": latest})
+    own = {"method": method, "output_dir": folder, "compare": [], "external_share": None, "last_blocks": None}
+    return argparse.Namespace(**vars(args) | own | {"resume_from_checkpoint": latest, "push_to_hub": None})
 
 
 class Run:
