@@ -256,6 +256,7 @@ def test_every_task_trains_saves_loads_draws_and_reports(folders, tmp_path, task
     if "linear" in SMALL[task][1]:  # a head that transformers does not have
         assert "decode_head is LinearHead" in (tmp_path / "README.md").read_text()
         return
+    assert f'load_dense("{tmp_path}")' in (tmp_path / "README.md").read_text()
     model, processor, id2label = load_dense(tmp_path)
     assert id2label == names
     image = make_scene(seed=5)["image"]

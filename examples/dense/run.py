@@ -544,6 +544,8 @@ class Run:
             self._decorate("the report", self.report.write)
             write_json(self.folder.work / RESULTS, results)  # last: with it, the result is complete
             self.folder.put_in_place()
+            if args.method == "sfa":  # the code in its card loads it from where it is now
+                self._decorate("the model card", lambda: model.create_or_update_model_card(str(self.folder.path)))
         self.accelerator.wait_for_everyone()
         self.say(f"report: {self.folder.path / REPORT}\nnumbers: {self.folder.path / RESULTS}")
         return results
