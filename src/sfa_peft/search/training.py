@@ -116,6 +116,7 @@ class DenseTraining:
     def __init__(self, slots: Sequence[Slot], state: str, seed: int) -> None:
         self.slots = list(slots)
         self.handles: list[RemovableHandle] = []
+        self.is_released = False
         self.state = state
         self.dtype = torch.bfloat16 if state == "bf16" else torch.float32
         # On the parameters' device, since noise from another device would have to be copied for each parameter.
@@ -135,9 +136,15 @@ class DenseTraining:
     @contextmanager
     def inside_backward(self) -> Iterator[None]:
         """Update each parameter as soon as its gradient is computed, and drop the gradient."""
+
+        def update(slot: Slot) -> None:
+            if not self.is_released:
+                self.update(slot)
+
+        self.is_released = False
         try:
             for slot in self.slots:
-                hook = slot.parameter.register_post_accumulate_grad_hook(lambda p, slot=slot: self.update(slot))
+                hook = slot.parameter.register_post_accumulate_grad_hook(lambda p, slot=slot: update(slot))
                 self.handles.append(hook)
             yield
         finally:
@@ -145,6 +152,7 @@ class DenseTraining:
 
     def release(self) -> None:
         """Remove the hooks on the parameters."""
+        self.is_released = True  # for a hook without a handle, of an interrupt right after it was registered
         for handle in self.handles:
             handle.remove()
 
