@@ -657,7 +657,7 @@ def test_a_damaged_record_of_a_run_ends_with_a_sentence(folders, tmp_path, conte
     flags = flags_of(folders, SemanticSegmentation, tmp_path)
     for where, more, message in (
         (tmp_path / "unfinished_run", ["--resume_from_checkpoint", "latest"], "delete this file, and the run goes on"),
-        (tmp_path, ["--resume_from_checkpoint", "latest"], "delete this file"),
+        (tmp_path, ["--resume_from_checkpoint", "latest"], "run it again with --overwrite"),
         (tmp_path, [], "replace the run with --overwrite"),
     ):
         shutil.rmtree(tmp_path)
