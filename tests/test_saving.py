@@ -116,7 +116,7 @@ def test_kills_at_random_moments_leave_one_adapter(tmp_path, pair):
         seen.add(which(tmp_path, pair))
     assert seen == {0, 1}
     pair[0].save_pretrained(tmp_path)
-    assert {f.name for f in tmp_path.iterdir()} == {WEIGHTS, CONFIG, "README.md", "ticket.png"}
+    assert {f.name for f in tmp_path.iterdir()} == {WEIGHTS, CONFIG, "base_config.json", "README.md", "ticket.png"}
 
 
 def test_two_processes_that_save_to_one_folder_leave_one_adapter(tmp_path, pair):
