@@ -9,9 +9,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 demo: $(VENV)/ready
 	$(BIN)/python examples/semantic_segmentation.py --steps 220 --search_steps 60 --output_dir out/demo --overwrite
 
-# Quantized bases in a second run: PEFT imports every backend that it finds, which takes seconds and says a lot.
+# Two processes with a thread each: the models are too small for more threads. Quantized bases in a second run: PEFT
+# imports every backend that it finds, which takes seconds and says a lot.
 test: $(VENV)/ready $(VENV)/quantized
-	$(BIN)/python -m pytest --ignore tests/test_quantized.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --ignore tests/test_quantized.py
 	PYTHONPATH=$(VENV)/quantized $(BIN)/python -m pytest tests/test_quantized.py
 
 lint: $(VENV)/ready
