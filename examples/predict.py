@@ -52,7 +52,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--run", required=True, help="Folder of a finished run, or an adapter that one has pushed.")
     parser.add_argument("--images", required=True, type=Path, help="A folder, with those in it, or one image.")
-    parser.add_argument("--output_dir", type=Path, default=Path("out/predictions"))
+    parser.add_argument("--output_dir", "--output", type=Path, default=Path("out/predictions"))
     parser.add_argument("--overwrite", action="store_true", help="Replace what an earlier call has left there.")
     parser.add_argument("--model", help="Where the model is that the run began with. Default: where it was then.")
     parser.add_argument(
