@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import html
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,10 +31,11 @@ try:
 except ModuleNotFoundError as error:
     raise SystemExit(f"the page needs {error.name}: {dense.INSTALL}") from error
 
+from dense.errors import FlagError, told
 from dense.folder import PICTURES, TICKET_PICTURE
 from dense.limits import whole
 from dense.report import LAST, number
-from dense.samples import LONGEST_SIDE, Array, BadSampleError, FlagError, printable, read_picture
+from dense.samples import LONGEST_SIDE, Array, BadSampleError, printable, read_picture
 from dense.switching import Switchboard, Trained
 from multi_task import DEFAULT, TASKS
 
@@ -234,7 +234,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with told(FlagError):
         main()
-    except FlagError as error:
-        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from error

@@ -13,7 +13,6 @@ import argparse
 import copy
 import shutil
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -31,9 +30,10 @@ from transformers import AutoConfig
 import sfa_peft  # noqa: F401 - importing registers SFA with PEFT
 
 from dense.augmentation import finished, to_tensors
+from dense.errors import FlagError, told
 from dense.folder import check_products, put_products, write_json
 from dense.limits import above_0, whole
-from dense.samples import FlagError, Sample
+from dense.samples import Sample
 from dense.scenes import make_scene
 from dense.switching import Trained
 from multi_task import TASKS
@@ -247,7 +247,5 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
+    with told(FlagError, OSError):
         main()
-    except (FlagError, OSError) as error:
-        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from error

@@ -25,6 +25,7 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation,
 
 from dense.augmentation import normalised
 from dense.data import Rows, load_classes
+from dense.errors import DataError, FlagError
 from dense.limits import whole
 from dense.methods import Rates
 from dense.metrics import CocoAP
@@ -34,8 +35,6 @@ from dense.samples import (
     Array,
     BadSampleError,
     Classes,
-    DataError,
-    FlagError,
     Note,
     Sample,
     boxes_of,

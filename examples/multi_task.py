@@ -10,7 +10,6 @@ each adapter brings its own head. The predictions are drawn, and the memory is c
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,11 +25,12 @@ from torch import nn
 from sfa_peft import shared_trunk
 
 from dense.arguments import parse
+from dense.errors import DataError, FlagError, told
 from dense.folder import DESCRIBED, RESULTS, RUN, read_json, write_json
 from dense.limits import whole
 from dense.pictures import save_grid
 from dense.run import differing, run
-from dense.samples import BadSampleError, DataError, FlagError, read_picture
+from dense.samples import BadSampleError, read_picture
 from dense.scenes import make_scene
 from dense.switching import Switchboard, Trained
 from dense.task import Task
@@ -169,7 +169,5 @@ def is_backbone(name: str) -> bool:
 
 
 if __name__ == "__main__":
-    try:
+    with told(DataError, FlagError):
         main()
-    except (DataError, FlagError) as error:
-        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from error

@@ -22,13 +22,14 @@ from transformers.image_transforms import center_to_corners_format, corners_to_c
 
 from dense.augmentation import normalised
 from dense.data import Rows, load_classes
+from dense.errors import FlagError
 from dense.limits import whole
 from dense.methods import Rates
 from dense.metrics import CocoAP
 from dense.models import require_plain
 from dense.pictures import WRONG_OBJECTS, paint_objects, paint_wrong_objects, palette
 from dense.run import main
-from dense.samples import Array, Classes, FlagError, Note, Sample, read_image, read_objects
+from dense.samples import Array, Classes, Note, Sample, read_image, read_objects
 from dense.task import Task
 from dense.windows import Box, join_objects
 

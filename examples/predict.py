@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,11 +26,12 @@ from PIL import Image
 from pycocotools import mask as rle
 from tqdm.auto import tqdm
 
+from dense.errors import FlagError, told
 from dense.folder import check_products, put_products, write_json
 from dense.inference import Predictor, folder_of, load_model, read_task
 from dense.limits import at_least_0, whole
 from dense.pictures import SHOWN, palette, save_sheet
-from dense.samples import FORMATS, MOST_PIXELS, Array, BadSampleError, FlagError, printable, read_picture
+from dense.samples import FORMATS, MOST_PIXELS, Array, BadSampleError, printable, read_picture
 from dense.task import Task
 from depth_estimation import DepthEstimation
 from multi_task import TASKS
@@ -224,7 +224,5 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
+    with told(FlagError, OSError):
         main()
-    except (FlagError, OSError) as error:
-        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from error

@@ -26,6 +26,7 @@ from dense.augmentation import Augmentation, finished, to_tensors
 from dense.checkpoints import Progress
 from dense.data import load_splits
 from dense.diagram import block_of, cell_of, diagram_of
+from dense.errors import DataError
 from dense.loading import Draws, TrainBatches, check_all, eval_batches
 from dense.pictures import (
     RELATIVE_ERRORS,
@@ -41,7 +42,6 @@ from dense.report import Report
 from dense.samples import (
     BadSampleError,
     Classes,
-    DataError,
     Problems,
     Sample,
     boxes_of,

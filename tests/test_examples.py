@@ -31,11 +31,12 @@ from dense import nano_backbone
 from dense.arguments import parse
 from dense.augmentation import finished, to_tensors
 from dense.checkpoints import Checkpoints, Progress, Training, check
+from dense.errors import DataError, FlagError
 from dense.folder import CHECKPOINTS, RunFolder, write_json
 from dense.methods import METHODS, Dense, adapt, is_head, lora_config, shira_config, trained_backbone_parameters
 from dense.models import LinearHead, default_size, feature_levels, heads_of
 from dense.run import run
-from dense.samples import Classes, DataError, FlagError, Sample
+from dense.samples import Classes, Sample
 from dense.scenes import CLASSES, HEIGHT, THINGS, WIDTH, make_scene, make_scenes
 from dense.training import falling
 from depth_estimation import DepthEstimation

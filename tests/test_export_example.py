@@ -15,8 +15,8 @@ import tiny
 from sfa_peft import SFAConfig
 
 import export
+from dense.errors import FlagError
 from dense.run import run
-from dense.samples import FlagError
 from dense.scenes import make_scenes
 from depth_estimation import DepthEstimation
 from semantic_segmentation import SemanticSegmentation

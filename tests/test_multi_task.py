@@ -28,11 +28,12 @@ from app import Adapters
 from app import main as app
 from dense.arguments import parse, plain
 from dense.augmentation import finished, to_tensors
+from dense.errors import FlagError
 from dense.folder import write_json
 from dense.nano_backbone import pretrained_nano_backbone
 from dense.pictures import depth_colours, paint_depth, palette
 from dense.run import run
-from dense.samples import Classes, FlagError, Sample
+from dense.samples import Classes, Sample
 from dense.scenes import make_scene, make_scenes
 from dense.switching import Switchboard, Trained
 from dense.task import predictions

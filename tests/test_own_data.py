@@ -10,8 +10,8 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from dense.arguments import parse
+from dense.errors import DataError
 from dense.loading import look_through
-from dense.samples import DataError
 from depth_estimation import DepthEstimation
 from instance_segmentation import InstanceSegmentation
 from object_detection import ObjectDetection

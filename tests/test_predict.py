@@ -18,8 +18,8 @@ from transformers import Dinov2Model, SwinForImageClassification
 import tiny
 
 import predict
+from dense.errors import FlagError
 from dense.run import run
-from dense.samples import FlagError
 from dense.scenes import CLASSES, make_scene
 from dense.windows import join_maps, join_objects, places
 from depth_estimation import DepthEstimation

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from accelerate.tracking import get_available_trackers
 
 from . import data
+from .errors import FlagError
 from .limits import above_0, at_least_0, whole
 from .loading import default_workers
 from .methods import METHODS
 from .nano_backbone import KINDS
-from .samples import FlagError
 from .scenes import HEIGHT, WIDTH
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from .errors import FlagError
 from .folder import CHECKPOINTS, TICKET, checkpoints_in, sync, write_text
-from .samples import FlagError
 
 TRAINED = "trained.safetensors"
 OPTIMIZER = "optimizer.safetensors"

@@ -15,9 +15,10 @@ from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 
+from .errors import DataError
 from .layouts import Layout, look
 from .limits import whole
-from .samples import Classes, DataError, printable
+from .samples import Classes, printable
 from .scenes import CLASSES, THINGS, make_scenes
 
 SCENES = {"train": 400, "validation": 80}

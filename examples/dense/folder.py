@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .samples import FlagError
+from .errors import FlagError
 
 RUN = "run.json"
 RESULTS = "results.json"

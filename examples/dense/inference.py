@@ -20,9 +20,10 @@ import sfa_peft  # noqa: F401 - importing registers SFA with PEFT
 
 from .arguments import parse
 from .augmentation import finished, to_tensors
+from .errors import FlagError
 from .folder import DESCRIBED, RUN, read_json
 from .methods import Dense, is_head
-from .samples import Classes, FlagError, Sample
+from .samples import Classes, Sample
 from .task import Task, predictions
 from .windows import Box, places
 

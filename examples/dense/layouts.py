@@ -19,7 +19,8 @@ import yaml
 from PIL import Image
 from pycocotools import mask as rle
 
-from .samples import FORMATS, DataError, printable
+from .errors import DataError
+from .samples import FORMATS, printable
 
 SUFFIXES = {suffix for suffix, form in Image.registered_extensions().items() if form in FORMATS}
 SPLITS = {

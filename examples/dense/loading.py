@@ -23,7 +23,8 @@ from tqdm.auto import tqdm
 
 from .augmentation import Augmentation, finished, to_tensors
 from .data import Rows
-from .samples import BadSampleError, Census, DataError, Problems, Sample
+from .errors import DataError
+from .samples import BadSampleError, Census, Problems, Sample
 
 if TYPE_CHECKING:
     from .task import Task

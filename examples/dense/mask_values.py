@@ -10,7 +10,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .data import Rows, load_classes, named_classes
-from .samples import IGNORE_INDEX, BadSampleError, Classes, DataError, open_picture
+from .errors import DataError
+from .samples import IGNORE_INDEX, BadSampleError, Classes, open_picture
 
 MOST_READ = 2000  # maps are read to find the classes
 FEW_READ = 50  # if the classes are named, to see whether 255 is one

@@ -26,10 +26,11 @@ from .augmentation import finished, to_tensors
 from .checkpoints import Progress
 from .data import Rows
 from .diagram import diagram_of
+from .errors import DataError
 from .folder import COMPARED, MEASURED, PICTURES, REPORT, RESULTS, TICKET, read_json, write_text
 from .loading import read_item, rows_to_show
 from .pictures import draw_curves, save_grid, smaller
-from .samples import Array, DataError, Problems, Sample
+from .samples import Array, Problems, Sample
 from .task import Task, predictions
 
 SAMPLES = 5

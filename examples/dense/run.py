@@ -27,6 +27,7 @@ from sfa_peft import Ticket, describe_adapter, install_ticket, search_ticket
 
 from .arguments import checkpointing_interval, parse, plain, steps_of_epoch, trackers_of
 from .checkpoints import Checkpoints, Progress
+from .errors import DataError, FlagError, told
 from .folder import (
     BEST,
     COMPARED,
@@ -49,7 +50,7 @@ from .methods import METHODS, Dense, Rates, adapt, is_adapter, is_head, trained_
 from .models import default_size, load_config
 from .nano_backbone import pretrained_nano_backbone
 from .report import Report, number, share_of
-from .samples import DataError, FlagError, Problems
+from .samples import Problems
 from .task import Task
 from .training import evaluate, fit
 
@@ -66,10 +67,8 @@ def main(task_class: type[Task]) -> None:
     """Run a task's script; what is wrong with flags or data ends it with a sentence."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # names of classes and files may be in any script
-    try:
+    with told(DataError, FlagError, OSError):  # of the last kind: what is not on the Hub, and why
         run(task_class, doc=sys.modules["__main__"].__doc__)
-    except (DataError, FlagError, OSError) as error:  # of the last kind: what is not on the Hub, and why
-        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from error
 
 
 def run(task_class: type[Task], arguments: Sequence[str] | None = None, doc: str | None = None) -> dict[str, Any]:

@@ -18,8 +18,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 from pycocotools import mask as rle
 
-from .errors import DataError as DataError
-from .errors import FlagError as FlagError
+from .errors import DataError
 
 IGNORE_INDEX = 255
 LONGEST_NAME = 60

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 import sfa_peft  # noqa: F401 - importing registers SFA with PEFT
 
 from .augmentation import finished, to_tensors
+from .errors import FlagError
 from .folder import COMPARED, MEASURED, RESULTS, read_json
 from .inference import ADAPTER, HEAD, load_head, read_task
 from .methods import Dense
-from .samples import Array, FlagError, Sample
+from .samples import Array, Sample
 from .task import Task, predictions
 
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from transformers import BaseImageProcessor, PretrainedConfig
 
 from .data import Rows, check_kinds, load_splits
+from .errors import FlagError
 from .methods import Dense, Rates
 from .metrics import InMemoryMetric
 from .models import heads_of, load_backbone, load_config, patch_multiple, use_fast_attention
-from .samples import Array, Census, Classes, FlagError, Note, Sample
+from .samples import Array, Census, Classes, Note, Sample
 from .windows import Box
 
 NAMED = 6  # so many classes are named in a sentence
