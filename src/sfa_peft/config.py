@@ -22,6 +22,7 @@ PLACES = ("attention", "mlp", "mlp_parallel")
 PLACEMENTS = ("uniform", "auto")
 DEFAULT_BUDGET = 0.02
 DEFAULT_SHARE = 0.25
+MAX_CONV = 31
 # The fields that may be regular expressions.
 PATTERN_FIELDS = ("target_modules", "exclude_modules", "external_modules")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -74,6 +75,11 @@ class SFAConfig(PeftConfig):
             The dropout probability of the hidden units of external adapters, in [0, 1).
         external_scale (`float`, defaults to 1.0):
             The constant factor on the output of external adapters. Any finite number except 0.
+        external_conv (`int`, defaults to 0):
+            The height and width of a depthwise filter on each hidden unit of external adapters: an odd number such as
+            3, or 0 for no filters. With filters, an external adapter sees the neighbours of a token, and cannot be
+            folded into the MLP. The grid of the tokens must be known: docs/architectures.md has the list. Not with
+            `external_placement="auto"`.
         target_modules (`list[str]` or `str`, *optional*, defaults to `None`):
             The modules whose weights and biases the ticket may choose from (`nn.Linear`, `nn.Conv2d`,
             `nn.LayerNorm`): a list of name endings, a regular expression or `"all-linear"`. None selects the known
@@ -151,6 +157,9 @@ class SFAConfig(PeftConfig):
     )
     external_dropout: float = field(default=0.0, metadata={"help": "Dropout probability of hidden units, in [0, 1)."})
     external_scale: float = field(default=1.0, metadata={"help": "Factor on the output of external adapters, not 0."})
+    external_conv: int = field(
+        default=0, metadata={"help": "Size of a depthwise filter on each hidden unit, odd, such as 3; 0 for none."}
+    )
     target_modules: list[str] | str | set[str] | None = field(
         default=None,
         metadata={"help": "Modules that the ticket may choose from; None: those of the architecture; [] for none."},
@@ -209,6 +218,7 @@ class SFAConfig(PeftConfig):
         self._validate()
         if self.budget is not None:  # a NumPy scalar is valid, but cannot be saved as JSON
             self.budget = int(self.budget) if is_int(self.budget) else float(self.budget)
+        self.external_conv = int(self.external_conv)
         if self.budget is None and self.external_width is None and self.internal_density is None:
             self.budget = DEFAULT_BUDGET
 
@@ -275,6 +285,11 @@ class SFAConfig(PeftConfig):
         self._check("external_dropout", _is_number(dropout) and 0 <= dropout < 1, "use a float in [0, 1)")
         scale = self.external_scale
         self._check("external_scale", _is_number(scale) and scale != 0, "use a finite number other than 0")
+        conv = self.external_conv
+        is_size = is_int(conv) and (conv == 0 or (3 <= conv <= MAX_CONV and conv % 2 == 1))
+        self._check("external_conv", is_size, f"use an odd int from 3 to {MAX_CONV}, or 0 for no filters")
+        if conv and self.external_placement == "auto":
+            self._fail("external_conv", 'it cannot be combined with external_placement="auto"; use "uniform"')
         self._check("ticket_seed", is_int(self.ticket_seed), "use an int")
         self._check("init_weights", isinstance(self.init_weights, bool), "use True or False")
         self._check("keep_weights", isinstance(self.keep_weights, bool | None), "use True, False or None")

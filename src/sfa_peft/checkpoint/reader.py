@@ -28,6 +28,7 @@ PICKLE = "adapter_model.bin"
 # These fields decide what the adapter computes, so they must be the same in the config and in the weights' seal.
 SEALED = (
     "external_activation",
+    "external_conv",
     "external_scale",
     "external_widths",
     "format_version",
@@ -40,6 +41,7 @@ SEALED = (
 class Announces(NamesModules, Protocol):
     """A config that describes the weights that were saved with it."""
 
+    external_conv: int
     weights_digest: str | None
 
     def __init__(self, **fields: Any) -> None: ...
@@ -226,7 +228,8 @@ def contents_of(config: Announces, file: AdapterFile) -> tuple[dict[str, Tensor]
                 f"{WEIGHTS} has {name!r}, which belongs neither to the adapter nor to a module in `modules_to_save`. "
                 f"Loading it would change the base model, so it is refused. Download or save the adapter again."
             )
-    return tensors, check_sizes(tensors, config.ticket_sizes, config.external_widths, units)
+    sizes = check_sizes(tensors, config.ticket_sizes, config.external_widths, units, config.external_conv)
+    return tensors, sizes
 
 
 def _check_sealed(config: Announces, sealed: Mapping[str, Any]) -> None:
@@ -244,6 +247,8 @@ def difference_of(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | Non
         values = [json.loads(json.dumps(config.get(name), default=sorted)) for config in (one, other)]
         if name == "modules_to_save":  # PEFT's task classes append the name of their head at every load
             values = [list(dict.fromkeys(heads or ())) for heads in values]
+        if name == "external_conv":  # files of 0.1 have no such field
+            values = [size or 0 for size in values]
         if values[0] != values[1]:
             return f"{name}: {_short(values[0])} and {_short(values[1])}"
     return None

@@ -21,6 +21,7 @@ def check_sizes(
     ticket_sizes: Mapping[str, int],
     external_widths: Mapping[str, Mapping[str, int]],
     units: Mapping[str, int],
+    external_conv: int = 0,
 ) -> dict[str, Tensor]:
     """Check the tensors of a checkpoint against its config, without a model.
 
@@ -29,6 +30,7 @@ def check_sizes(
         ticket_sizes: For each parameter, the number of its units in the ticket.
         external_widths: For each place, the width of the external adapter on each module.
         units: The number of units of each parameter, where it is known.
+        external_conv: The height and width of the filters of external adapters; 0 without filters.
 
     Returns:
         The decoded positions, by the names of their tensors.
@@ -80,6 +82,8 @@ def check_sizes(
             shaped(f"{module}.{kind}.up.weight", (channels, width))
             shaped(f"{module}.{kind}.down.weight", (width, channels))
             shaped(f"{module}.{kind}.down.bias", (width,))
+            if external_conv:
+                shaped(f"{module}.{kind}.conv.weight", (width, 1, external_conv, external_conv))
     unexpected = adapter_keys.keys() - announced
     if unexpected:
         raise CheckpointError(

@@ -373,6 +373,7 @@ def _summary(
     counts = parameter_counts(model, name)
     widths = [w for modules in config.external_widths.values() for w in modules.values()]
     spread = f"{min(widths)}" if len(set(widths)) == 1 else f"{min(widths)} to {max(widths)}" if widths else ""
+    filters = f", filters of {config.external_conv} x {config.external_conv}" if config.external_conv else ""
     budget = "none (widths and density given)" if config.budget is None else _number(config.budget)
     class_name = escaped(type(base).__name__)
     dataset = escaped(evaluation.dataset or "")
@@ -382,7 +383,7 @@ def _summary(
         "Dataset": dataset,
         "Budget": budget,
         "Trained parameters": f"{counts['internal'] + counts['external']:,}, and {counts['heads']:,} in heads",
-        "External adapters": f"{len(widths)} at {escaped(', '.join(config.external_widths))}, width {spread}"
+        "External adapters": f"{len(widths)} at {escaped(', '.join(config.external_widths))}, width {spread}{filters}"
         if widths
         else "none",
         "Ticket": f"{ticket.size:,} positions, density {ticket.density:.2%}, granularity {ticket.granularity.name}"

@@ -157,11 +157,17 @@ class SFALayer(nn.Module, BaseTunerLayer):
         return bottlenecks
 
     def remove_externals(self, adapter_name: str) -> None:
+        self._remove_hooks(adapter_name)
         for adapters in (self.sfa_external, self.sfa_parallel):
             if adapter_name in adapters:
                 del adapters[adapter_name]
+        self.parallel_inputs.pop(adapter_name, None)
+
+    def _remove_hooks(self, adapter_name: str) -> None:
         if adapter_name in self.parallel_inputs:
-            self.parallel_inputs.pop(adapter_name).remove()
+            self.parallel_inputs[adapter_name].remove()
+        for external, _ in self.externals_of(adapter_name):
+            external.remove_hooks()
 
     def remove_internal(self, adapter_name: str) -> None:
         if adapter_name in self.sfa_internal:
@@ -215,9 +221,8 @@ class SFALayer(nn.Module, BaseTunerLayer):
             adapter.to(device=device, dtype=dtype)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter from this layer, with its hook."""
-        if adapter_name in self.parallel_inputs:
-            self.parallel_inputs[adapter_name].remove()
+        """Remove an adapter from this layer, with its hooks."""
+        self._remove_hooks(adapter_name)
         super().delete_adapter(adapter_name)
 
     @property
@@ -433,8 +438,8 @@ class SFALayer(nn.Module, BaseTunerLayer):
         if not merge:
             if self.merged:
                 self.unmerge()
-            for parallel in self.parallel_inputs.values():
-                parallel.remove()
+            for name in self.adapter_names:
+                self._remove_hooks(name)
             return self.base_layer
         if set(self.active_adapters if adapter_names is None else adapter_names) - set(self.merged_adapters):
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
@@ -447,9 +452,8 @@ class SFALayer(nn.Module, BaseTunerLayer):
         inputs = {n: p.hook for n, p in self.parallel_inputs.items() if n in self.merged_adapters}
         if any(n in self.sfa_external or n in self.sfa_parallel for n in self.merged_adapters):
             base.register_forward_hook(AddExternals(list(self.merged_adapters), inputs))
-        for name, parallel in self.parallel_inputs.items():
-            if name not in self.merged_adapters:
-                parallel.remove()
+        for name in self.adapter_names - set(self.merged_adapters):
+            self._remove_hooks(name)
         return base
 
     def __repr__(self) -> str:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .grid import Grid, TokenFilter
 from .offloading import is_hooked, onloaded
 
 
@@ -138,6 +139,8 @@ class ExternalAdapter(nn.Module):
     `up` starts at zero, so that `delta` starts at exactly zero. After Houlsby et al., "Parameter-Efficient Transfer
     Learning for NLP" (2019), and AdaptFormer (Chen et al., 2022), which puts it in parallel with the MLP.
 
+    With filters, ``act(h + conv(h))`` takes the place of ``act(h)``, where ``h = down(x)``. See `TokenFilter`.
+
     Args:
         channels: The channel width of the place.
         width: The bottleneck's hidden size, at least 1.
@@ -146,6 +149,8 @@ class ExternalAdapter(nn.Module):
         scale: Constant factor on the output.
         channel_dim: The dimension of the channels: -1 for ``(..., channels)``, 1 for ``(batch, channels, ...)``.
         init_weights: With False, `up` is random too, and `delta` is not zero at the start (for tests).
+        conv: The height and width of the filters on the hidden units, an odd number; 0 for no filters.
+        grid: Where the grid of the tokens comes from; see `TokenFilter`.
     """
 
     def __init__(
@@ -157,9 +162,12 @@ class ExternalAdapter(nn.Module):
         scale: float = 1.0,
         channel_dim: int = -1,
         init_weights: bool = True,
+        conv: int = 0,
+        grid: Grid | None = None,
     ) -> None:
         super().__init__()
         self.down = nn.Linear(channels, width)
+        self.conv = TokenFilter(width, conv, grid, init_weights) if conv else None
         self.up = nn.Linear(width, channels, bias=False)
         nn.init.zeros_(self.down.bias)
         if init_weights:
@@ -173,6 +181,16 @@ class ExternalAdapter(nn.Module):
     def width(self) -> int:
         return self.down.out_features
 
+    @property
+    def kernel_size(self) -> int:
+        """The height and width of the filters; 0 without filters."""
+        return 0 if self.conv is None else self.conv.kernel_size[0]
+
+    def remove_hooks(self) -> None:
+        """Remove the hook that gives the filters the grid of the tokens."""
+        if self.conv is not None and self.conv.grid is not None:
+            self.conv.grid.remove()
+
     def forward(self, x: Tensor, keeps_dtype: bool = True) -> Tensor:
         """Compute ``delta(x)``.
 
@@ -181,7 +199,7 @@ class ExternalAdapter(nn.Module):
             keeps_dtype: Whether the output has the dtype of `x`, and not that of the matrix products.
         """
         if is_hooked(self.down):
-            with onloaded(self.down, self.up):
+            with onloaded(*self.children()):
                 delta = self._delta(x.to(self.down.weight.device))
         else:
             delta = self._delta(x)
@@ -192,10 +210,12 @@ class ExternalAdapter(nn.Module):
             x = x.movedim(self.channel_dim, -1)
         dtype = compute_dtype(x, self.down.weight.dtype)
         delta: Tensor
-        if (self.dropout and self.training) or torch.jit.is_tracing():
+        if self.conv is not None or (self.dropout and self.training) or torch.jit.is_tracing():
             # With dropout, autograd keeps the hidden states, so that the mask is the same in backward; these are only
-            # `width` numbers per token. TorchScript supports no autograd functions.
-            hidden = ACTIVATIONS[self.activation].forward(self.down(x.to(dtype)))
+            # `width` numbers per token, as are those of filters. TorchScript supports no autograd functions.
+            hidden = self.down(cast_input(x, dtype))
+            hidden = hidden if self.conv is None else self.conv(hidden)
+            hidden = ACTIVATIONS[self.activation].forward(hidden)
             delta = self.up(F.dropout(hidden, self.dropout, self.training) * self.scale)
         else:
             delta = BottleneckFunction.apply(
@@ -210,4 +230,5 @@ class ExternalAdapter(nn.Module):
         return delta if self.channel_dim == -1 else delta.movedim(-1, self.channel_dim)
 
     def extra_repr(self) -> str:
-        return f"width={self.width}, activation={self.activation}, scale={self.scale}, dropout={self.dropout}"
+        filters = f", conv={self.kernel_size}" if self.conv is not None else ""
+        return f"width={self.width}, activation={self.activation}, scale={self.scale}, dropout={self.dropout}{filters}"

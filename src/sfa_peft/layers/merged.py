@@ -70,6 +70,7 @@ def remove_externals(model: nn.Module, leaves: Iterable[nn.Module]) -> None:
     inputs = set()
     for leaf in leaves:
         for external in merged_externals(leaf):
+            external.adapter.remove_hooks()
             delattr(leaf, external.child)
         for key, hook in list(leaf._forward_hooks.items()):
             if isinstance(hook, AddExternals):

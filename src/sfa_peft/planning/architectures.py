@@ -14,7 +14,7 @@ from torch import nn
 
 from ..layers.leaves import base_layer_of
 from ..layers.merged import hook_of
-from .registry import Architecture, PlainMLP, descriptions_of, register_architecture
+from .registry import MAPS, PATCHES, Architecture, PlainMLP, descriptions_of, register_architecture
 
 
 def _block(
@@ -75,7 +75,8 @@ def _query_key_value(inner: str) -> tuple[str, ...]:
 
 # Swin
 
-_block("Swin", "SwinLayer", _LAYERNORMS, _QKVO, _MLP, mlp=_RATIO)
+_DIMENSIONS = "input_dimensions"  # the argument of Swin's blocks
+_block("Swin", "SwinLayer", _LAYERNORMS, _QKVO, _MLP, mlp=_RATIO, grid=_DIMENSIONS)
 register_architecture(Architecture("Swin, patch merging", "SwinPatchMerging", targets=("norm", "reduction")))
 register_architecture(
     Architecture(
@@ -85,6 +86,7 @@ register_architecture(
         places={"attention": "layernorm_before", "mlp": "layernorm_after", "mlp_parallel": "layernorm_after"},
         mlp_input="intermediate",
         note=_BEHIND_NORMS,
+        grid=_DIMENSIONS,
     )
 )
 register_architecture(Architecture("Swinv2, patch merging", "Swinv2PatchMerging", targets=("reduction", "norm")))
@@ -97,6 +99,7 @@ for _name, _class in (("MaskFormer's Swin", "MaskFormerSwin"), ("Donut's Swin", 
         _SPLIT_MLP,
         mlp_input="intermediate",
         mlp=PlainMLP("mlp_ratio", is_ratio=True, **_IN_PARTS),
+        grid=_DIMENSIONS,
     )
     register_architecture(
         Architecture(f"{_name}, patch merging", f"{_class}PatchMerging", targets=("norm", "reduction"))
@@ -110,9 +113,9 @@ for _name, _class in (
     ("MSN", "ViTMSNLayer"),
     ("I-JEPA", "IJepaLayer"),
 ):
-    _block(_name, _class, _LAYERNORMS, _QKVO, _MLP, mlp=_SIZE)
+    _block(_name, _class, _LAYERNORMS, _QKVO, _MLP, mlp=_SIZE, grid=PATCHES)
 _block("MAE", "ViTMAELayer", _LAYERNORMS, _QKVO, _MLP, mlp=_SIZE, inside=("ViTMAEModel",), note="the encoder alone")
-_block("BEiT", "BeitLayer", _LAYERNORMS, _QKVO, _MLP, mlp=_SIZE, note=_BEFORE_SCALE)
+_block("BEiT", "BeitLayer", _LAYERNORMS, _QKVO, _MLP, mlp=_SIZE, note=_BEFORE_SCALE, grid=PATCHES)
 for _name, _class in (("YOLOS", "YolosLayer"), ("DPT's ViT", "DPTViTLayer"), ("Data2Vec", "Data2VecVisionLayer")):
     _block(
         _name,
@@ -123,6 +126,7 @@ for _name, _class in (("YOLOS", "YolosLayer"), ("DPT's ViT", "DPTViTLayer"), ("D
         mlp_input="intermediate",
         mlp=PlainMLP("intermediate_size", is_ratio=False, **_IN_PARTS),
         note=_BEFORE_SCALE if _name == "Data2Vec" else "",
+        grid=None if _name == "YOLOS" else PATCHES,  # YOLOS has its detection tokens after the patches
     )
 _block(
     "ViTPose",
@@ -149,13 +153,19 @@ _block(
     _inside("attention", "qkv", "proj"),
     _MLP,
     mlp=PlainMLP("mlp_ratio", is_ratio=True, activation="mlp.act"),
+    grid=MAPS,
 )
 
 # DINOv2 and DINOv3
 
 
 def _layer_scale(
-    name: str, block: str, mlp: PlainMLP, attention: tuple[str, ...] = _QKVO, has: tuple[str, ...] = ()
+    name: str,
+    block: str,
+    mlp: PlainMLP,
+    attention: tuple[str, ...] = _QKVO,
+    has: tuple[str, ...] = (),
+    grid: str | None = None,
 ) -> None:
     """Blocks of transformers with LayerScale, and a plain or a gated MLP."""
     register_architecture(
@@ -169,6 +179,7 @@ def _layer_scale(
             mlp=mlp,
             has=has,
             note=_BEHIND_SCALE,
+            grid=grid,
         )
     )
 
@@ -190,11 +201,18 @@ for _name, _class in (
     ("DINOv2 with registers", "Dinov2WithRegistersLayer"),
     ("RF-DETR's DINOv2", "RfDetrDinov2Layer"),
 ):
-    _layer_scale(_name, _class, _SCALED_RATIO)
+    # RF-DETR's has windows of tokens.
+    _grid = None if _class == "RfDetrDinov2Layer" else PATCHES
+    _layer_scale(_name, _class, _SCALED_RATIO, grid=_grid)
     _layer_scale(
-        _name + EARLIER, _class, _EARLIER_RATIO, _query_key_value("attention"), has=("attention.attention.query",)
+        _name + EARLIER,
+        _class,
+        _EARLIER_RATIO,
+        _query_key_value("attention"),
+        has=("attention.attention.query",),
+        grid=_grid,
     )
-_layer_scale("DINOv3 ViT", "DINOv3ViTLayer", _SCALED_SIZE)
+_layer_scale("DINOv3 ViT", "DINOv3ViTLayer", _SCALED_SIZE, grid=PATCHES)
 _layer_scale("EoMT", "EomtLayer", _SCALED_RATIO, _inside("attention", "q_proj", "k_proj", "v_proj", "out_proj"))
 _layer_scale("EoMT on DINOv3", "EomtDinov3Layer", _SCALED_SIZE)
 _layer_scale(
@@ -224,6 +242,7 @@ for _name, _class in (("SAM", "SamVisionLayer"), ("SAM-HQ", "SamHQVisionLayer"))
         _FUSED,
         _inside("mlp", "lin1", "lin2"),
         mlp=PlainMLP("mlp_dim", is_ratio=False, fc1="mlp.lin1", activation="mlp.act", fc2="mlp.lin2"),
+        grid=MAPS,
         note="the vision encoder",
     )
 _block(
@@ -249,6 +268,7 @@ for _name, _class in (("CLIP", "CLIP"), ("SigLIP", "Siglip"), ("SigLIP 2", "Sigl
         _MLP,
         mlp=_SIZE,
         inside=(f"{_class}VisionModel", f"{_class}VisionTransformer"),
+        grid=None if _class == "Siglip2" else PATCHES,  # SigLIP 2 embeds patches of any layout with a linear layer
         note="the vision tower alone",
     )
 
@@ -256,7 +276,8 @@ for _name, _class in (("CLIP", "CLIP"), ("SigLIP", "Siglip"), ("SigLIP 2", "Sigl
 
 _PARTS = (*_NORMS, *_FUSED, *_MLP)
 for _name, _class in (("ViT of timm and Meta", "Block"), ("Meta's DINOv3", "SelfAttentionBlock")):
-    _block(_name, _class, _NORMS, _FUSED, _MLP, has=_PARTS)
+    _grid = PATCHES if _class == "Block" else None
+    _block(_name, _class, _NORMS, _FUSED, _MLP, has=_PARTS, grid=_grid)
     register_architecture(
         Architecture(
             f"{_name}, with LayerScale",
@@ -267,6 +288,7 @@ for _name, _class in (("ViT of timm and Meta", "Block"), ("Meta's DINOv3", "Self
             mlp_input="mlp",
             has=(*_NORMS, *_FUSED, "mlp", "ls1", "ls2"),
             note=_BEHIND_SCALE + (", also NestedTensorBlock" if _class == "Block" else ""),
+            grid=_grid,
         )
     )
 # These read the weight of `qkv` without calling it.
@@ -381,6 +403,28 @@ def known_places(model: nn.Module) -> list[Place]:
         for mlp_input in [known.mlp_input if place == "mlp_parallel" else None]
         if all(_module(module, needed) is not None for needed in (name, mlp_input) if needed is not None)
     ]
+
+
+def known_grids(model: nn.Module) -> dict[tuple[str, str], tuple[str, str | None] | None]:
+    """For each place and leaf where external adapters can have filters, where the grid of the tokens comes from.
+
+    That is the name of a module, and of an argument of its forward; None where the tokens are maps. See `layers.grid`.
+    """
+    grids: dict[tuple[str, str], tuple[str, str | None] | None] = {}
+    patches: str | None = None
+    for name, module in model.named_modules():
+        base = base_layer_of(module)
+        if isinstance(base, nn.Conv2d) and base.kernel_size == base.stride and max(base.kernel_size) > 1:
+            patches = name
+        known = _description_of(model, name, module)
+        if known is None or known.grid is None:
+            continue
+        source = (patches, None) if known.grid == PATCHES and patches is not None else (name, known.grid)
+        for place, leaf in known.places.items():
+            # Blocks that are told the grid have windows in their attention.
+            if known.grid in (PATCHES, MAPS) or place != "attention":
+                grids[place, f"{name}.{leaf}" if name else leaf] = None if known.grid == MAPS else source
+    return grids
 
 
 def check_known(model: nn.Module) -> None:

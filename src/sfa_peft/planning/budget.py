@@ -6,18 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 
-def external_cost(channels: int, width: int) -> int:
-    """The trainable parameters of one external adapter: ``width * (2 * channels + 1)``.
+def external_cost(channels: int, width: int, conv: int = 0) -> int:
+    """The trainable parameters of one external adapter: ``width * (2 * channels + 1 + conv^2)``.
 
-    These are ``channels * width`` for the down projection, ``width`` for its bias, and ``width * channels`` for the up
-    projection. A width of 0 means no adapter.
+    These are ``channels * width`` for the down projection, ``width`` for its bias, ``width * channels`` for the up
+    projection, and ``width * conv^2`` for the filters. A width of 0 means no adapter.
     """
-    return width * (2 * channels + 1)
+    return width * (2 * channels + 1 + conv * conv)
 
 
 @dataclass(frozen=True)
 class External:
-    """A planned external adapter: at `place`, on the leaf `module`. A parallel one reads the input of `mlp_input`."""
+    """A planned external adapter: at `place`, on the leaf `module`. A parallel one reads the input of `mlp_input`.
+
+    With filters of `conv` x `conv`, `grid` says where the grid of its tokens comes from: the name of a module, and of
+    an argument of its forward. See `layers.grid`.
+    """
 
     place: str
     module: str
@@ -25,11 +29,13 @@ class External:
     channels: int
     channel_dim: int
     width: int = 0
+    conv: int = 0
+    grid: tuple[str, str | None] | None = None
 
     @property
     def cost(self) -> int:
         """Its trainable parameters."""
-        return external_cost(self.channels, self.width)
+        return external_cost(self.channels, self.width, self.conv)
 
 
 def absolute_budget(budget: int | float, backbone_parameters: int) -> int:
@@ -56,7 +62,7 @@ def absolute_budget(budget: int | float, backbone_parameters: int) -> int:
     return parameters
 
 
-def widths_within(channels: Sequence[int], allowance: int) -> list[int]:
+def widths_within(channels: Sequence[int], allowance: int, conv: int = 0) -> list[int]:
     """The widths of external adapters that together have at most `allowance` parameters.
 
     Every adapter gets the same fraction of its channel width, rounded down. The rest of the allowance goes to the
@@ -66,6 +72,7 @@ def widths_within(channels: Sequence[int], allowance: int) -> list[int]:
     Args:
         channels: The channel width of each place, in model order.
         allowance: The largest number of parameters of all external adapters together.
+        conv: The height and width of the filters of each hidden unit; 0 for none.
 
     Returns:
         One width per place. Some may be 0 if the allowance is small.
@@ -75,19 +82,21 @@ def widths_within(channels: Sequence[int], allowance: int) -> list[int]:
     """
     if not channels:
         return []
-    cheapest = external_cost(min(channels), 1)
+    units = [external_cost(c, 1, conv) for c in channels]
+    cheapest = min(units)
     if allowance < cheapest:
+        filters = f" + {conv} * {conv}" if conv else ""
         raise ValueError(
             f"the external adapters get {allowance:,} parameters of the budget, but one hidden unit of the cheapest "
-            f"costs {cheapest:,} (2 * {min(channels)} channels + 1); raise `budget` or `external_share`, or set "
-            f"`external_share=0` for internal adapters only."
+            f"costs {cheapest:,} (2 * {min(channels)} channels + 1{filters}); raise `budget` or `external_share`, or "
+            f"set `external_share=0` for internal adapters only."
         )
-    fraction = allowance / sum(c * (2 * c + 1) for c in channels)
+    fraction = allowance / sum(c * unit for c, unit in zip(channels, units, strict=True))
     exact = [fraction * c for c in channels]
     widths = [int(w) for w in exact]
-    left = allowance - sum(external_cost(c, w) for c, w in zip(channels, widths, strict=True))
+    left = allowance - sum(w * unit for w, unit in zip(widths, units, strict=True))
     for i in sorted(range(len(channels)), key=lambda i: (widths[i] - exact[i], i)):
-        if external_cost(channels[i], 1) <= left:
+        if units[i] <= left:
             widths[i] += 1
-            left -= external_cost(channels[i], 1)
+            left -= units[i]
     return widths

@@ -26,7 +26,7 @@ from ..layers.quantized import dequantized, is_quantized
 from ..recorded import RecordedConfig
 from ..ticket.criteria import CRITERIA, Evidence
 from ..ticket.selection import Positions, choose, count_elements
-from .architectures import check_known, has_known_blocks, known_modules, known_places, known_targets
+from .architectures import check_known, has_known_blocks, known_grids, known_modules, known_places, known_targets
 from .base import backbone_parameters, head_modules, in_heads, in_module, shared_parameters
 from .budget import External, absolute_budget, widths_within
 from .suggestions import suggestion
@@ -278,7 +278,31 @@ class Planner:
                 f"nn.Linear, nn.Conv2d or nn.LayerNorm in `external_modules`."
             )
         self._refuse_foreign(name, "external_modules")
-        return External(place, name, mlp_input, *channels)
+        size, channel_dim = channels
+        grid = self._grid(place, name, channel_dim) if self.config.external_conv else None
+        return External(place, name, mlp_input, size, channel_dim, conv=self.config.external_conv, grid=grid)
+
+    def _grid(self, place: str, name: str, channel_dim: int) -> tuple[str, str | None] | None:
+        """Where the filters of an external adapter get the grid of the tokens from.
+
+        Raises:
+            ValueError: If the architecture does not tell. A CheckpointError for a saved adapter.
+        """
+        if place in (MODULE, MODULE_PARALLEL) or channel_dim != -1:
+            return None  # maps, or an error when the model runs
+        if (place, name) not in self._grids:
+            error = CheckpointError if isinstance(self.config, RecordedConfig) else ValueError
+            raise error(
+                f"SFAConfig.external_conv={self.config.external_conv}: the grid of the tokens at the place {place!r} "
+                f"of {name!r} is not known{' (attention is in windows)' if place == 'attention' else ''}. Use "
+                f"external_conv=0, other `external_places`, or an Architecture with `grid` for "
+                f"register_architecture."
+            )
+        return self._grids[place, name]
+
+    @cached_property
+    def _grids(self) -> dict[tuple[str, str], tuple[str, str | None] | None]:
+        return known_grids(self.model)
 
     def candidates(self) -> dict[str, dict[str, nn.Parameter]]:
         """For each module, the parameters that the ticket may choose from.
@@ -477,7 +501,7 @@ class Planner:
         externals: list[External] = []
         if places:
             allowance = self.external_allowance() if candidates else budget
-            widths = widths_within([p.channels for p in places], allowance)
+            widths = widths_within([p.channels for p in places], allowance, config.external_conv)
             externals = [replace(p, width=w) for p, w in zip(places, widths, strict=True) if w]
         size = budget - sum(e.cost for e in externals) if candidates else 0
         total = count_elements(candidates)

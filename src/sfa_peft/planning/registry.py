@@ -12,6 +12,7 @@ from typing import Any
 from ..config import PLACES
 
 GROUP = "sfa_peft.architectures"  # the entry points of other packages
+PATCHES, MAPS = "patches", "maps"  # values of `grid` that are no arguments
 
 
 class ArchitectureWarning(UserWarning):
@@ -81,6 +82,12 @@ class Architecture:
             Names of classes: the description applies only to blocks inside a module of one of them. It keeps text
             towers and decoders out that are made of the same blocks.
         note (`str`, defaults to `""`): A remark for the table of architectures.
+        grid (`str`, *optional*, defaults to `None`):
+            What tells the height and width of the token grid, for `SFAConfig.external_conv`. The name of the argument
+            of the block's forward that has them, such as `input_dimensions`; then the places of the MLP can have
+            filters. Or `patches`: the grid is that of the patch embedding, the last convolution before the block
+            without overlap, and any other tokens of the image come first. Or `maps`: the places have maps of shape
+            ``(batch, height, width, channels)``. With None, external adapters there have no filters.
 
     Raises:
         ValueError: If a value is not valid. The message names the field, the value and what is allowed.
@@ -109,6 +116,7 @@ class Architecture:
     has: tuple[str, ...] = ()
     inside: tuple[str, ...] = ()
     note: str = ""
+    grid: str | None = None
 
     def __post_init__(self) -> None:
         self._check("name", isinstance(self.name, str) and bool(self.name.strip()), "use a name")
@@ -134,6 +142,10 @@ class Architecture:
         )
         self._check("mlp", isinstance(self.mlp, PlainMLP | None), "use a PlainMLP, or None")
         self._check("note", isinstance(self.note, str), "use a string")
+        is_argument = isinstance(self.grid, str) and self.grid.isidentifier()
+        self._check(
+            "grid", self.grid is None or is_argument, f"use the name of an argument, {PATCHES!r}, {MAPS!r} or None"
+        )
         is_parallel = "mlp_parallel" in self.places
         if is_parallel and self.mlp_input is None:
             self._fail("mlp_input", "the place `mlp_parallel` needs the module whose input is the MLP's input")

@@ -22,7 +22,7 @@ def check_config(model: nn.Module, adapter_name: str, config: RecordedConfig, po
     """
     type(config)(**config.to_dict())
     widths = {}
-    expected = (config.external_activation, config.external_scale)
+    expected = (config.external_activation, config.external_scale, config.external_conv)
     for name, layer in sfa_layers(model):
         if any(p.is_meta for p in layer.parameters_of(adapter_name)):
             raise ValueError(
@@ -31,11 +31,12 @@ def check_config(model: nn.Module, adapter_name: str, config: RecordedConfig, po
             )
         for external, container in layer.externals_of(adapter_name):
             widths[name, container is not None] = external.width
-            if (external.activation, external.scale) != expected:
+            if (external.activation, external.scale, external.kernel_size) != expected:
                 raise ValueError(
-                    f"the external adapters of {adapter_name!r} have external_activation={external.activation!r} "
-                    f"and external_scale={external.scale}, but its config says {expected[0]!r} and {expected[1]}: "
-                    f"restore the fields; they cannot change after an adapter is created."
+                    f"the external adapters of {adapter_name!r} have external_activation={external.activation!r}, "
+                    f"external_scale={external.scale} and external_conv={external.kernel_size}, but its config says "
+                    f"{expected[0]!r}, {expected[1]} and {expected[2]}: restore the fields; they cannot change after "
+                    f"an adapter is created."
                 )
         if adapter_name in layer.sfa_internal:
             granularity = layer.sfa_internal[adapter_name].granularity

@@ -57,6 +57,7 @@ def check_combinable(
         ("internal_granularity", attrgetter("granularity"), internal),
         ("external_activation", attrgetter("external_activation"), external),
         ("external_dropout", attrgetter("external_dropout"), external),
+        ("external_conv", attrgetter("external_conv"), external),
     ):
         for name in names[1:]:
             values = [read(configs[n]) for n in (names[0], name)]
@@ -121,6 +122,7 @@ def combined(
         external_modules=inputs or first_internal.external_modules,
         external_activation=first_external.external_activation,
         external_dropout=first_external.external_dropout,
+        external_conv=first_external.external_conv,
         external_scale=1.0,  # the scales are in the values
         external_share=plan.external_cost / total,
         external_widths=plan.external_widths,
@@ -181,4 +183,6 @@ def _fill_external(
     parts = [(bottlenecks[a], w) for a, w in zip(adapters, weights, strict=True) if a in bottlenecks]
     new.down.weight.copy_(torch.cat([part.down.weight for part, _ in parts]))
     new.down.bias.copy_(torch.cat([part.down.bias for part, _ in parts]))
+    if new.conv is not None:
+        new.conv.weight.copy_(torch.cat([part.conv.weight for part, _ in parts if part.conv is not None]))
     new.up.weight.copy_(torch.cat([weight * part.scale * part.up.weight for part, weight in parts], dim=1))

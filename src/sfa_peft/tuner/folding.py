@@ -257,6 +257,8 @@ def _foldable_externals(block: _Block, shared: dict[int, list[str]]) -> list[Ext
         raise _CannotFoldError("another external adapter reads the output of the MLP")
     adapters = [external.adapter for external in found]
     for adapter in adapters:
+        if adapter.conv is not None:
+            raise _CannotFoldError(f"its hidden units have filters (external_conv={adapter.kernel_size})")
         _check_activation(block, adapter)
         if block.fc1.bias is None and bool(adapter.down.bias.any()):
             raise _CannotFoldError("the MLP has no bias")

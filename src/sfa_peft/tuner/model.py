@@ -22,6 +22,7 @@ from ..checkpoint.validation import check_positions
 from ..config import SFAConfig
 from ..layers.adapted import SFALayer, sfa_layers
 from ..layers.bottleneck import ExternalAdapter
+from ..layers.grid import Grid
 from ..layers.heads import wrap_heads
 from ..layers.kept import ChangedParameters
 from ..layers.kinds import QuantizedLinear
@@ -181,6 +182,10 @@ class SFAModel(BaseTuner):
         if positions is not None:
             layer.add_internal(adapter_name, positions, config.granularity, init_weights=config.init_weights)
         for external in plan.externals.get(name, ()):
+            grid = None
+            if external.grid is not None:
+                source, argument = external.grid
+                grid = Grid(self.model.get_submodule(source), argument)
             adapter = ExternalAdapter(
                 external.channels,
                 external.width,
@@ -189,6 +194,8 @@ class SFAModel(BaseTuner):
                 scale=config.external_scale,
                 channel_dim=external.channel_dim,
                 init_weights=config.init_weights,
+                conv=external.conv,
+                grid=grid,
             )
             container = None if external.mlp_input is None else self.model.get_submodule(external.mlp_input)
             layer.add_external(adapter_name, adapter, container)
