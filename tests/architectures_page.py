@@ -110,7 +110,7 @@ input the adapters read, as at `mlp_parallel`, the place that measured best; suc
 registering anything:
 
 ```python
-SFAConfig(budget=0.02, target_modules=["qkv", "proj", "fc1", "fc2"], external_modules={"mlp.fc2": "mlp"})
+config = SFAConfig(budget=0.02, target_modules=["qkv", "proj", "fc1", "fc2"], external_modules={"mlp.fc2": "mlp"})
 ```
 
 For a model without known blocks, the error lists the blocks that it repeats, with both forms filled in.

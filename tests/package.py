@@ -18,18 +18,18 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-BEFORE = """
+# A base and data on a stand-in for the Hub, and then README's Python.
+README = """
 import sys
 sys.path[:0] = [{tests!r}]
 import os
 from hub_server import TOKEN, HubServer
 hub = HubServer()
 os.environ |= {{"HF_ENDPOINT": hub.url, "HF_HOME": {home!r}, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}}
-import tiny
-base = tiny.swin(num_labels=3)
-train_loader = [tiny.batch(seed=i) for i in range(3)]
+import pages
+(snippet,) = pages.snippets("README.md", "python")
+snippet.run(pages.names_of_readme())
 """
-LOADING = "model = PeftModel.from_pretrained("  # needs a base without an adapter
 INSTALL = 'pip install "sfa-peft[examples]"'
 
 
@@ -45,14 +45,6 @@ def environment(folder: Path) -> tuple[Path, list[object]]:
     venv.create(folder, with_pip=True)
     programs = folder / "bin"
     return programs, [programs / "python", "-m", "pip", "--disable-pip-version-check", "--quiet", "install"]
-
-
-def lines_of_readme() -> str:
-    """README's first block of Python, with a new base where the adapter is loaded."""
-    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert block is not None
-    assert LOADING in block[1]
-    return block[1].replace(LOADING, f"base = tiny.swin(num_labels=3)\n{LOADING}")
 
 
 def build(folder: Path) -> Path:
@@ -73,7 +65,7 @@ def build(folder: Path) -> Path:
 
 def try_readme(programs: Path, folder: Path) -> None:
     script = folder / "readme.py"
-    script.write_text(BEFORE.format(tests=str(ROOT / "tests"), home=str(folder / "home")) + lines_of_readme())
+    script.write_text(README.format(tests=str(ROOT / "tests"), home=str(folder / "home")))
     run(programs / "python", script, cwd=folder)
 
 

@@ -229,17 +229,6 @@ def test_the_page_is_that_of_the_table():
     assert PAGE.read_text() == page(), "run: python tests/architectures_page.py"
 
 
-def test_the_example_of_the_page_runs():
-    exec(re.search(r"```python\n(.*?)```", page(), re.DOTALL).group(1))
-    config = hf.PvtConfig(
-        image_size=64, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 1, 1]
-    )
-    model = adapted(hf.PvtModel(config))
-    assert set(model.peft_config["default"].external_widths) == {"attention", "mlp", "mlp_parallel"}
-    assert "encoder.block.0.0.attention.self.sequence_reduction.weight" in model.peft_config["default"].ticket_sizes
-    train(model, tiny.pixels(size=64), 1)
-
-
 def test_the_table_is_tested():
     """Those of earlier versions of transformers are tested with these versions."""
     assert {a.name.removesuffix(EARLIER) for a in registry.registered_architectures()} == {*BACKBONES, *CONTAINED}

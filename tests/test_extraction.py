@@ -1,8 +1,6 @@
 """Adapters that are made out of a base model and a fine-tuned one."""
 
 import copy
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -130,15 +128,6 @@ def test_the_error_counts_what_an_adapter_cannot_change():
     assert list(extraction.left_out) == ["embeddings.cls_token"]
     assert extraction.relative_error == pytest.approx((outside / (inside + outside)) ** 0.5, rel=1e-4)
     assert "not adapted: 'embeddings.cls_token'" in str(extraction)
-
-
-def test_the_example_in_the_documentation_runs(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    text = (Path(__file__).parent.parent / "docs" / "tickets.md").read_text()
-    (snippet,) = re.findall(r"```python\n([^`]*extract_adapter[^`]*)```", text)
-    exec(snippet, {"base": tiny.swin(), "finetuned": finetuned(tiny.swin(), density=0.5)})
-    assert "relative error" in capsys.readouterr().out
-    PeftModel.from_pretrained(tiny.swin(), "adapter")
 
 
 def test_only_targets_are_changed():

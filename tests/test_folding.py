@@ -2,12 +2,10 @@
 
 import copy
 import json
-import re
 import subprocess
 import sys
 import warnings
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -157,22 +155,6 @@ assert not any(name.split(".")[0] in ("sfa_peft", "peft") for name, module in sy
 """
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def test_the_examples_in_the_documentation_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    text = (Path(__file__).parent.parent / "docs" / "deploying.md").read_text()
-    for snippet in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        if "torchao" in snippet:
-            continue  # run in test_quantized
-        model = adapted(tiny.swin)
-        expected, names = outputs(model), {"model": model, "pixel_values": tiny.pixels()}
-        logits = tiny.output(model)
-        exec(snippet, names)
-        for name in names.keys() & {"merged", "plain"}:
-            assert difference(outputs(names[name]), expected) < TOLERANCE
-        if "logits" in names:
-            assert difference(torch.from_numpy(names["logits"]), logits) < TOLERANCE
 
 
 def test_the_config_says_the_wider_mlp(tmp_path):

@@ -1,13 +1,11 @@
 """Adapters on quantized bases, on CPU: bitsandbytes and torchao, which `make test` keeps beside the environment."""
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import BitsAndBytesConfig, Dinov2Config, Dinov2Model, TorchAoConfig
 
+import pages
 import tiny
 from sfa_peft import SFAConfig, install_ticket, search_ticket
 
@@ -138,11 +136,10 @@ def test_a_merged_model_is_quantized_as_its_base_is(make, widen):
 
 
 def test_the_example_in_the_documentation_runs():
-    text = (Path(__file__).parent.parent / "docs" / "deploying.md").read_text()
-    (snippet,) = [s for s in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "torchao" in s]
+    (snippet,) = [s for s in pages.snippets("docs/deploying.md", "python") if "torchao" in s.text]
     names = {"model": get_peft_model(tiny.swin(), SFAConfig(budget=0.1, init_weights=False))}
     expected = tiny.output(names["model"])
-    exec(snippet, names)
+    snippet.run(names)
     assert 0 < relative(tiny.output(names["quantized"]), expected) < 0.02
 
 
