@@ -19,8 +19,9 @@ OUTSIDE = {"index.md": "README.md"} | {name: name for name in SAME}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add what lies outside of `docs/`: some pages, the examples and the benchmarks' scripts."""
-    scripts = {str(p.relative_to(ROOT)): p for name in ("examples", "benchmarks") for p in ROOT.glob(f"{name}/*.py")}
+    """Add what lies outside of `docs/`: some pages, the examples with their notebook, the benchmarks' scripts."""
+    patterns = ("examples/*.py", "examples/*.ipynb", "benchmarks/*.py")
+    scripts = {str(path.relative_to(ROOT)): path for pattern in patterns for path in ROOT.glob(pattern)}
     for uri, path in {**{uri: ROOT / path for uri, path in OUTSIDE.items()}, **scripts}.items():
         files.append(File.generated(config, uri, abs_src_path=str(path)))
     return files
