@@ -183,6 +183,18 @@ def loads_the_older_one(names):
         PeftModel.from_pretrained(tiny.dinov2(), "me/dinov2-depth")
 
 
+# docs/concepts.md
+
+
+def has_the_defaults(names):
+    found, default = (
+        get_peft_model(tiny.swin(), config).peft_config["default"]
+        for config in (names["config"], SFAConfig(modules_to_save=["decode_head"]))
+    )
+    assert found.external_widths == default.external_widths
+    assert found.ticket_sizes == default.ticket_sizes
+
+
 # docs/deploying.md
 
 
@@ -304,6 +316,7 @@ SNIPPETS = {
     "docs/compatibility.md": Page(
         of_compatibility, after={"dinov2-before-transformers-518-and-after": loads_the_older_one}
     ),
+    "docs/concepts.md": Page(lambda: {"SFAConfig": SFAConfig}, after={"how-sfa-works": has_the_defaults}),
     "docs/deploying.md": Page(
         dict,
         again=of_deploying,
