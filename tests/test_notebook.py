@@ -36,6 +36,7 @@ def test_it_has_no_outputs(notebook):
     assert set(notebook["metadata"]) == {"kernelspec", "language_info"}
 
 
+@pytest.mark.slow
 def test_it_runs(notebook, tmp_path, monkeypatch, capsys, pictures):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
