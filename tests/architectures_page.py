@@ -39,6 +39,10 @@ MIDDLE = """
   the result is a plain model that `save_pretrained` saves. *stays*: they stay modules of the merged model; see
   [deploying.md](deploying.md).
 
+**Filters** (`external_conv`) need the grid of an image's tokens. Where the column says yes, SFA finds it: from the
+argument of the block that has it (the family of Swin, at the places of the MLP), or from the patch embedding. The
+tokens must all be there and in order, after any others. Elsewhere `external_conv` is refused.
+
 The blocks of timm, Microsoft, Meta and `rfdetr` are in the table with small modules that have the same class names,
 names of layers and order of operations. Further tests use timm itself where it is installed, which needs torchvision,
 and kornia's copy of Meta's DINOv2.
@@ -86,7 +90,8 @@ register_architecture(
 
 If merging is to fold external adapters into the MLP, `mlp` says where its two linear layers and its activation are,
 and which field of the config decides its width, such as `mlp=PlainMLP("intermediate_size", is_ratio=False,
-fc1="mlp.up", activation="mlp.act", fc2="mlp.down")`.
+fc1="mlp.up", activation="mlp.act", fc2="mlp.down")`. If external adapters are to have filters, `grid` says what tells
+the grid of the tokens: the argument of the block's forward with its height and width, `"patches"`, or `"maps"`.
 
 - Where a block scales (LayerScale) or normalizes the output of a sub-layer before the residual sum, the place is the
   scale or the norm, and not the linear layer: it would damp what the adapter adds. `PlainMLP.factor` names the
@@ -119,10 +124,9 @@ For a model without known blocks, the error lists the blocks that it repeats, wi
 
 def page():
     """The text of the page."""
-    rows = [
-        "| architecture | class of the block | targets | places | found | step | search | round trip | merge |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    columns = ("architecture", "class of the block", "targets", "places")
+    columns = (*columns, "found", "step", "search", "round trip", "merge", "filters")
+    rows = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     for architecture in registered_architectures():
         name = architecture.name.removesuffix(EARLIER)  # tested when the tests run with that transformers
         is_tested = name in BACKBONES or name in CONTAINED
@@ -134,6 +138,7 @@ def page():
             _places(architecture),
             *["yes" if is_tested else ""] * 4,
             merges if is_tested else "",
+            "" if architecture.grid is None else "yes",
         ]
         rows.append(f"| {' | '.join(cells)} |")
     return BEGIN + "\n".join(rows) + MIDDLE
