@@ -63,10 +63,11 @@ LORA = "LoRA r=8"
 
 
 def methods(budget: int, keep: bool | None = None) -> dict[str, Callable[[nn.Module], nn.Module]]:
-    def sfa(share: float, granularity: str = "element") -> Callable[[nn.Module], nn.Module]:
+    def sfa(share: float, granularity: str = "element", conv: int = 0) -> Callable[[nn.Module], nn.Module]:
         config = SFAConfig(
             budget=budget,
             external_share=share,
+            external_conv=conv,
             internal_granularity=granularity,
             initial_ticket="random",
             target_modules=LINEARS,
@@ -82,7 +83,9 @@ def methods(budget: int, keep: bool | None = None) -> dict[str, Callable[[nn.Mod
         "SFA internal, rows": sfa(0.0, "row"),
         "SFA internal, columns": sfa(0.0, "column"),
         "SFA external": sfa(1.0),
+        "SFA external, filters": sfa(1.0, conv=3),
         "SFA both": sfa(0.5),
+        "SFA both, filters": sfa(0.5, conv=3),
         "full fine-tuning": lambda model: model,
     }
 

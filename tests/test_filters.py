@@ -12,6 +12,7 @@ from torch import nn
 import backbones
 import tiny
 from backbones import BACKBONES, SIZES
+from saved_tensors import Saved
 from sfa_peft import Architecture, CheckpointError, SFAConfig, register_architecture, search_ticket
 from sfa_peft.layers.bottleneck import ExternalAdapter
 from sfa_peft.planning.architectures import known_modules
@@ -105,6 +106,30 @@ def test_an_adapter_with_filters_is_the_identity_at_first_and_keeps_to_its_budge
     assert all(a.conv.weight.any() for a in adapters_of(model))
     alone = get_peft_model(make(), config(budget=2000, external_share=1.0))
     assert 1800 < sum(p.numel() for n, p in alone.named_parameters() if p.requires_grad) <= 2000
+
+
+@pytest.mark.parametrize("shape", [(2, 3 + 4 * 5, 6), (2, 4 * 5, 6), (2, 4, 5, 6)])
+def test_the_gradients_are_those_of_plain_autograd(shape):
+    adapter = ExternalAdapter(6, 4, scale=0.7, init_weights=False, conv=3).double()
+    adapter.conv.size_of = lambda x: (4, 5) if x.dim() == 3 else None
+    x = torch.randn(shape, dtype=torch.double, requires_grad=True)
+
+    def plain():
+        tokens = x.flatten(1, 2) if x.dim() == 4 else x
+        return reference(adapter, tokens, (4, 5)).reshape(x.shape)
+
+    inputs = [x, *adapter.parameters()]
+    grads = [torch.autograd.grad(y.sin().sum(), inputs) for y in (adapter(x), plain())]
+    assert torch.allclose(adapter(x), plain())
+    assert all(torch.allclose(a, b) for a, b in zip(*grads, strict=True))
+    assert torch.autograd.gradcheck(adapter, (x,))
+
+
+def test_only_the_input_is_saved_for_backward():
+    adapter = ExternalAdapter(6, 4, init_weights=False, conv=3)
+    with Saved(adapter) as saved:
+        adapter(torch.randn(2, 4, 5, 6, requires_grad=True))
+    assert saved.shapes == [(2, 4, 5, 6)]
 
 
 def test_training_reaches_every_parameter_of_the_adapters():
@@ -301,7 +326,7 @@ def test_maps_need_no_grid():
 def test_tokens_without_a_known_grid_are_refused():
     base = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
     model = get_peft_model(base, config(budget=60, external_modules=["0"], target_modules=[], init_weights=False))
-    with pytest.raises(RuntimeError, match=r"shape \(2, 9, '...'\), and the grid of the image's tokens is not known"):
+    with pytest.raises(RuntimeError, match=r"shape \(2, 9, 8\), and the grid of the image's tokens is not known"):
         model(torch.randn(2, 9, 4))
 
 

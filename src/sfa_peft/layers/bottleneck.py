@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .grid import Grid, TokenFilter
+from .grid import Grid, Size, TokenFilter, filtered, filtered_backward
 from .offloading import is_hooked, onloaded
 
 
@@ -77,7 +77,7 @@ def _needs_grad(x: Tensor) -> bool:
 
 class BottleneckFunction(torch.autograd.Function):
     """``scale * up(act(down(x)))``, in `dtype`. Saves only `x`: backward computes the hidden states again, which are
-    narrow.
+    narrow. With `filters`, the hidden states are `filtered`, on a grid of `size`.
     """
 
     @staticmethod
@@ -87,38 +87,49 @@ class BottleneckFunction(torch.autograd.Function):
         down: Tensor,
         bias: Tensor,
         up: Tensor,
+        filters: Tensor | None,
+        size: Size,
         activation: str,
         scale: float,
         dtype: torch.dtype,
     ) -> Tensor:
-        ctx.dtypes = x.dtype, down.dtype, bias.dtype, up.dtype
+        ctx.dtypes = x.dtype, down.dtype, bias.dtype, up.dtype, None if filters is None else filters.dtype
         x, down, bias, up = x.to(dtype), down.to(dtype), bias.to(dtype), up.to(dtype)
-        ctx.save_for_backward(x, down, bias, up)
-        ctx.activation, ctx.scale = activation, scale
-        return F.linear(_scaled(ACTIVATIONS[activation].forward(F.linear(x, down, bias)), scale), up)
+        filters = None if filters is None else filters.to(dtype)
+        ctx.save_for_backward(x, down, bias, up, filters)
+        ctx.size, ctx.activation, ctx.scale = size, activation, scale
+        hidden = F.linear(x, down, bias)
+        if filters is not None:
+            hidden = filtered(hidden, filters, size)
+        return F.linear(_scaled(ACTIVATIONS[activation].forward(hidden), scale), up)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, down, bias, up = ctx.saved_tensors
-        x_dtype, down_dtype, bias_dtype, up_dtype = ctx.dtypes
+        x, down, bias, up, filters = ctx.saved_tensors
+        x_dtype, down_dtype, bias_dtype, up_dtype, filters_dtype = ctx.dtypes
         activation = ACTIVATIONS[ctx.activation]
         flat_x = x.reshape(-1, x.shape[-1])
         flat_grad = grad.reshape(-1, grad.shape[-1])
 
-        hidden = F.linear(flat_x, down, bias)
-        grad_hidden = activation.backward(_scaled(flat_grad @ up, ctx.scale), hidden)
+        linear = F.linear(x, down, bias)
+        hidden = linear if filters is None else filtered(linear, filters, ctx.size)
+        flat_hidden = hidden.reshape(-1, hidden.shape[-1])
+        grad_hidden = activation.backward(_scaled(flat_grad @ up, ctx.scale), flat_hidden)
 
-        grad_x = grad_down = grad_bias = grad_up = None
+        grad_x = grad_down = grad_bias = grad_up = grad_filters = None
+        if ctx.needs_input_grad[3]:
+            grad_up = (flat_grad.t() @ _scaled(activation.forward(flat_hidden), ctx.scale)).to(up_dtype)
+        if filters is not None:
+            grad_linear, grad_filters = filtered_backward(grad_hidden.view(linear.shape), linear, filters, ctx.size)
+            grad_hidden, grad_filters = grad_linear.reshape(grad_hidden.shape), grad_filters.to(filters_dtype)
         if ctx.needs_input_grad[0]:
             grad_x = (grad_hidden @ down).to(x_dtype).view(x.shape)
         if ctx.needs_input_grad[1]:
             grad_down = (grad_hidden.t() @ flat_x).to(down_dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_hidden.sum(0, dtype=bias_dtype)
-        if ctx.needs_input_grad[3]:
-            grad_up = (flat_grad.t() @ _scaled(activation.forward(hidden), ctx.scale)).to(up_dtype)
-        return grad_x, grad_down, grad_bias, grad_up, None, None, None
+        return grad_x, grad_down, grad_bias, grad_up, grad_filters, None, None, None, None
 
 
 def _scaled(values: Tensor, scale: float) -> Tensor:
@@ -184,7 +195,7 @@ class ExternalAdapter(nn.Module):
     @property
     def kernel_size(self) -> int:
         """The height and width of the filters; 0 without filters."""
-        return 0 if self.conv is None else self.conv.kernel_size[0]
+        return 0 if self.conv is None else self.conv.weight.shape[-1]
 
     def remove_hooks(self) -> None:
         """Remove the hook that gives the filters the grid of the tokens."""
@@ -210,10 +221,10 @@ class ExternalAdapter(nn.Module):
             x = x.movedim(self.channel_dim, -1)
         dtype = compute_dtype(x, self.down.weight.dtype)
         delta: Tensor
-        if self.conv is not None or (self.dropout and self.training) or torch.jit.is_tracing():
+        if (self.dropout and self.training) or torch.jit.is_tracing():
             # With dropout, autograd keeps the hidden states, so that the mask is the same in backward; these are only
-            # `width` numbers per token, as are those of filters. TorchScript supports no autograd functions.
-            hidden = self.down(cast_input(x, dtype))
+            # `width` numbers per token. TorchScript supports no autograd functions.
+            hidden = self.down(x.to(dtype))
             hidden = hidden if self.conv is None else self.conv(hidden)
             hidden = ACTIVATIONS[self.activation].forward(hidden)
             delta = self.up(F.dropout(hidden, self.dropout, self.training) * self.scale)
@@ -223,6 +234,8 @@ class ExternalAdapter(nn.Module):
                 self.down.weight,
                 self.down.bias,
                 self.up.weight,
+                None if self.conv is None else self.conv.weight,
+                None if self.conv is None else self.conv.size_of(x),
                 self.activation,
                 self.scale,
                 dtype,

@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .leaves import base_layer_of
@@ -85,12 +86,59 @@ class Grid:
         self.handle.remove()
 
 
-class TokenFilter(nn.Conv2d):
-    """A depthwise convolution on tokens, ``h + conv(h)``, which starts as the identity.
+Size = tuple[int, int] | None  # the grid of tokens; None for maps of shape (batch, height, width, units)
 
-    Tokens before the grid (class and register tokens) stay as they are. After Mona (Yin et al., "5%>100%: Breaking
-    Performance Shackles of Full Fine-Tuning on Visual Recognition Tasks", 2025), whose filters are such residuals, and
-    Convpass (Jie & Deng, "Convolutional Bypasses Are Better Vision Transformer Adapters", 2022).
+
+def filtered(hidden: Tensor, weight: Tensor, size: Size) -> Tensor:
+    """``h + conv(h)`` on the tokens of an image, with a filter for each hidden unit.
+
+    Args:
+        hidden: A tensor of shape ``(batch, tokens, units)``, or ``(batch, height, width, units)``.
+        weight: The filters, of shape ``(units, 1, k, k)``.
+        size: The grid of the tokens. Tokens before it (class and register tokens) stay as they are.
+    """
+    before, image = _split(hidden, size)
+    convolved = F.conv2d(image, weight, padding=weight.shape[-1] // 2, groups=len(weight))
+    return _with(hidden, before, convolved)
+
+
+def filtered_backward(grad: Tensor, hidden: Tensor, weight: Tensor, size: Size) -> tuple[Tensor, Tensor]:
+    """The gradients of `filtered`: of `hidden` and of `weight`."""
+    before, image = _split(hidden, size)
+    _, grad_image = _split(grad, size)
+    padding = weight.shape[-1] // 2
+    grad_convolved, grad_weight, _ = torch.ops.aten.convolution_backward(
+        *(grad_image, image, weight, None, (1, 1), (padding, padding), (1, 1), False, (0, 0), len(weight)),
+        (True, True, False),
+    )
+    return _with(grad, before, grad_convolved), grad_weight
+
+
+def _split(hidden: Tensor, size: Size) -> tuple[int, Tensor]:
+    """The number of tokens before the grid, and the grid as an image ``(batch, units, height, width)``.
+
+    The image is a view: tokens lie in memory as an image with its channels last.
+    """
+    if size is None:
+        return 0, hidden.permute(0, 3, 1, 2)
+    before = hidden.shape[1] - size[0] * size[1]
+    return before, hidden[:, before:].unflatten(1, size).permute(0, 3, 1, 2)
+
+
+def _with(hidden: Tensor, before: int, image: Tensor) -> Tensor:
+    """`hidden` with an image added to the tokens of the grid."""
+    added = image.permute(0, 2, 3, 1)
+    if hidden.dim() == 3:
+        added = added.flatten(1, 2)
+    return torch.cat((hidden[:, :before], hidden[:, before:] + added), dim=1) if before else hidden + added
+
+
+class TokenFilter(nn.Module):
+    """The filters of an external adapter; see `filtered`. They start at zero, and so as the identity.
+
+    After Mona (Yin et al., "5%>100%: Breaking Performance Shackles of Full Fine-Tuning on Visual Recognition Tasks",
+    2025), whose filters are such residuals, and Convpass (Jie & Deng, "Convolutional Bypasses Are Better Vision
+    Transformer Adapters", 2022).
 
     Args:
         units: The number of hidden units, each with its filter.
@@ -100,39 +148,29 @@ class TokenFilter(nn.Conv2d):
     """
 
     def __init__(self, units: int, kernel_size: int, grid: Grid | None = None, init_weights: bool = True) -> None:
-        super().__init__(units, units, kernel_size, padding=kernel_size // 2, groups=units, bias=False)
-        if init_weights:
-            nn.init.zeros_(self.weight)
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(units, 1, kernel_size, kernel_size))
+        if not init_weights:
+            nn.init.normal_(self.weight, std=1 / kernel_size)
         self.grid = grid
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Filter hidden units.
-
-        Args:
-            hidden: A tensor of shape ``(batch, tokens, units)`` or ``(batch, height, width, units)``.
+    def size_of(self, x: Tensor) -> Size:
+        """The grid of the tokens of `x`, of shape ``(batch, tokens, ...)`` or ``(batch, height, width, ...)``.
 
         Raises:
             RuntimeError: If the tokens do not lie on a grid that is known.
         """
-        if hidden.dim() == 4:
-            return hidden + self._convolved(hidden)
-        height, width = self._size(hidden)
-        before = hidden.shape[1] - height * width
-        tokens = hidden[:, before:]
-        tokens = tokens + self._convolved(tokens.unflatten(1, (height, width))).flatten(1, 2)
-        return torch.cat((hidden[:, :before], tokens), dim=1) if before else tokens
-
-    def _convolved(self, grid: Tensor) -> Tensor:
-        # Channels last is how tokens lie in memory, so nothing is copied.
-        return super().forward(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-    def _size(self, hidden: Tensor) -> tuple[int, int]:
+        if x.dim() == 4:
+            return None
         size = None if self.grid is None else self.grid.hook.size()
-        if hidden.dim() != 3 or size is None or hidden.shape[1] < size[0] * size[1]:
+        if x.dim() != 3 or size is None or x.shape[1] < size[0] * size[1]:
             known = "is not known" if size is None else f"is {size[0]} x {size[1]}"
             raise RuntimeError(
-                f"SFAConfig.external_conv: an external adapter got an input of shape {(*hidden.shape[:-1], '...')}, "
-                f"and the grid of the image's tokens {known}. Its filters need all tokens of the image, in order, "
-                f"after any others; use external_conv=0 for this model."
+                f"SFAConfig.external_conv: an external adapter got an input of shape {tuple(x.shape)}, and the grid "
+                f"of the image's tokens {known}. Its filters need all tokens of the image, in order, after any "
+                f"others; use external_conv=0 for this model."
             )
         return size
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return filtered(hidden, self.weight, self.size_of(hidden))
