@@ -97,7 +97,9 @@ def test_it_is_found_trains_is_searched_saved_loaded_and_merged(name, tmp_path):
 
     parallel = [place for place in places_of(base) if place == "mlp_parallel"]
     if parallel:
-        again = adapted(BACKBONES[name](), external_places=parallel, target_modules=[], init_weights=False)
+        again = adapted(
+            BACKBONES[name](), external_places=parallel, target_modules=[], init_weights=False, external_conv=0
+        )
         trained = output(again, x)
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
@@ -294,7 +296,7 @@ def test_a_registered_block_is_found(tmp_path):
     expected = output(base, TOKENS)
     model = get_peft_model(base, SFAConfig(budget=200, init_weights=False))
     config = model.peft_config["default"]
-    assert config.external_widths == {"mlp_parallel": {f"blocks.{i}.ffn.down": 1 for i in range(2)}}
+    assert config.external_widths == {"mlp_parallel": {"blocks.0.ffn.down": 3, "blocks.1.ffn.down": 2}}
     assert not torch.allclose(output(model, TOKENS), expected)
     model.save_pretrained(tmp_path)
     assert torch.equal(output(PeftModel.from_pretrained(MyModel(), tmp_path), TOKENS), output(model, TOKENS))

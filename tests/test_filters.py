@@ -373,7 +373,7 @@ def test_a_registered_architecture_can_have_filters():
         unregister_architecture("with shape")
 
 
-@pytest.mark.parametrize("value", [1, 2, -3, 33, 3.0, True, "3", None])
+@pytest.mark.parametrize("value", [1, 2, -3, 33, 3.0, True, "3"])
 def test_bad_values_are_refused(value):
     with pytest.raises(ValueError, match=r"SFAConfig.external_conv=.* is not valid; use an odd int from 3 to 31"):
         SFAConfig(external_conv=value)

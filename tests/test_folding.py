@@ -55,6 +55,7 @@ FAMILIES = {
     "deformable_detr_swin": (tiny.deformable_detr, 64),
 }
 TOLERANCE = 1e-5
+FOLDABLE = {"budget": 0.1, "external_conv": 0, "init_weights": False}
 
 
 def disturbed(model):
@@ -90,7 +91,7 @@ def difference(a, b):
 
 
 def adapted(make=vit_classifier, **options):
-    return get_peft_model(disturbed(make()), SFAConfig(**{"budget": 0.1, "init_weights": False} | options)).eval()
+    return get_peft_model(disturbed(make()), SFAConfig(**FOLDABLE | options)).eval()
 
 
 def loaded(model, folder):
@@ -174,7 +175,7 @@ def test_a_config_that_another_model_uses_is_not_changed(tmp_path):
     first, second = tiny.upernet(config), tiny.upernet(config)
     whole = second.config
     expected = outputs(second)
-    model = get_peft_model(first, SFAConfig(budget=0.1, init_weights=False))
+    model = get_peft_model(first, SFAConfig(**FOLDABLE))
     model.merge_and_unload(widen=True)
     assert first.config.backbone_config.mlp_ratio == 5
     assert config.mlp_ratio == second.backbone.config.mlp_ratio == whole.backbone_config.mlp_ratio == 4
@@ -195,7 +196,7 @@ def test_a_backbone_with_a_copy_of_the_config_is_saved_with_both_changed(tmp_pat
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_other_dtypes(dtype, tmp_path):
     tolerance = {torch.float64: 1e-12, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
-    model = get_peft_model(disturbed(tiny.dinov2()).to(dtype), SFAConfig(budget=0.1, init_weights=False))
+    model = get_peft_model(disturbed(tiny.dinov2()).to(dtype), SFAConfig(**FOLDABLE))
     if dtype is torch.float64:
         model.double()
     expected = outputs(model)
@@ -210,7 +211,7 @@ def test_other_dtypes(dtype, tmp_path):
 @pytest.mark.parametrize("make", [tiny.swin, vit_classifier])
 def test_several_adapters_are_folded_together(make, tmp_path):
     model = adapted(make, external_scale=0.5)
-    model.add_adapter("other", SFAConfig(budget=0.05, init_weights=False, external_dropout=0.3))
+    model.add_adapter("other", SFAConfig(budget=0.05, external_conv=0, init_weights=False, external_dropout=0.3))
     disturb(model, "other")
     model.base_model.set_adapter(["default", "other"])
     expected = outputs(model)
@@ -222,7 +223,9 @@ def test_several_adapters_are_folded_together(make, tmp_path):
 def test_one_of_several_adapters_is_folded(tmp_path):
     model = adapted()
     expected = outputs(model)
-    model.add_adapter("other", SFAConfig(budget=0.05, init_weights=False, external_places=["attention"]))
+    model.add_adapter(
+        "other", SFAConfig(budget=0.05, external_conv=0, init_weights=False, external_places=["attention"])
+    )
     merged = model.merge_and_unload(adapter_names=["default"])
     assert difference(outputs(loaded(merged, tmp_path)), expected) < TOLERANCE
 
@@ -240,7 +243,7 @@ def test_internal_changes_of_the_mlp_and_of_layer_scale_count():
 def test_a_folded_model_is_a_base_for_another_adapter():
     merged = adapted().merge_and_unload()
     expected = outputs(merged)
-    model = get_peft_model(merged, SFAConfig(budget=0.1))
+    model = get_peft_model(merged, SFAConfig(**FOLDABLE))
     assert torch.equal(outputs(model), expected)
     tiny_config = model.get_base_model().config
     assert tiny_config.intermediate_size > 32
@@ -336,7 +339,7 @@ REFUSED = {
 @pytest.mark.parametrize("why", REFUSED)
 def test_what_is_not_folded_is_told_once_and_not_saved(why, tmp_path):
     make, options, message = REFUSED[why]
-    model = get_peft_model(make(), SFAConfig(**{"budget": 0.1, "init_weights": False} | options))
+    model = get_peft_model(make(), SFAConfig(**FOLDABLE | options))
     disturb(model, "default")
     expected = outputs(model)
     with pytest.warns(ExternalsKeptWarning, match=message) as told:
@@ -361,7 +364,7 @@ def test_a_factor_of_zero_is_not_folded():
 
 
 def test_values_that_half_precision_cannot_hold_are_not_folded():
-    model = get_peft_model(tiny.dinov3().half(), SFAConfig(budget=0.1, init_weights=False))
+    model = get_peft_model(tiny.dinov3().half(), SFAConfig(**FOLDABLE))
     with torch.no_grad():
         for layer in model.get_base_model().model.layer:
             layer.layer_scale2.base_layer.lambda1.fill_(1e-7)
@@ -385,7 +388,7 @@ def test_one_block_that_cannot_be_wider_keeps_all_with_its_config():
 
     base = vit_classifier()
     base.vit.layers[0].mlp.fc1.__class__ = OwnLinear
-    model = get_peft_model(base, SFAConfig(budget=0.1, init_weights=False))
+    model = get_peft_model(base, SFAConfig(**FOLDABLE))
     expected = outputs(model)
     message = r"layers\.0.*are not both nn\.Linear.*layers\.1.*another block with the same config.*vit\.layers\.0\.mlp"
     with pytest.warns(ExternalsKeptWarning, match=message):
@@ -402,7 +405,9 @@ def test_models_of_others_are_not_folded():
     with pytest.warns(ExternalsKeptWarning, match="only adapters at the place mlp_parallel of a known block"):
         model.merge_and_unload()
     layers = nn.Sequential(tiny.vit().layers[0])
-    model = get_peft_model(layers, SFAConfig(external_width=2, internal_density=0.0, init_weights=False))
+    model = get_peft_model(
+        layers, SFAConfig(external_width=2, external_conv=0, internal_density=0.0, init_weights=False)
+    )
     with pytest.warns(ExternalsKeptWarning, match="no model of transformers around it has a config"):
         model.merge_and_unload()
 
@@ -492,7 +497,12 @@ def test_every_merged_model_computes_the_same_and_is_saved_whole_or_not(
     tmp_path_factory, make, places, sizes, scale, excluded, widen
 ):
     config = SFAConfig(
-        external_places=sorted(places), external_scale=scale, exclude_modules=excluded, init_weights=False, **sizes
+        external_places=sorted(places),
+        external_scale=scale,
+        external_conv=0,
+        exclude_modules=excluded,
+        init_weights=False,
+        **sizes,
     )
     model = get_peft_model(disturbed(make()), config).eval()
     expected = outputs(model)

@@ -24,8 +24,8 @@ def test_every_trainable_parameter_has_the_rate_of_its_kind():
     groups = parameter_groups(model)
     assert [(g["name"], g["lr"], g["weight_decay"]) for g in groups] == [
         ("head", 2e-3, 0.0),
-        ("external", 1e-2, 0.0),
-        ("internal", 1.2e-2, 0.0),
+        ("external", 2e-2, 0.0),
+        ("internal", by_name(groups)["internal"]["lr"], 0.0),
     ]
     counted = [p for group in groups for p in group["params"]]
     assert {id(p) for p in counted} == {id(p) for p in model.parameters() if p.requires_grad}
@@ -36,6 +36,13 @@ def test_every_trainable_parameter_has_the_rate_of_its_kind():
         assert all(marks[name] in names[id(p)] for p in group["params"])
     given = by_name(parameter_groups(model, internal=3e-3, head=1, weight_decay=0.1))
     assert (given["internal"]["lr"], given["head"]["lr"], given["external"]["weight_decay"]) == (3e-3, 1, 0.1)
+
+
+@pytest.mark.parametrize(("budget", "density"), [(0.02, 0.02), (0.01, 0.01), (3, None)])
+def test_the_rate_of_a_ticket_follows_its_density(budget, density):
+    model = adapted(budget=budget, external_share=0.0)
+    rate = by_name(parameter_groups(model))["internal"]["lr"]
+    assert rate == 0.1 if density is None else abs(rate / (7e-3 / density**0.5) - 1) < 0.1
 
 
 def test_kinds_that_are_not_there_have_no_group():
@@ -84,7 +91,7 @@ def test_trainer_takes_the_groups_and_keeps_their_rates(tmp_path):
         warnings.filterwarnings("error", message=".*learning rate")
         one = trainer(model, tmp_path, optimizers=(optimizer, None))
         one.train()
-    assert [group["initial_lr"] for group in optimizer.param_groups] == [2e-3, 1e-2, 1.2e-2]
+    assert [group["initial_lr"] for group in optimizer.param_groups] == [g["lr"] for g in parameter_groups(model)]
     assert one.optimizer.param_groups[0]["lr"] < 2e-3  # Trainer's own schedule
 
 

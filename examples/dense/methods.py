@@ -21,13 +21,13 @@ class Rates:
 
     Attributes:
         backbone: Adapters, or the whole backbone. For SFA, of the external adapters.
-        internal: For SFA, of the internal values.
+        internal: For SFA, of the internal values. None for that of `parameter_groups`.
         head: Of the head.
     """
 
     backbone: float
     head: float
-    internal: float = 0.0
+    internal: float | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,7 @@ def adaptformer_config(dense: Dense, budget: int) -> SFAConfig:
         external_places=("mlp_parallel",),
         external_activation="relu",
         external_scale=0.1,
+        external_conv=0,
         modules_to_save=list(dense.heads),
     )
 
@@ -145,7 +146,7 @@ class Method:
 
 
 METHODS = {
-    "sfa": Method(Rates(backbone=1e-2, internal=1.2e-2, head=2e-3), sfa_config),
+    "sfa": Method(Rates(backbone=2e-2, head=2e-3), sfa_config),
     "lora": Method(Rates(backbone=5e-3, head=2e-3), lora_config),
     "shira": Method(Rates(backbone=1.2e-2, head=2e-3), shira_config),
     "adaptformer": Method(Rates(backbone=1e-2, head=2e-3), adaptformer_config),

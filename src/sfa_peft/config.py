@@ -21,8 +21,8 @@ from .ticket.criteria import DATA_FREE
 PLACES = ("attention", "mlp", "mlp_parallel")
 PLACEMENTS = ("uniform", "auto")
 DEFAULT_BUDGET = 0.02
-DEFAULT_SHARE = 0.25
-MAX_CONV = 31
+DEFAULT_SHARE = 0.5
+DEFAULT_CONV, MAX_CONV = 3, 31
 # The fields that may be regular expressions.
 PATTERN_FIELDS = ("target_modules", "exclude_modules", "external_modules")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,7 +48,7 @@ class SFAConfig(PeftConfig):
             The number of trainable adapter parameters: an int of at least 1, or a fraction in (0, 1) of the backbone's
             parameters (the base model without `modules_to_save`). It is never exceeded. With internal adapters and
             `element` granularity it is met exactly.
-        external_share (`float`, defaults to 0.25):
+        external_share (`float`, defaults to 0.5):
             The largest fraction of the budget for external adapters, in [0, 1]. The ticket gets the rest. With 1 there
             are only external adapters, with 0 only internal ones. If one kind is switched off
             (`external_places=()` or `external_modules=[]`, `target_modules=[]`), the other gets the whole budget.
@@ -75,10 +75,11 @@ class SFAConfig(PeftConfig):
             The dropout probability of the hidden units of external adapters, in [0, 1).
         external_scale (`float`, defaults to 1.0):
             The constant factor on the output of external adapters. Any finite number except 0.
-        external_conv (`int`, defaults to 0):
+        external_conv (`int`, *optional*, defaults to `None`):
             The height and width of a depthwise filter on each hidden unit of external adapters: an odd number such as
-            3, or 0 for no filters. With filters, an external adapter sees the neighbours of a token, and cannot be
-            folded into the MLP. The grid of the tokens must be known: docs/architectures.md has the list. Not with
+            3, or 0 for no filters. With filters, an external adapter sees the neighbours of a token; merging cannot
+            fold it into the MLP. Filters need the grid of the tokens: docs/architectures.md says where it is known.
+            None means 3 if it is known at all places of `external_places`, otherwise 0. Not with
             `external_placement="auto"`.
         target_modules (`list[str]` or `str`, *optional*, defaults to `None`):
             The modules whose weights and biases the ticket may choose from (`nn.Linear`, `nn.Conv2d`,
@@ -157,8 +158,9 @@ class SFAConfig(PeftConfig):
     )
     external_dropout: float = field(default=0.0, metadata={"help": "Dropout probability of hidden units, in [0, 1)."})
     external_scale: float = field(default=1.0, metadata={"help": "Factor on the output of external adapters, not 0."})
-    external_conv: int = field(
-        default=0, metadata={"help": "Size of a depthwise filter on each hidden unit, odd, such as 3; 0 for none."}
+    external_conv: int | None = field(
+        default=None,
+        metadata={"help": "Size of a depthwise filter on each hidden unit, odd; 0 for none; None: 3 where possible."},
     )
     target_modules: list[str] | str | set[str] | None = field(
         default=None,
@@ -218,7 +220,8 @@ class SFAConfig(PeftConfig):
         self._validate()
         if self.budget is not None:  # a NumPy scalar is valid, but cannot be saved as JSON
             self.budget = int(self.budget) if is_int(self.budget) else float(self.budget)
-        self.external_conv = int(self.external_conv)
+        if self.external_conv is not None:
+            self.external_conv = int(self.external_conv)
         if self.budget is None and self.external_width is None and self.internal_density is None:
             self.budget = DEFAULT_BUDGET
 
@@ -286,8 +289,8 @@ class SFAConfig(PeftConfig):
         scale = self.external_scale
         self._check("external_scale", _is_number(scale) and scale != 0, "use a finite number other than 0")
         conv = self.external_conv
-        is_size = is_int(conv) and (conv == 0 or (3 <= conv <= MAX_CONV and conv % 2 == 1))
-        self._check("external_conv", is_size, f"use an odd int from 3 to {MAX_CONV}, or 0 for no filters")
+        is_size = conv is None or (is_int(conv) and (conv == 0 or (3 <= conv <= MAX_CONV and conv % 2 == 1)))
+        self._check("external_conv", is_size, f"use an odd int from 3 to {MAX_CONV}, 0 for no filters, or None")
         if conv and self.external_placement == "auto":
             self._fail("external_conv", 'it cannot be combined with external_placement="auto"; use "uniform"')
         self._check("ticket_seed", is_int(self.ticket_seed), "use an int")

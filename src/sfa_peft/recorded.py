@@ -71,6 +71,8 @@ class RecordedConfig(SFAConfig):
         share: Any = self.external_share
         if share == "auto":  # files of 0.1 have it; the sizes are recorded
             self.external_share = DEFAULT_SHARE
+        if self.external_conv is None:  # files of 0.1 have no such field
+            self.external_conv = 0
         super().__post_init__()
         self._check_recorded()
 
@@ -81,11 +83,13 @@ class RecordedConfig(SFAConfig):
         ticket_sizes: dict[str, int],
         external_widths: dict[str, dict[str, int]],
         base_fingerprint: dict[str, Any] | None,
+        external_conv: int,
     ) -> RecordedConfig:
         """The config of an adapter that was made from a user's config."""
         recorded: RecordedConfig = cls(
             **config.to_dict()
             | {
+                "external_conv": external_conv,
                 "ticket_sizes": ticket_sizes,
                 "external_widths": external_widths,
                 "base_fingerprint": base_fingerprint,

@@ -41,7 +41,7 @@ SEALED = (
 class Announces(NamesModules, Protocol):
     """A config that describes the weights that were saved with it."""
 
-    external_conv: int
+    external_conv: int | None
     weights_digest: str | None
 
     def __init__(self, **fields: Any) -> None: ...
@@ -228,7 +228,7 @@ def contents_of(config: Announces, file: AdapterFile) -> tuple[dict[str, Tensor]
                 f"{WEIGHTS} has {name!r}, which belongs neither to the adapter nor to a module in `modules_to_save`. "
                 f"Loading it would change the base model, so it is refused. Download or save the adapter again."
             )
-    sizes = check_sizes(tensors, config.ticket_sizes, config.external_widths, units, config.external_conv)
+    sizes = check_sizes(tensors, config.ticket_sizes, config.external_widths, units, config.external_conv or 0)
     return tensors, sizes
 
 

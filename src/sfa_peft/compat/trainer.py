@@ -45,7 +45,7 @@ def warn_of_tiny_rate(optimizer: Optimizer, model: Any) -> None:
     rates = [group["lr"] for group in optimizer.param_groups if any(id(p) in values for p in group["params"])]
     if rates and max(rates) < TINY:
         warnings.warn(
-            f"Trainer trains the ticket's values with a learning rate of {max(rates):g}, where 1.5e-3 to 1.2e-2 "
+            f"Trainer trains the ticket's values with a learning rate of {max(rates):g}, where 2e-3 to 1e-1 "
             f"measured best: they would hardly change. Pass `optimizers=(torch.optim.AdamW(sfa_peft.parameter_groups("
             f"model)), None)` to Trainer, or set `learning_rate`.",
             stacklevel=4,

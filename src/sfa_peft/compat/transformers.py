@@ -108,7 +108,7 @@ def _load_in_transformers(original: Method, model: PreTrainedModel, given: dict[
         parameters = base_parameters(model, [""], config)
         units = {name: config.granularity.count(p.shape) for name, p in parameters if name in sizes}
         dtype = position_dtype(max(units.values(), default=0))
-        checked = check_sizes(tensors, sizes, widths, units, config.external_conv)
+        checked = check_sizes(tensors, sizes, widths, units, config.external_conv or 0)
         positions = {k: p.to(dtype) for k, p in checked.items()}
         replaced = {"peft_model_id": None, "peft_config": config, "adapter_state_dict": tensors | positions}
         try:

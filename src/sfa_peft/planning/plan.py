@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..checkpoint import CheckpointError
 from ..checkpoint.names import INTERNAL, MODULE, MODULE_PARALLEL, PREFIX
 from ..checkpoint.reader import LOAD, adapter_in_load
-from ..config import PATTERN_FIELDS, SFAConfig
+from ..config import DEFAULT_CONV, PATTERN_FIELDS, SFAConfig
 from ..layers.adapted import SFALayer
 from ..layers.kinds import internal_parameters
 from ..layers.leaves import base_layer_of, channels_of, modules_outside
@@ -279,8 +279,8 @@ class Planner:
             )
         self._refuse_foreign(name, "external_modules")
         size, channel_dim = channels
-        grid = self._grid(place, name, channel_dim) if self.config.external_conv else None
-        return External(place, name, mlp_input, size, channel_dim, conv=self.config.external_conv, grid=grid)
+        grid = self._grid(place, name, channel_dim) if self.conv else None
+        return External(place, name, mlp_input, size, channel_dim, conv=self.conv, grid=grid)
 
     def _grid(self, place: str, name: str, channel_dim: int) -> tuple[str, str | None] | None:
         """Where the filters of an external adapter get the grid of the tokens from.
@@ -293,12 +293,24 @@ class Planner:
         if (place, name) not in self._grids:
             error = CheckpointError if isinstance(self.config, RecordedConfig) else ValueError
             raise error(
-                f"SFAConfig.external_conv={self.config.external_conv}: the grid of the tokens at the place {place!r} "
+                f"SFAConfig.external_conv={self.conv}: the grid of the tokens at the place {place!r} "
                 f"of {name!r} is not known{' (attention is in windows)' if place == 'attention' else ''}. Use "
                 f"external_conv=0, other `external_places`, or an Architecture with `grid` for "
                 f"register_architecture."
             )
         return self._grids[place, name]
+
+    @cached_property
+    def conv(self) -> int:
+        """The height and width of the filters of external adapters; 0 without filters."""
+        config = self.config
+        if config.external_conv is not None:
+            return config.external_conv
+        if config.external_modules is not None or config.external_placement == "auto":
+            return 0
+        places = [(p.place, p.module) for p in known_places(self.model) if p.place in config.external_places]
+        asked = [place for place in places if self._is_allowed(place[1])]
+        return DEFAULT_CONV if asked and all(place in self._grids for place in asked) else 0
 
     @cached_property
     def _grids(self) -> dict[tuple[str, str], tuple[str, str | None] | None]:
@@ -501,7 +513,7 @@ class Planner:
         externals: list[External] = []
         if places:
             allowance = self.external_allowance() if candidates else budget
-            widths = widths_within([p.channels for p in places], allowance, config.external_conv)
+            widths = widths_within([p.channels for p in places], allowance, self.conv)
             externals = [replace(p, width=w) for p, w in zip(places, widths, strict=True) if w]
         size = budget - sum(e.cost for e in externals) if candidates else 0
         total = count_elements(candidates)
