@@ -1,16 +1,19 @@
 """A page to try adapters on: upload an image, pick a task and an adapter, and see what it changes.
 
     python examples/app.py --runs out/demo out/depth_estimation-sfa            # then open http://127.0.0.1:7860
+    python examples/app.py --runs me/street-sfa                                # an adapter on the Hub
     python examples/app.py                                                     # the adapters of multi_task.py
 
-`--runs` are output folders of the other examples, trained with SFA. Adapters on the same backbone share it in memory.
-The page shows the prediction beside that without the adapter, what the colours mean, and the ticket. Without it, the
-head is the one that was trained alone, if the run was made with `--compare head`, or else that of before the training.
+`--runs` are output folders of the other examples, trained with SFA, or any SFA adapters that stand alone: folders that
+`save_pretrained` wrote, or repositories on the Hub. Adapters on the same backbone share it in memory. The page shows
+the prediction beside that without the adapter, what the colours mean, and the ticket. Without it, the head is the one
+that was trained alone, if the run was made with `--compare head`, or else that of before the training.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import html
 import tempfile
 from collections.abc import Sequence
@@ -23,7 +26,12 @@ import dense
 import numpy as np
 import torch
 from accelerate import PartialState
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from PIL import Image
+from safetensors.torch import load_file
+
+from sfa_peft import SFAConfig, ticket_of
 
 try:
     import gradio
@@ -31,102 +39,151 @@ try:
 except ModuleNotFoundError as error:
     raise SystemExit(f"the page needs {error.name}: {dense.INSTALL}") from error
 
+from dense.diagram import diagram_of
 from dense.errors import FlagError, told
-from dense.folder import PICTURES, TICKET_PICTURE
+from dense.folder import COMPARED, MEASURED, PICTURES, RESULTS, read_json
+from dense.inference import HEAD, Loaded, Predictor, load
 from dense.limits import whole
 from dense.report import LAST, number
-from dense.samples import LONGEST_SIDE, Array, BadSampleError, printable, read_picture
-from dense.switching import Switchboard, Trained
+from dense.samples import Array, BadSampleError, printable, read_picture
 from multi_task import DEFAULT, TASKS
 
 MULTI_TASK = Path("out/multi_task")
 LARGEST_FILE = "30mb"
 EXAMPLES = 4
+HEAD_ALONE = Path(COMPARED, "head", HEAD)  # in a run's folder, what `--compare head` has trained
 
 
 class Adapters:
-    """The adapters of the page, each on its backbone.
+    """The adapters of the page, each on its model; what is the same in several models is in memory once.
 
     Args:
-        runs: Of any tasks and backbones.
+        names: Folders of runs, adapters that stand alone, or repositories on the Hub.
         device: Where to answer.
 
+    Raises:
+        FlagError: If one of them cannot be loaded or asked, or is no SFA adapter.
     """
 
-    def __init__(self, runs: Sequence[Trained], device: torch.device) -> None:
-        by_model: dict[str, list[Trained]] = {}
-        for trained in runs:
-            by_model.setdefault(trained.model, []).append(trained)
-        self.boards = {model: Switchboard(own, device) for model, own in by_model.items()}
-        self.runs = {str(trained.folder): trained for trained in runs}
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        self.loaded: dict[str, Loaded] = {}
+        self.predictors: dict[str, Predictor] = {}
+        known: dict[Any, torch.Tensor] = {}
+        for name in dict.fromkeys(names):
+            torch.manual_seed(0)  # an untrained head is the same each time
+            loaded = load(name, TASKS, device)
+            if not isinstance(loaded.model, PeftModel) or not isinstance(loaded.model.active_peft_config, SFAConfig):
+                raise FlagError(f"{name} has no SFA adapter, with which there is nothing to compare: leave it out")
+            self.predictors[name] = Predictor(loaded, device)
+            if (loaded.folder / HEAD_ALONE).is_file():
+                give_head(loaded.model, loaded.folder / HEAD_ALONE)
+            share(loaded.model, known)
+            self.loaded[name] = loaded
 
     @property
     def tasks(self) -> list[str]:
-        return list(dict.fromkeys(trained.task.name for trained in self.runs.values()))
+        return list(dict.fromkeys(predictor.task.name for predictor in self.predictors.values()))
 
     def of_task(self, task: str) -> list[str]:
-        """The folders of the adapters for a task."""
-        return [folder for folder, trained in self.runs.items() if trained.task.name == task]
+        """The names of the adapters for a task."""
+        return [name for name, predictor in self.predictors.items() if predictor.task.name == task]
 
-    def answer(self, path: str | None, folder: str) -> tuple[Array | None, Array | None, str]:
+    def answer(self, path: str | None, name: str) -> tuple[Array | None, Array | None, str]:
         """The prediction for an image file before the training and after it; or none, and what is wrong, as HTML."""
         if path is None:
             return None, None, "Upload an image first."
-        if folder not in self.runs:
+        if name not in self.loaded:
             return None, None, "There is no such adapter."
         try:
             image = read_picture(path)
         except BadSampleError as error:
             return None, None, html.escape(f"This file cannot be used: {printable(str(error))}.")
-        trained = self.runs[folder]
-        before, adapted = (self.boards[trained.model].paint(trained, image, adapted) for adapted in (False, True))
-        return before, adapted, ""
+        predictor, model = self.predictors[name], self.loaded[name].model
+        with model.disable_adapter():
+            before = predictor(image)
+        painted = (predictor.task.paint(np.asarray(image), found) for found in (before, predictor(image)))
+        return *painted, ""
 
-    def before(self, folder: str) -> str:
+    def before(self, name: str) -> str:
         """What the model without the adapter is called."""
-        trained = self.runs[folder]
-        if trained.head_alone is not None:
+        loaded = self.loaded[name]
+        if (loaded.folder / HEAD_ALONE).is_file():
             return "The head alone, on the frozen backbone"
-        is_fresh = self.boards[trained.model].fresh[trained]
-        return "Untrained head on the frozen backbone" if is_fresh else "The checkpoint before training"
+        # A model with a fresh head is made from a config, and has no name.
+        is_whole = bool(loaded.model.get_base_model().name_or_path)
+        return "The checkpoint before training" if is_whole else "Untrained head on the frozen backbone"
 
-    def words(self, folder: str) -> str:
+    def words(self, name: str) -> str:
         """What there is to say of an adapter, as HTML."""
-        trained = self.runs[folder]
-        results, headline = trained.results, trained.task.headline
-        part = results["trained_backbone_parameters"] / results["backbone_parameters"]
-        size = (trained.folder / "adapter_model.safetensors").stat().st_size
-        return (
-            f"<b>{html.escape(folder)}</b>: {part:.1%} of the backbone trained, {size / 1e6:.2f} MB with its head; "
-            f"{headline} {number(results['before'][headline])} before training, "
-            f"{number(results['after'][headline])} after."
-        )
+        loaded, headline = self.loaded[name], self.predictors[name].task.headline
+        counts = dict.fromkeys(("adapter", "backbone"), 0)
+        for parameter, value in loaded.model.named_parameters():
+            if ".modules_to_save." not in parameter and ".original_module." not in parameter:
+                counts["adapter" if ".sfa_" in parameter else "backbone"] += value.numel()
+        size = (loaded.folder / "adapter_model.safetensors").stat().st_size
+        part = counts["adapter"] / counts["backbone"]
+        said = [f"{part:.1%} of the backbone trained, {size / 1e6:.2f} MB with its head"]
+        scores = scores_of(loaded.folder, headline)
+        if scores:
+            said.append(f"{headline} {number(scores[0])} before training, {number(scores[1])} after")
+        return f"<b>{html.escape(name)}</b>: {html.escape('; '.join([*said, *loaded.told]))}."
 
-    def legend(self, folder: str) -> str:
+    def legend(self, name: str) -> str:
         """The colours of the pictures, as HTML; a scale where they go over into each other."""
-        task = self.runs[folder].task
+        task = self.predictors[name].task
         keys = ((name, " ".join(f"{255 * part:.0f}" for part in colour)) for name, colour in task.legend().items())
         items = "".join(f'<li><i style="background: rgb({rgb})"></i>{html.escape(name)}</li>' for name, rgb in keys)
         return f"<ul{' class=scale' if task.legend_is_scale else ''}>{items}</ul>"
 
     def examples(self) -> dict[str, Array]:
-        """Validation images that the runs have shown in their reports, by the names of the files they go into."""
-        found = {}
-        for trained in self.runs.values():
-            path = trained.folder / PICTURES / LAST
+        """Validation images that runs have shown in their reports, by the names of the files they go into."""
+        found: dict[bytes, Array] = {}
+        for loaded in self.loaded.values():
+            path = loaded.folder / PICTURES / LAST
             if path.is_file():
                 with np.load(path) as shown:
                     for key in [key for key in shown.files if key.startswith("image_")][:EXAMPLES]:
                         found.setdefault(shown[key].tobytes(), shown[key])
         return {f"example_{i}.png": picture for i, picture in enumerate(list(found.values())[:EXAMPLES], start=1)}
 
-    def ticket(self, folder: str) -> Array | None:
-        """The ticket's picture; there is none without internal adapters. Not its file, so that none is served."""
-        path = self.runs[folder].folder / TICKET_PICTURE
-        try:
-            return np.asarray(read_picture(path, longest_side=4 * LONGEST_SIDE)) if path.is_file() else None
-        except BadSampleError:
-            return None
+    def ticket(self, name: str) -> str:
+        """The ticket on a table of the backbone's blocks, as HTML."""
+        return diagram_of(ticket_of(self.loaded[name].model)).as_html()
+
+
+def give_head(model: PeftModel, path: Path) -> None:
+    """Put a head that was trained alone in the place of the one that the training of an adapter began with."""
+    tensors = load_file(path)
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            own = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
+            try:
+                module.original_module.load_state_dict(own)
+            except RuntimeError as error:
+                raise FlagError(f"{path} does not fit the model beside it: {str(error).splitlines()[0]}") from error
+
+
+def share(model: torch.nn.Module, known: dict[Any, torch.Tensor]) -> None:
+    """Let a model use those tensors of other models that equal its own, and remember the rest for later ones."""
+    for parameter in model.parameters():
+        content = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        key = (parameter.shape, parameter.dtype, parameter.device, hashlib.sha256(content).digest())
+        parameter.data = known.setdefault(key, parameter.data)
+
+
+def scores_of(folder: Path, headline: str) -> tuple[float | None, float | None] | None:
+    """The headline before and after the training; None if no run has measured it here.
+
+    Raises:
+        FlagError: If the record of the run is damaged.
+    """
+    if not (folder / RESULTS).is_file():
+        return None
+    results = read_json(folder / RESULTS, MEASURED, "remove it, or train again with --overwrite")
+    before, after = (results[moment].get(headline) for moment in ("before", "after"))
+    if not all(isinstance(score, float | int | None) for score in (before, after)):
+        raise FlagError(f"{folder / RESULTS} is damaged ({headline!r} is no number); remove it, or train again")
+    return before, after
 
 
 def uploaded(file: dict[str, Any] | None) -> str | None:
@@ -179,19 +236,14 @@ def build(adapters: Adapters) -> gradio.Blocks:
                 before = gradio.Image(label=adapters.before(first), interactive=False, elem_id="before")
                 adapted = gradio.Image(label="With the adapter", interactive=False, elem_id="adapted")
                 legend = gradio.HTML(adapters.legend(first), elem_id="legend")
-        ticket = gradio.Image(
-            adapters.ticket(first),
-            format="png",
-            label="The ticket: where the internal adapters are",
-            interactive=False,
-            elem_id="ticket",
-        )
+        gradio.Markdown("## The ticket: where the adapter is in the backbone")
+        ticket = gradio.HTML(adapters.ticket(first), elem_id="ticket")
 
         def of_task(chosen: str) -> gradio.Dropdown:
             own = adapters.of_task(chosen)
             return gradio.Dropdown(own, value=own[0])
 
-        def describe(folder: str) -> tuple[str, str, Array | None, gradio.Image]:
+        def describe(folder: str) -> tuple[str, str, str, gradio.Image]:
             label = gradio.Image(label=adapters.before(folder))
             return adapters.words(folder), adapters.legend(folder), adapters.ticket(folder), label
 
@@ -215,14 +267,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--runs", nargs="+", type=Path, help=f"Folders of runs. Default: those in {MULTI_TASK}.")
+    parser.add_argument(
+        "--runs",
+        "--adapters",
+        nargs="+",
+        help=f"Folders of runs, or adapters, or their Hub ids. Default: the runs in {MULTI_TASK}.",
+    )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=whole(1, 65535), default=7860)
     args = parser.parse_args(arguments)
-    folders = args.runs or [MULTI_TASK / name for name in DEFAULT]
-    if args.runs is None and not all(folder.is_dir() for folder in folders):
+    names = args.runs or [str(MULTI_TASK / name) for name in DEFAULT]
+    if args.runs is None and not all(Path(name).is_dir() for name in names):
         raise FlagError(f"there are no adapters in {MULTI_TASK} yet: run multi_task.py first, or give --runs")
-    adapters = Adapters([Trained.load(folder, TASKS) for folder in dict.fromkeys(folders)], PartialState().device)
+    adapters = Adapters(names, PartialState().device)
     build(adapters).launch(
         server_name=args.host,
         server_port=args.port,

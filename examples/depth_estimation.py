@@ -48,6 +48,7 @@ class DepthEstimation(Task):
     lower_is_better = True
     cuts_images = False  # how far away a thing is, is seen from what is around it
     backbone_path = "backbone"
+    answers_for = ("ForDepthEstimation",)
     dense_config = DPTConfig
     embedded_backbone = "dinov2"
     defaults = {"max_grad_norm": 1.0}
@@ -76,7 +77,7 @@ class DepthEstimation(Task):
         return DPTImageProcessorPil(**normalised(self.size))
 
     def load_whole(self, name_or_path: str) -> nn.Module:
-        return DPTForDepthEstimation.from_pretrained(name_or_path)
+        return DPTForDepthEstimation.from_pretrained(name_or_path, max_depth=self.args.max_depth)
 
     def fresh(self, backbone: nn.Module) -> nn.Module:
         channels = self.args.head_channels
@@ -91,6 +92,7 @@ class DepthEstimation(Task):
                 fusion_hidden_size=channels,
                 reassemble_factors=[f if f < 1 else int(f) for f in (4 * coarse, 2 * coarse, coarse, coarse / 2)],
                 head_in_index=-1,
+                max_depth=self.args.max_depth,  # as Depth Anything's config has it, for what reads the model alone
             )
         )
         model.backbone.load_state_dict(backbone.state_dict())

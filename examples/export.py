@@ -1,17 +1,17 @@
 """Export an adapted model: merged, as a plain model of transformers, and as an ONNX file; both are checked and timed.
 
     python examples/export.py --run out/demo --output_dir out/demo-export
-    python examples/export.py --adapter me/my-adapter --base me/my-base --image_size 224 224
+    python examples/export.py --run me/my-adapter --output_dir out/mine
 
-`--run` is the output folder of one of the other examples, trained with SFA; `--adapter` and `--base` name any SFA
-adapter and the model of transformers that it is for. Needs `pip install onnx onnxscript onnxruntime` for ONNX.
+`--run` is the output folder of one of the other examples, trained with SFA, or any SFA adapter that stands alone: a
+folder that `save_pretrained` wrote, or a repository on the Hub. Needs `pip install onnx onnxscript onnxruntime` for
+ONNX.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import shutil
 import statistics
 import time
 import warnings
@@ -21,25 +21,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.export import Dim
-from transformers import AutoConfig
 
-import sfa_peft  # noqa: F401 - importing registers SFA with PEFT
+from sfa_peft import SFAConfig
 
 from dense.augmentation import finished, to_tensors
 from dense.errors import FlagError, told
-from dense.folder import check_products, put_products, write_json
+from dense.folder import Products
+from dense.inference import PROCESSOR, load, pixels_of
 from dense.limits import above_0, whole
 from dense.samples import Sample
 from dense.scenes import make_scene
-from dense.switching import Trained
 from multi_task import TASKS
 
 MERGED, ONNX, NUMBERS = "merged", "onnx", "export.json"
-UNFINISHED = "unfinished_export"
 CPU = torch.device("cpu")
 WARM_UP = 3
 
@@ -48,11 +45,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--run", type=Path, help="Folder of a finished run.")
-    parser.add_argument("--adapter", help="Hub id or folder of an adapter, with --base and --image_size.")
-    parser.add_argument("--base", help="Hub id or folder of the model that the adapter is for.")
     parser.add_argument(
-        "--image_size", type=whole(1), nargs=2, metavar=("HEIGHT", "WIDTH"), help="Default: that of the run."
+        "--run", "--adapter", required=True, help="Folder of a finished run, or an adapter, or its Hub id."
+    )
+    parser.add_argument("--model", "--base", help="Where the model is that the run began with. Default: where it was.")
+    parser.add_argument(
+        "--image_size",
+        type=whole(1),
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="Default: what the adapter's image processor makes.",
     )
     parser.add_argument("--batch_size", type=whole(1), default=1, help="Of the ONNX file, and of the timing.")
     parser.add_argument("--dynamic_batch", action="store_true", help="The ONNX file takes batches of any size.")
@@ -63,37 +65,26 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--repeats", type=whole(1), default=20, help="Of the timing, which gives medians.")
     parser.add_argument("--output_dir", type=Path, default=Path("out/export"))
     parser.add_argument("--overwrite", action="store_true", help="Replace what an earlier export has left there.")
-    args = parser.parse_args(arguments)
-    if (args.run is None) == (args.adapter is None) or (args.adapter is None) != (args.base is None):
-        parser.error("give --run, or both --adapter and --base")
-    if args.adapter is not None and args.image_size is None:
-        parser.error("--adapter needs --image_size, the height and width of the images")
-    return args
+    return parser.parse_args(arguments)
 
 
-def load(args: argparse.Namespace) -> tuple[nn.Module, str, tuple[int, int]]:
-    """The base model, where its adapter is, and the height and width of images.
+def adapted_model(args: argparse.Namespace) -> tuple[PeftModel, tuple[int, int]]:
+    """The model with its adapter, and the height and width of images.
 
     Raises:
-        FlagError: If one of them cannot be loaded.
+        FlagError: If it cannot be loaded, has no SFA adapter, or nothing says how large images are.
     """
-    if args.run is not None:
-        try:
-            trained = Trained.load(args.run, TASKS)
-        except FlagError as error:
-            raise FlagError(f"--run: {error}") from error
-        height, width = args.image_size or trained.task.size
-        trained.task.args.image_size = (height, width)
-        return trained.task.build(trained.model, CPU).model, str(args.run), (height, width)
-    height, width = args.image_size
-    try:
-        names = AutoConfig.from_pretrained(args.base).architectures or ["none"]
-        kind = getattr(transformers, names[0], None)
-        if kind is None:
-            raise ValueError(f"the architecture in its config is {names[0]}, which is no class of transformers")
-        return kind.from_pretrained(args.base), args.adapter, (height, width)
-    except (OSError, ValueError) as error:
-        raise FlagError(f"--base {args.base}: {error}") from error
+    loaded = load(args.run, TASKS, CPU, args.model)
+    model = loaded.model
+    if not isinstance(model, PeftModel) or not isinstance(model.active_peft_config, SFAConfig):
+        raise FlagError(f"{args.run} has no SFA adapter: merge what another method has trained with its own tools")
+    if args.image_size is not None:
+        height, width = args.image_size
+    elif loaded.processor is not None:
+        height, width = pixels_of(loaded.processor, [make_scene(0)["image"]]).shape[-2:]
+    else:
+        raise FlagError(f"{args.run} has no {PROCESSOR}, so nothing says how large its images are: give --image_size")
+    return model, (height, width)
 
 
 def merge(model: PeftModel, widen: bool) -> nn.Module:
@@ -192,21 +183,16 @@ def check(what: str, differs: float, args: argparse.Namespace, work: Path) -> No
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Export, check and time; gives what is written to `export.json`."""
     args = parse_arguments(arguments)
-    check_products(args.output_dir, (MERGED, ONNX, NUMBERS), NUMBERS, "an export", args.overwrite)
-    base, adapter, size = load(args)
-    try:
-        # Two: merging changes the model.
-        adapted, other = (PeftModel.from_pretrained(copy.deepcopy(base), adapter).eval() for _ in range(2))
-    except (OSError, ValueError) as error:
-        raise FlagError(f"the adapter in {adapter} cannot be loaded: {error}") from error
-    merged = merge(other, args.widen).eval().requires_grad_(False)
+    products = Products(args.output_dir, (MERGED, ONNX, NUMBERS), NUMBERS, "an export", args.overwrite)
+    adapted, size = adapted_model(args)
+    base = copy.deepcopy(adapted).unload()
+    merged = merge(copy.deepcopy(adapted), args.widen).eval().requires_grad_(False)
     images = [finished(to_tensors(Sample(make_scene(i)["image"]), size))["image"] for i in range(args.batch_size)]
     pixels = torch.stack(images)
     expected = tensors_of(adapted(pixels))
 
-    work = args.output_dir / UNFINISHED
-    shutil.rmtree(work, ignore_errors=True)
-    (work / ONNX).mkdir(parents=True)
+    work = products.begin()
+    (work / ONNX).mkdir()
     merged.save_pretrained(work / MERGED)
     plain = type(merged).from_pretrained(work / MERGED).eval()
     differs = {MERGED: difference(Outputs(plain)(pixels), list(expected.values()))}
@@ -240,8 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     for name, own in times.items():
         print(f"  {name:<20} {own:8.1f}")
     numbers = {"difference": differs, "milliseconds": times, "batch_size": args.batch_size, "image_size": list(size)}
-    write_json(work / NUMBERS, numbers)
-    put_products(work, args.output_dir, (MERGED, ONNX, NUMBERS), NUMBERS)
+    products.put(numbers)
     print(f"exported to {args.output_dir}")
     return numbers
 

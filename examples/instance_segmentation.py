@@ -60,6 +60,7 @@ class InstanceSegmentation(Task):
     headline = "ap"
     score_words = "AP of masks (1 is perfect)"
     backbone_path = "model.pixel_level_module.encoder"
+    answers_for = ("Mask2FormerForUniversalSegmentation", "MaskFormerForInstanceSegmentation")
     dense_config = Mask2FormerConfig
     defaults = {"max_grad_norm": 1.0}
     # Measured on the embedded scenes: a fresh transformer head learns best at half of what a convolutional one takes.

@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = PartialState().device
     runs = [Trained.load(folder, TASKS) for folder in dict.fromkeys(args.runs or train_all(args))]
     whole = sum(bytes_of(trained.task.build(trained.model, device).model) for trained in runs)
-    switchboard = Switchboard(runs, device, keeps_base=False)
+    switchboard = Switchboard(runs, device)
     together = bytes_of(switchboard.model)
     backbone = sum(p.numel() * p.element_size() for n, p in switchboard.model.named_parameters() if is_backbone(n))
 

@@ -54,6 +54,7 @@ class ObjectDetection(Task):
     headline = "ap"
     score_words = "AP of boxes (1 is perfect)"
     backbone_path = "model.backbone.backbone"
+    answers_for = ("RfDetrForObjectDetection", "RTDetrForObjectDetection", "DeformableDetrForObjectDetection")
     dense_config = RfDetrConfig
     embedded_backbone = "dinov2"
     defaults = {"max_grad_norm": 1.0}

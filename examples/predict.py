@@ -3,15 +3,15 @@
     python examples/predict.py --run out/demo --images photos/
     python examples/predict.py --run me/my-adapter --images photos/ --output_dir out/predicted
 
-`--run` is the output folder of one of the training scripts, of any method, or an adapter on the Hub that they have
-pushed. Masks are PNGs with a palette, objects are a COCO JSON, depth is 16-bit PNGs; `predictions.json` says what is
-what. Images much larger than those of the training are cut into windows of their size.
+`--run` is the output folder of one of the training scripts, of any method, or any SFA adapter that stands alone: a
+folder that `save_pretrained` wrote, or a repository on the Hub. Masks are PNGs with a palette, objects are a COCO
+JSON, depth is 16-bit PNGs; `predictions.json` says what is what. Images much larger than those of the training are cut
+into windows of their size.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,8 +27,8 @@ from pycocotools import mask as rle
 from tqdm.auto import tqdm
 
 from dense.errors import FlagError, told
-from dense.folder import check_products, put_products, write_json
-from dense.inference import Predictor, folder_of, load_model, read_task
+from dense.folder import Products
+from dense.inference import Predictor, load
 from dense.limits import at_least_0, whole
 from dense.pictures import SHOWN, palette, save_sheet
 from dense.samples import FORMATS, MOST_PIXELS, Array, BadSampleError, printable, read_picture
@@ -40,7 +40,6 @@ from semantic_segmentation import SemanticSegmentation
 PREDICTIONS, MASKS, DEPTH, OVERLAYS, SHEET = "predictions.json", "masks", "depth", "overlays", "contact_sheet.jpg"
 SUFFIXES = {suffix for suffix, form in Image.registered_extensions().items() if form in FORMATS}
 PRODUCTS = (PREDICTIONS, MASKS, DEPTH, OVERLAYS, SHEET)
-UNFINISHED = "unfinished_predictions"
 ON_SHEET = 24
 MOST = 0xFFFF
 DEPTH_SCALES = (1000, 256, 100, 10, 1)  # what a metre is in a file: millimetres, as KITTI has it, and coarser
@@ -50,11 +49,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--run", required=True, help="Folder of a finished run, or an adapter that one has pushed.")
+    parser.add_argument(
+        "--run", "--adapter", required=True, help="Folder of a finished run, or an adapter, or its Hub id."
+    )
     parser.add_argument("--images", required=True, type=Path, help="A folder, with those in it, or one image.")
     parser.add_argument("--output_dir", "--output", type=Path, default=Path("out/predictions"))
     parser.add_argument("--overwrite", action="store_true", help="Replace what an earlier call has left there.")
-    parser.add_argument("--model", help="Where the model is that the run began with. Default: where it was then.")
+    parser.add_argument("--model", "--base", help="Where the model is that the run began with. Default: where it was.")
     parser.add_argument(
         "--window",
         type=whole(0),
@@ -165,7 +166,7 @@ def sure(found: Any, score: float) -> Any:
     return {key: [value[i] for i in kept] if key == "masks" else value[kept] for key, value in found.items()}
 
 
-def window_of(args: argparse.Namespace, task: Task, described: Mapping[str, Any]) -> tuple[int, int] | None:
+def window_of(args: argparse.Namespace, task: Task, known: tuple[int, int] | None) -> tuple[int, int] | None:
     """The window that large images are cut into; None for never.
 
     Raises:
@@ -173,24 +174,24 @@ def window_of(args: argparse.Namespace, task: Task, described: Mapping[str, Any]
     """
     if args.window is not None and not task.cuts_images and any(args.window):
         raise FlagError(f"--window: {task.name} needs the whole image")
-    height, width = args.window or described.get("photo_size") or (0, 0)
-    return (int(height), int(width)) if height and width and task.cuts_images else None
+    height, width = args.window or known or (0, 0)
+    return (height, width) if height and width and task.cuts_images else None
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Predict, write and draw; gives what is written to `predictions.json`."""
     args = parse_arguments(arguments)
     images = images_in(args.images)
-    check_products(args.output_dir, PRODUCTS, PREDICTIONS, "a prediction", args.overwrite)
-    run, device = folder_of(args.run), PartialState().device
-    task, described = read_task(run, TASKS)
-    model = load_model(run, task, args.model or described["model"], device)
-    window = window_of(args, task, described)
-    predictor = Predictor(task, model, device, window, args.batch_size)
+    products = Products(args.output_dir, PRODUCTS, PREDICTIONS, "a prediction", args.overwrite)
+    device = PartialState().device
+    loaded = load(args.run, TASKS, device, args.model)
+    task, _ = loaded.asked()
+    window = window_of(args, task, loaded.window)
+    predictor = Predictor(loaded, device, window, args.batch_size)
+    for line in loaded.told:
+        print(line)
     writer = {SemanticSegmentation: Labels, DepthEstimation: Depths}.get(type(task), Objects)(task)
-    work = args.output_dir / UNFINISHED
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    work = products.begin()
     names = names_for(images, args.images)
     sheet: dict[str, Array] = {}
     skipped: dict[str, str] = {}
@@ -214,8 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         raise FlagError(f"--images {args.images}: none of the {len(images)} images can be used")
     save_sheet(work / SHEET, sheet, task.legend())
     numbers = {"task": task.name, "run": args.run, **writer.described, "skipped": skipped}
-    write_json(work / PREDICTIONS, numbers)
-    put_products(work, args.output_dir, PRODUCTS, PREDICTIONS)
+    products.put(numbers)
     if cut:
         print(f"{cut} of {len(images)} images were cut into windows of {window[0]} x {window[1]} pixels")
     left_out = f", {len(skipped)} skipped" if skipped else ""

@@ -41,6 +41,7 @@ class SemanticSegmentation(Task):
     headline = "mean_iou"
     score_words = "mean IoU (1 is perfect)"
     backbone_path = "backbone"
+    answers_for = ("ForSemanticSegmentation",)
     dense_config = UperNetConfig
 
     @classmethod

@@ -8,11 +8,9 @@ import onnxruntime
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from peft import get_peft_model
 from transformers import Dinov2Model, SwinForImageClassification, UperNetForSemanticSegmentation
 
 import tiny
-from sfa_peft import SFAConfig
 
 import export
 from dense.errors import FlagError
@@ -97,33 +95,14 @@ def test_dinov2_is_widened_where_a_flag_says_so(folder, tmp_path):
 @pytest.mark.parametrize(
     ("name", "match"),
     [
-        ("nowhere", "--run: .*nowhere is not the folder of a finished run: run.json is missing"),
+        ("nowhere", "nowhere is neither a folder nor a repository on the Hub"),
         ("linear", "its decode_head is a LinearHead, which is not of transformers"),
     ],
 )
-def test_a_run_that_cannot_be_exported_ends_with_a_sentence(folder, tmp_path, name, match):
+def test_a_run_that_cannot_be_exported_ends_with_a_sentence(folder, tmp_path, hub, name, match):
     with pytest.raises(FlagError, match=match):
         export.main(arguments(folder, name, tmp_path))
     assert not list(tmp_path.iterdir())
-
-
-def test_an_adapter_and_its_base(tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "find_spec", lambda name: None)
-    base = tiny.swin()
-    base.save_pretrained(tmp_path / "base")
-    get_peft_model(base, SFAConfig(budget=0.1, init_weights=False)).save_pretrained(tmp_path / "adapter")
-    flags = ["--adapter", str(tmp_path / "adapter"), "--image_size", "32", "32", "--output_dir", str(tmp_path / "out")]
-    numbers = export.main([*flags, "--base", str(tmp_path / "base"), "--repeats", "1"])
-    assert list(numbers["difference"]) == ["merged"]
-    assert not (tmp_path / "out" / "onnx").exists()
-    for given in (flags, [*flags, "--base", "x", "--run", "x"], ["--adapter", "x", "--base", "x"]):
-        with pytest.raises(SystemExit):
-            export.parse_arguments(given)
-    for name in ("nowhere", str(tmp_path / "adapter")):
-        with pytest.raises(FlagError, match=f"--base {name}: "):
-            export.main([*flags, "--base", name, "--overwrite"])
-    with pytest.raises(FlagError, match="the adapter in nowhere cannot be loaded"):
-        export.main([*flags, "--base", str(tmp_path / "base"), "--overwrite", "--adapter", "nowhere"])
 
 
 def test_the_command_after_the_demo_is_the_documented_one():

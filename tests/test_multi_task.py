@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from peft import PeftModel
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import Dinov2Model
 
 import tiny
@@ -30,6 +32,7 @@ from dense.arguments import parse, plain
 from dense.augmentation import finished, to_tensors
 from dense.errors import FlagError
 from dense.folder import write_json
+from dense.methods import is_head
 from dense.nano_backbone import pretrained_nano_backbone
 from dense.pictures import depth_colours, paint_depth, palette
 from dense.run import run
@@ -127,24 +130,10 @@ def test_the_backbone_is_in_memory_once(folders):
     runs = load(folders)
     whole = [trained.task.build(trained.model, CPU) for trained in runs]
     backbone = bytes_of(whole[0].model.get_submodule(whole[0].backbone))
-    together = bytes_of(Switchboard(runs, CPU, keeps_base=False).model)
+    together = bytes_of(Switchboard(runs, CPU).model)
     heads = sum(bytes_of(dense.model) for dense in whole) - 3 * backbone
     adapters = 3 * 0.1 * 2 * backbone  # values and positions
     assert backbone + heads < together < backbone + heads + adapters
-
-
-@pytest.mark.slow
-def test_without_the_adapter_the_base_model_answers(folders):
-    image = make_scene(7)["image"]
-    *_, depth = runs = load(folders)
-    board = Switchboard(runs, CPU)
-    adapted, before = board.predict(depth, image), board.predict(depth, image, adapted=False)
-    assert adapted.shape == before.shape == (96, 128)
-    assert not np.allclose(adapted, before)
-    torch.manual_seed(depth.task.args.seed)  # its untrained head is the one that the run began with
-    model = depth.task.build(depth.model, CPU).model
-    pixels = finished(to_tensors(Sample(image), depth.task.size))["image"][None]
-    assert same(before, predictions(depth.task, model, pixels, [Sample(image)])[0])
 
 
 @pytest.mark.slow
@@ -165,7 +154,9 @@ def test_the_script_draws_and_compares(folders, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_runs_that_cannot_be_used_together_are_refused(folders, tmp_path, hub):
-    with pytest.raises(FlagError, match=r"is not the folder of a finished run: run.json is missing"):
+    with pytest.raises(
+        FlagError, match=r"nor the folder of a finished run: it has no base_config.json and no run.json"
+    ):
         Trained.load(tmp_path, TASKS)
     shutil.copytree(folders / "depth", tmp_path / "depth")
     described = json.loads((tmp_path / "depth" / "run.json").read_text())
@@ -310,41 +301,58 @@ def test_the_script_takes_what_each_script_leaves_by_default(default_runs, kind,
 
 @pytest.mark.slow
 def test_the_page_takes_what_each_script_leaves_by_default(default_runs, tmp_path):
-    make_scene(5)["image"].save(tmp_path / "street.png")
-    runs = [trained for own in default_runs.values() for trained in own]
-    adapters = Adapters(runs, CPU)
+    image = make_scene(5)["image"]
+    image.save(tmp_path / "street.png")
+    runs = {str(trained.folder): trained for own in default_runs.values() for trained in own}
+    adapters = Adapters(list(runs), CPU)
     assert adapters.tasks == [TASKS[task].name for own in BY_DEFAULT.values() for task in own]
-    for trained in runs:
-        before, adapted, wrong = adapters.answer(str(tmp_path / "street.png"), str(trained.folder))
+    for name, trained in runs.items():
+        before, adapted, wrong = adapters.answer(str(tmp_path / "street.png"), name)
         assert before.shape == adapted.shape
         assert not wrong
-        assert adapters.before(str(trained.folder)) == "Untrained head on the frozen backbone"
-        assert adapters.legend(str(trained.folder)).count("<li>") == len(trained.task.legend()) > 0
+        assert adapters.before(name) == "Untrained head on the frozen backbone"
+        assert adapters.legend(name).count("<li>") == len(trained.task.legend()) > 0
+        assert adapters.legend(name) == legend_of(trained.task)
+        results = trained.results
+        part = results["trained_backbone_parameters"] / results["backbone_parameters"]
+        assert f"{part:.1%} of the backbone trained" in adapters.words(name)
+        assert f"{trained.task.headline} {results['before'][trained.task.headline]:.4f}" in adapters.words(name)
+
+
+def legend_of(task):
+    """The legend of a task as the page shows it."""
+    adapters = Adapters([], CPU)
+    adapters.predictors["run"] = SimpleNamespace(task=task)
+    return adapters.legend("run")
 
 
 @pytest.mark.slow
-def test_a_whole_checkpoint_is_not_called_untrained(folders, default_runs, tmp_path):
-    trained = default_runs["swin"][0]
-    trained.task.build(trained.model, CPU).model.save_pretrained(tmp_path / "upernet")
-    shutil.copytree(trained.folder, tmp_path / "run")
-    described = json.loads((tmp_path / "run" / "run.json").read_text())
-    (tmp_path / "run" / "run.json").write_text(json.dumps(described | {"model": str(tmp_path / "upernet")}))
-    adapters = Adapters([Trained.load(tmp_path / "run", TASKS)], CPU)
-    assert adapters.before(str(tmp_path / "run")) == "The checkpoint before training"
+def test_the_page_shows_the_head_that_was_trained_alone(folders, tmp_path):
+    """In the place of the untrained one, on the frozen backbone."""
+    shutil.copytree(folders / "depth", tmp_path / "depth")
+    trained = Trained.load(tmp_path / "depth", TASKS)
+    dense = trained.task.build(trained.model, CPU)
+    head = {n: t.contiguous() for n, t in dense.model.state_dict().items() if is_head(n, dense.heads)}
+    (tmp_path / "depth" / "compared" / "head").mkdir(parents=True)
+    save_file(head, tmp_path / "depth" / "compared" / "head" / "head.safetensors")
+    make_scene(7)["image"].save(tmp_path / "street.png")
+    name = str(tmp_path / "depth")
+    adapters = Adapters([name], CPU)
+    assert adapters.before(name) == "The head alone, on the frozen backbone"
+    before, *_ = adapters.answer(str(tmp_path / "street.png"), name)
+    image = make_scene(7)["image"]
+    pixels = finished(to_tensors(Sample(image), trained.task.size))["image"][None]
+    expected = trained.task.paint(
+        np.asarray(image), predictions(trained.task, dense.model, pixels, [Sample(image)])[0]
+    )
+    assert np.abs(before.astype(int) - expected).max() <= 1
+    save_file({k: t[..., :1].contiguous() for k, t in head.items()}, tmp_path / "depth/compared/head/head.safetensors")
+    with pytest.raises(FlagError, match=r"head\.safetensors does not fit the model beside it"):
+        Adapters([name], CPU)
 
 
 def test_names_of_classes_are_text_in_the_legend():
-    task = TASKS["ObjectDetection"](None, Classes({0: "<b>bold</b>"}))
-    adapters = Adapters([], CPU)
-    adapters.runs["run"] = Trained(Path("run"), task, "", {})
-    assert "&lt;b&gt;bold" in adapters.legend("run")
-
-
-def test_a_damaged_picture_of_the_ticket_is_none(tmp_path):
-    adapters = Adapters([], CPU)
-    adapters.runs["run"] = Trained(tmp_path, TASKS["ObjectDetection"](None), "", {})
-    (tmp_path / "ticket.png").write_bytes(b"no picture")
-    assert adapters.ticket("run") is None
+    assert "&lt;b&gt;bold" in legend_of(TASKS["ObjectDetection"](None, Classes({0: "<b>bold</b>"})))
 
 
 def test_depth_is_painted_in_the_colours_of_its_legend():
@@ -414,12 +422,11 @@ def fetched(url, content=None, kind="application/json"):
 @pytest.mark.slow
 def test_the_server_gives_the_pictures_that_it_shows_and_nothing_else(page_url, folders, tmp_path):
     _, config = fetched(f"{page_url}/config")
-    (ticket,) = [
-        one["props"]["value"] for one in json.loads(config)["components"] if one["props"].get("elem_id") == "ticket"
-    ]
-    status, picture = fetched(f"{page_url}/gradio_api/file={ticket['path']}")
+    (samples,) = [one["props"]["samples"] for one in json.loads(config)["components"] if one["type"] == "dataset"]
+    example = samples[0][0]
+    status, picture = fetched(f"{page_url}/gradio_api/file={example['path']}")
     assert (status, picture[:8]) == (200, b"\x89PNG\r\n\x1a\n")
-    uploads = Path(ticket["path"]).parent
+    uploads = Path(example["path"]).parent
     secret = tmp_path / "secret.png"
     Image.new("RGB", (2, 2)).save(secret)
     run = folders / "depth"
@@ -515,13 +522,13 @@ def test_a_person_uploads_an_image_and_switches_tasks(page_url, tmp_path):
         expect(page.locator("#wrong")).not_to_contain_text("Upload")
         page.locator("#predict").click()
         assert pixels_of(page, "before") == pixels_of(page, "adapted") == [128, 96]
-        assert pixels_of(page, "ticket")[0] > 300
+        expect(page.locator("#ticket table tbody tr")).to_have_count(2)  # the last two blocks
         expect(page.locator("#before")).to_contain_text("Untrained head on the frozen backbone")
         sky = page.locator("#legend li", has_text="sky").locator("i")
         expect(page.locator("#legend")).to_contain_text(HOSTILE)
         colour = "rgb({:.0f}, {:.0f}, {:.0f})".format(*(255 * part for part in palette(1)[0]))
         expect(sky).to_have_css("background-color", colour)
-        ticket = page.locator("#ticket img").get_attribute("src")
+        ticket = page.locator("#ticket table").inner_text()
 
         page.locator("#task input").click()
         page.get_by_role("option", name="depth estimation").click()
@@ -529,7 +536,7 @@ def test_a_person_uploads_an_image_and_switches_tasks(page_url, tmp_path):
         expect(page.locator("#words")).to_contain_text("abs_rel", timeout=30_000)  # before anything is predicted
         expect(page.locator("#legend")).to_contain_text("80 m")
         expect(page.locator("#legend")).not_to_contain_text("sky")
-        expect(page.locator("#ticket img")).not_to_have_attribute("src", ticket)
+        expect(page.locator("#ticket table")).not_to_have_text(ticket)
         assert_nothing_is_shown(page)
         page.locator("#predict").click()
         assert pixels_of(page, "before") == pixels_of(page, "adapted") == [128, 96]

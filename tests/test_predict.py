@@ -52,6 +52,7 @@ def folder(tmp_path_factory):
     for name, task, model, own in (
         ("labels", SemanticSegmentation, "swin", ["--head", "linear"]),
         ("lora", SemanticSegmentation, "swin", ["--head", "linear", "--method", "lora"]),
+        ("upernet", SemanticSegmentation, "swin", ["--head_channels", "8"]),
         ("boxes", ObjectDetection, "dinov2", ["--head_channels", "32", "--queries", "10", "--method", "head"]),
         ("depth", DepthEstimation, "dinov2", ["--head_channels", "8", "--method", "full"]),
     ):
@@ -152,13 +153,32 @@ def test_what_a_run_pushes_is_enough_to_predict(folder, tmp_path, hub, monkeypat
     assert (tmp_path / "hub" / "masks" / "a.png").read_bytes() == (tmp_path / "own" / "masks" / "a.png").read_bytes()
 
 
+def test_a_run_that_stands_alone_needs_its_record_for_windows_only(folder, tmp_path, capsys):
+    shutil.copytree(folder / "upernet", tmp_path / "alone")
+    (tmp_path / "alone" / "run.json").unlink()
+    large = tmp_path / "large.png"
+    make_scene(0)["image"].resize((256, 192)).save(large)
+    cut = "1 of 1 images were cut into windows of 96 x 128 pixels"
+    for name, images in (("run", folder / "photos" / "a.png"), ("run_large", large)):
+        given = ["--images", str(images), "--output_dir", str(tmp_path / name)]
+        predict.main(["--run", str(folder / "upernet"), *given])
+    assert cut in capsys.readouterr().out
+    for name, images, own in (("a", folder / "photos" / "a.png", []), ("large", large, ["--window", "96", "128"])):
+        given = ["--images", str(images), "--output_dir", str(tmp_path / name), *own]
+        predict.main(["--run", str(tmp_path / "alone"), *given])
+    assert cut in capsys.readouterr().out
+    for one, other, file in (("run", "a", "a.png"), ("run_large", "large", "large.png")):
+        own, same = ((tmp_path / name / "masks" / file).read_bytes() for name in (one, other))
+        assert own == same
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (["--images", "/nowhere"], "there is no such folder or file"),
         (["--images", "{folder}/swin"], "no image is in it"),
         (["--images", "{folder}/photos/broken.png"], "none of the 1 images can be used"),
-        (["--run", "{folder}/swin"], "is not the folder of a finished run: run.json is missing"),
+        (["--run", "{folder}/swin"], "neither an adapter that stands alone nor the folder of a finished run"),
         (["--run", "me/nothing"], "neither a folder nor a repository on the Hub"),
         (["--model", "{folder}/dinov2"], "cannot be loaded|does not fit"),
     ],

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
 
 from sfa_peft import Ticket
 
@@ -57,11 +60,16 @@ class Diagram:
     rows: list[tuple[str, list[Cell | None], int]]
     mean: str
     size: int
-    levels: Sequence[tuple[float, str, str, str]] = LEVELS
 
     @property
     def has_widths(self) -> bool:
         return any(width for _, _, width in self.rows)
+
+    def as_html(self) -> Markup:
+        """The table for a page, with its style and what its colours mean."""
+        environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        template = environment.from_string(Path(__file__).with_suffix(".html").read_text())
+        return Markup(template.render(vars(self), has_widths=self.has_widths, levels=LEVELS))
 
 
 def diagram_of(ticket: Ticket) -> Diagram:

@@ -151,42 +151,57 @@ class RunFolder:
         return (self.path / name for name in PRODUCTS if (self.path / name).exists())
 
 
-def check_products(folder: Path, products: Sequence[str], record: str, what: str, overwrite: bool) -> None:
-    """Check that what a script makes may be written into a folder.
+class Products:
+    """What a script makes in a folder: of an earlier call nothing is replaced until all of the new is there.
 
     Args:
         folder: Of `--output_dir`.
-        products: What the script writes into it.
-        record: Of these the one that says that they are of the script.
+        names: What the script writes into it.
+        record: Of these the one that says that they are of the script, a JSON.
         what: What they are, for people.
         overwrite: Whether earlier ones may be replaced.
 
+    Attributes:
+        work: Where the script writes, once it has begun.
+
     Raises:
-        FlagError: If that would replace earlier ones, and `overwrite` does not say so, or files of something else.
+        FlagError: If earlier ones would be replaced, and `overwrite` does not say so, or files of something else.
     """
-    if folder.exists() and not folder.is_dir():
-        raise FlagError(f"--output_dir {folder} is no folder")
-    there = [name for name in products if (folder / name).exists()]
-    if there and record not in there:
-        names = ", ".join(there)
-        raise FlagError(f"--output_dir {folder}: {names} would be replaced, and is not of {what}; name another folder")
-    if there and not overwrite:
-        raise FlagError(f"--output_dir {folder}: {what} is there; replace it with --overwrite, or name another folder")
 
+    def __init__(self, folder: Path, names: Sequence[str], record: str, what: str, overwrite: bool) -> None:
+        self.folder, self.names, self.record = folder, names, record
+        self.work = folder / f"unfinished_{Path(record).stem}"
+        where = f"--output_dir {folder}"
+        if folder.exists() and not folder.is_dir():
+            raise FlagError(f"{where} is no folder")
+        there = [name for name in names if (folder / name).exists()]
+        if there and record not in there:
+            raise FlagError(
+                f"{where}: {', '.join(there)} would be replaced, and is not of {what}; name another folder"
+            )
+        if there and not overwrite:
+            raise FlagError(f"{where}: {what} is there; replace it with --overwrite, or name another folder")
 
-def put_products(work: Path, folder: Path, products: Sequence[str], record: str) -> None:
-    """Move what a script has made in a folder of its own to its place, for what was there before."""
-    (work / record).rename(folder / record)  # first: it says that what comes now is the script's
-    for name in products:
-        if name == record:
-            continue
-        path = folder / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        path.unlink(missing_ok=True)
-        if (work / name).exists():
-            (work / name).rename(path)
-    work.rmdir()
+    def begin(self) -> Path:
+        """Make the folder to write into, without what a call that was stopped has left there."""
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir(parents=True)
+        return self.work
+
+    def put(self, content: Mapping[str, Any]) -> None:
+        """Write the record, and move all to its place, for what was there before."""
+        write_json(self.work / self.record, content)
+        (self.work / self.record).rename(self.folder / self.record)  # first: it says that what comes is the script's
+        for name in self.names:
+            if name == self.record:
+                continue
+            path = self.folder / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            path.unlink(missing_ok=True)
+            if (self.work / name).exists():
+                (self.work / name).rename(path)
+        self.work.rmdir()
 
 
 def run_of(checkpoint: Path) -> Path:

@@ -1,9 +1,10 @@
-"""A run's model as it was trained, by whatever method, and its predictions for images of any size."""
+"""What was trained, of a run by whatever method or as an adapter that stands alone, and its predictions for images."""
 
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +15,145 @@ from peft import PeftConfig, PeftModel
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
+from transformers import BaseImageProcessor
 
-import sfa_peft  # noqa: F401 - importing registers SFA with PEFT
+from sfa_peft import load_dense
 
 from .arguments import parse
-from .augmentation import finished, to_tensors
 from .errors import FlagError
 from .folder import DESCRIBED, RUN, read_json
 from .methods import Dense, is_head
-from .samples import Classes, Sample
+from .samples import IGNORE_INDEX, Classes, Sample
+from .scenes import make_scene
 from .task import Task, predictions
 from .windows import Box, places
 
 ADAPTER, HEAD, WHOLE = "adapter_config.json", "head.safetensors", "model.safetensors"
+BASE, PROCESSOR = "base_config.json", "preprocessor_config.json"
 MUCH_LARGER = 1.5  # from this factor on, an image is cut into windows
 
 
-def folder_of(run: str) -> Path:
-    """A run's folder, or what an example has pushed to the Hub, downloaded.
+@dataclass
+class Loaded:
+    """What was trained, ready to be asked.
+
+    Attributes:
+        name: The folder or repository, as it was given.
+        folder: Where its files are.
+        model: The model, in eval mode; a `PeftModel` where it has an adapter.
+        task: What it answers; None if that is none of the examples' tasks.
+        processor: Makes its input of an image; None if none was saved with it.
+        window: Height and width that the training images had before they were resized; None if that is not known.
+        told: What a person should know, each a sentence.
+    """
+
+    name: str
+    folder: Path
+    model: nn.Module
+    task: Task | None
+    processor: BaseImageProcessor | None
+    window: tuple[int, int] | None = None
+    told: list[str] = field(default_factory=list)
+
+    def asked(self) -> tuple[Task, BaseImageProcessor]:
+        """The task and the image processor of a model that is to be asked.
+
+        Raises:
+            FlagError: If its files do not say them.
+        """
+        if self.task is None:
+            base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+            raise FlagError(f"{self.name} is an adapter for {type(base).__name__}, whose outputs no task here reads")
+        if self.processor is None:
+            raise FlagError(
+                f"{self.name} has no {PROCESSOR}, so nothing says how its images are made: load it with load_dense, "
+                f"call describe_adapter(model, processor=...), and save it again"
+            )
+        return self.task, self.processor
+
+
+def load(name: str, tasks: Mapping[str, type[Task]], device: torch.device, base: str | None = None) -> Loaded:
+    """Load what was trained: an adapter that stands alone by its files, all else by the `run.json` of its run.
+
+    Args:
+        name: A folder, or a repository on the Hub.
+        tasks: The tasks that are known, by the names of their classes.
+        device: Where the model is to be.
+        base: The model that the training began with. None means the one that the files name.
+
+    Raises:
+        FlagError: If something is missing, damaged, or does not fit.
+    """
+    folder = folder_of(name)
+    if (folder / ADAPTER).is_file() and not any((folder / file).is_file() for file in (BASE, RUN)):
+        raise FlagError(
+            f"{name} has neither {BASE} nor {RUN}, so nothing says which model the adapter is for. If it is one of "
+            f"SFA, load it on its base with PeftModel.from_pretrained, and save it again with sfa_peft 0.2 or later"
+        )
+    run, window = None, None
+    if (folder / RUN).is_file() or not (folder / BASE).is_file():
+        run, described = read_task(folder, tasks)
+        height, width = described.get("photo_size") or (0, 0)
+        window = (int(height), int(width)) if height and width else None
+        if not (folder / BASE).is_file():
+            model = load_model(folder, run, base or described["model"], device)
+            return Loaded(name, folder, model, run, run.processor(), window)
+    try:
+        dense = load_dense(str(folder), base=base)
+    except (OSError, ValueError) as error:
+        raise FlagError(f"the adapter in {name} cannot be loaded: {error}") from error
+    processor = dense.processor or (run.processor() if run else None)
+    loaded = Loaded(name, folder, dense.model.to(device), None, processor, window)
+    loaded.task = task_for(loaded, dense.model.get_base_model(), dense.id2label, tasks, run)
+    return loaded
+
+
+def task_for(
+    loaded: Loaded, base: nn.Module, id2label: Mapping[int, str], tasks: Mapping[str, type[Task]], run: Task | None
+) -> Task | None:
+    """The task that reads what a base model gives, with what the adapter's files say of it; None if there is none."""
+    kind = next((task for task in tasks.values() if type(base).__name__.endswith(task.answers_for)), None)
+    if kind is None:
+        return None
+    if len(id2label) > IGNORE_INDEX:
+        raise FlagError(f"{loaded.name} has {len(id2label)} classes, and a mask takes {IGNORE_INDEX} at most")
+    args = parse(kind, [])
+    if loaded.processor is not None:
+        args.image_size = tuple(pixels_of(loaded.processor, [make_scene(0)["image"]]).shape[-2:])
+    if "max_depth" in args:
+        said = getattr(base.config, "max_depth", None)
+        if isinstance(said, int | float) and said > 0:
+            args.max_depth = float(said)
+        elif run is not None:
+            args.max_depth = run.args.max_depth
+        else:
+            loaded.told.append(
+                f"nothing in {loaded.name} says how far its depth reaches: colours and files end at "
+                f"{args.max_depth:g} m"
+            )
+    return kind(args, Classes(id2label, of_model=True) if id2label else None)
+
+
+def pixels_of(processor: BaseImageProcessor, images: Sequence[Image.Image]) -> Tensor:
+    """Images of one size as a model takes them (batch, 3, height, width)."""
+    # One at a time: together, some processors would pad them.
+    return torch.cat([processor(image, return_tensors="pt")["pixel_values"] for image in images])
+
+
+def folder_of(name: str) -> Path:
+    """A folder, or what is in a repository on the Hub, downloaded.
 
     Raises:
         FlagError: If it is neither.
     """
-    if Path(run).is_dir():
-        return Path(run)
+    if Path(name).is_dir():
+        return Path(name)
     try:
-        return Path(snapshot_download(run, allow_patterns=[RUN, ADAPTER, "*.safetensors"]))
+        return Path(snapshot_download(name, allow_patterns=[RUN, "*_config.json", "*.safetensors"]))
     except (RepositoryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
         told = str(error).strip().splitlines()[0]
-        raise FlagError(f"--run {run} is neither a folder nor a repository on the Hub: {told}") from error
+        raise FlagError(f"{name} is neither a folder nor a repository on the Hub: {told}") from error
 
 
 def read_task(folder: Path, tasks: Mapping[str, type[Task]]) -> tuple[Task, dict[str, Any]]:
@@ -57,8 +167,8 @@ def read_task(folder: Path, tasks: Mapping[str, type[Task]]) -> tuple[Task, dict
         described = read_json(folder / RUN, DESCRIBED, remedy)
     except FileNotFoundError as error:
         raise FlagError(
-            f"{folder} is not the folder of a finished run: {RUN} is missing. The examples write it, and push it with "
-            f"an adapter (--push_to_hub)"
+            f"{folder} is neither an adapter that stands alone nor the folder of a finished run: it has no "
+            f"{BASE} and no {RUN}"
         ) from error
     kind = tasks.get(described["task"])
     if kind is None:
@@ -122,18 +232,21 @@ class Predictor:
     """Answers for images of any size.
 
     Args:
-        task: With the flags of the run.
-        model: Its model.
+        loaded: The model.
         device: Where it is.
         window: Height and width of the windows that larger images are cut into; None for never. A model has learned
             how large things are in its training images: a much larger image, made as small, shows them too small.
         batch_size: How many windows at a time.
+
+    Raises:
+        FlagError: If nothing says how to ask the model.
     """
 
     def __init__(
-        self, task: Task, model: nn.Module, device: torch.device, window: tuple[int, int] | None, batch_size: int = 4
+        self, loaded: Loaded, device: torch.device, window: tuple[int, int] | None = None, batch_size: int = 4
     ) -> None:
-        self.task, self.model, self.device, self.window, self.batch_size = task, model, device, window, batch_size
+        self.task, self.processor = loaded.asked()
+        self.model, self.device, self.window, self.batch_size = loaded.model, device, window, batch_size
 
     def windows(self, image: Image.Image) -> list[Box]:
         """The windows of an image, as PIL's boxes; the whole image if it is not much larger than a window."""
@@ -147,7 +260,7 @@ class Predictor:
         """The prediction for an image, at its own size."""
         boxes, found = self.windows(image), []
         for first in range(0, len(boxes), self.batch_size):
-            samples = [Sample(image.crop(box)) for box in boxes[first : first + self.batch_size]]
-            pixels = torch.stack([finished(to_tensors(sample, self.task.size))["image"] for sample in samples])
-            found += predictions(self.task, self.model, pixels.to(self.device), samples)
+            parts = [image.crop(box) for box in boxes[first : first + self.batch_size]]
+            pixels = pixels_of(self.processor, parts).to(self.device)
+            found += predictions(self.task, self.model, pixels, [Sample(part) for part in parts])
         return found[0] if len(boxes) == 1 else self.task.join(boxes, found, (image.height, image.width))

@@ -38,13 +38,11 @@ class Dense:
         model: The model.
         backbone: The name of the backbone in it.
         heads: The names of the heads.
-        is_fresh: Whether the heads have never been trained.
     """
 
     model: nn.Module
     backbone: str
     heads: Sequence[str]
-    is_fresh: bool = False
 
     @property
     def backbone_parameters(self) -> int:
@@ -138,18 +136,20 @@ class Method:
         rates: Learning rates, measured best for segmentation.
         config: The PEFT config for a model and a budget; None without an adapter.
         trains_backbone: Whether the backbone itself is trained, as far as there is no adapter.
+        is_sfa: Whether its adapter is one of SFA.
     """
 
     rates: Rates
     config: Callable[..., PeftConfig] | None = None
     trains_backbone: bool = False
+    is_sfa: bool = False
 
 
 METHODS = {
-    "sfa": Method(Rates(backbone=2e-2, head=2e-3), sfa_config),
+    "sfa": Method(Rates(backbone=2e-2, head=2e-3), sfa_config, is_sfa=True),
     "lora": Method(Rates(backbone=5e-3, head=2e-3), lora_config),
     "shira": Method(Rates(backbone=1.2e-2, head=2e-3), shira_config),
-    "adaptformer": Method(Rates(backbone=1e-2, head=2e-3), adaptformer_config),
+    "adaptformer": Method(Rates(backbone=1e-2, head=2e-3), adaptformer_config, is_sfa=True),
     "full": Method(Rates(backbone=5e-4, head=2e-3), trains_backbone=True),
     "head": Method(Rates(backbone=0.0, head=2e-3)),
 }

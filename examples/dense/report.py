@@ -137,7 +137,7 @@ class Report:
         per_class = next((value for name, value in last.items() if name.startswith("per_class")), [])
         drawn = {step: self._picture(step) for step in sorted(progress.scores)}
         device = self.accelerator.device.type
-        compared = self._compared()
+        compared, ticket = self._compared(), self.folder / TICKET
         facts = {
             "method": f"{args.method}, budget {args.budget:.2%} of the backbone",
             **self.facts,
@@ -171,7 +171,7 @@ class Report:
             classes=self._classes(per_class),
             curves={name: _inline(draw_curves(name, own)) for name, own in curves.items()},
             pictures={f"step {step}": _inline(path.read_bytes()) for step, path in drawn.items() if path.is_file()},
-            diagram=diagram_of(Ticket.load(self.folder / TICKET)) if (self.folder / TICKET).is_file() else None,
+            diagram=diagram_of(Ticket.load(ticket)).as_html() if ticket.is_file() else None,
             facts=facts,
             problems=[f"{split}: {line}" for split, own in self.doubts.items() for line in own]
             + [f"{split}: {line}" for split, own in self.problems.items() for line in own.lines()],

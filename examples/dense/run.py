@@ -202,6 +202,11 @@ class Run:
             after_step=self._after_step,
         )
         self._save(model, self.folder.work)  # first: a failure in what is measured, drawn and told must not lose it
+        if METHODS[args.method].is_sfa and not (self.folder.work / "base_config.json").is_file():
+            self.say(
+                "the adapter does not stand alone, README.md says why: load_dense cannot load it, and predict.py and "
+                "app.py need the run.json beside it"
+            )
         try:
             if self.progress.step not in self.progress.scores:
                 self._evaluate(model)
@@ -418,7 +423,7 @@ class Run:
             ) from error
 
     def _describe(self, model: nn.Module, scores: Mapping[str, Any]) -> None:
-        if self.args.method == "sfa":
+        if METHODS[self.args.method].is_sfa:
             metrics = {name: v for name, v in scores.items() if isinstance(v, float) and math.isfinite(v)}
             dataset = self.args.dataset or "embedded scenes"
             describe_adapter(
@@ -508,7 +513,7 @@ class Run:
             f"after {progress.step} steps ({progress.seconds:.0f} s): {task.headline} {number(after[task.headline])} "
             f"(before: {number(before[task.headline])})"
         )
-        if args.method == "sfa":
+        if METHODS[args.method].is_sfa:
             self._decorate("the scores in the model card", lambda: self._describe(model, after))
             self._save(model, self.folder.work)
         best = self._tell_best()
@@ -543,7 +548,7 @@ class Run:
             self._decorate("the report", self.report.write)
             write_json(self.folder.work / RESULTS, results)  # last: with it, the result is complete
             self.folder.put_in_place()
-            if args.method == "sfa":  # the code in its card loads it from where it is now
+            if METHODS[args.method].is_sfa:  # the code in its card loads it from where it is now
                 self._decorate("the model card", lambda: model.create_or_update_model_card(str(self.folder.path)))
         self.accelerator.wait_for_everyone()
         self.say(f"report: {self.folder.path / REPORT}\nnumbers: {self.folder.path / RESULTS}")

@@ -148,17 +148,21 @@ class Classes:
     Args:
         id2label: The dataset's ids and names. Names such as `unlabelled` or `void` are ignored, not classes.
         ignored: More such names, in lower case.
-
         colours: The dataset's ids by the colours of its label maps, if these show classes by colours.
+        of_model: Whether they are a model's, where each name is a class.
 
     Attributes:
         id2label: The classes' names as they are shown: one line of text, not empty, not too long, each once.
     """
 
     def __init__(
-        self, id2label: Mapping[int, str], ignored: Collection[str] = (), colours: Mapping[int, int] | None = None
+        self,
+        id2label: Mapping[int, str],
+        ignored: Collection[str] = (),
+        colours: Mapping[int, int] | None = None,
+        of_model: bool = False,
     ) -> None:
-        kept = [i for i in sorted(id2label) if id2label[i].lower() not in IGNORED_NAMES.union(ignored)]
+        kept = [i for i in sorted(id2label) if of_model or id2label[i].lower() not in IGNORED_NAMES.union(ignored)]
         if not kept:
             raise DataError("there is no class: id2label is empty, or all its names mean that a pixel is ignored")
         self.id2label = shown_names([id2label[old] for old in kept])

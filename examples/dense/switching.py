@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ import sfa_peft  # noqa: F401 - importing registers SFA with PEFT
 
 from .augmentation import finished, to_tensors
 from .errors import FlagError
-from .folder import COMPARED, MEASURED, RESULTS, read_json
-from .inference import ADAPTER, HEAD, load_head, read_task
+from .folder import MEASURED, RESULTS, read_json
+from .inference import ADAPTER, read_task
 from .methods import Dense
 from .samples import Array, Sample
 from .task import Task, predictions
@@ -41,12 +40,6 @@ class Trained:
     task: Task
     model: str
     results: Mapping[str, Any]
-
-    @property
-    def head_alone(self) -> Path | None:
-        """The head that the same run has trained on the frozen backbone, where it has (`--compare head`)."""
-        path = self.folder / COMPARED / "head" / HEAD
-        return path if path.is_file() else None
 
     @classmethod
     def load(cls, folder: Path, tasks: Mapping[str, type[Task]]) -> Trained:
@@ -103,21 +96,16 @@ class MultiTask(nn.Module):
         backbone: The one backbone.
         tasks: For each run, the task's model, without a backbone of its own.
         key_mappings: For each run, what PEFT needs to find an adapter's modules here.
-        fresh: For each run, whether its task's head had never been trained before.
     """
 
     def __init__(self, runs: Sequence[Trained], device: torch.device) -> None:
         super().__init__()
         models: list[Dense] = []
         for trained in runs:
-            torch.manual_seed(trained.task.args.seed)  # an untrained head is the one that the run began with
             try:
                 models.append(trained.task.build(trained.model, device))
             except FlagError as error:
                 raise FlagError(f"the model that {trained.folder} was trained on cannot be loaded: {error}") from error
-            if trained.head_alone is not None:
-                load_head(models[-1], trained.head_alone)
-        self.fresh = [dense.is_fresh for dense in models]
         backbones = [dense.model.get_submodule(dense.backbone) for dense in models]
         self.backbone = backbones[0]
         fields = {field for trained in runs for field in trained.task.backbone_options()}
@@ -137,13 +125,12 @@ class Switchboard:
     Args:
         runs: Trained on one and the same backbone.
         device: Where to answer.
-        keeps_base: Keep the heads from before training as well, so that the model can be asked without an adapter.
 
     Raises:
         FlagError: If the runs were trained on several models.
     """
 
-    def __init__(self, runs: Sequence[Trained], device: torch.device, keeps_base: bool = True) -> None:
+    def __init__(self, runs: Sequence[Trained], device: torch.device) -> None:
         self.device = device
         if len({trained.model for trained in runs}) > 1:
             on = ", ".join(f"{trained.folder} on {trained.model}" for trained in runs)
@@ -152,7 +139,6 @@ class Switchboard:
         # Not the folders' names: not every name of a folder can be one of an adapter, and two may have the same.
         self.adapters = {trained: f"run_{place}" for place, trained in enumerate(runs)}
         self.tasks = dict(zip(runs, base.tasks, strict=True))
-        self.fresh = dict(zip(runs, base.fresh, strict=True))
         model: PeftModel | None = None
         for trained, adapter, mapping in zip(runs, self.adapters.values(), base.key_mappings, strict=True):
             try:
@@ -164,22 +150,17 @@ class Switchboard:
                 raise FlagError(f"the adapter in {trained.folder} cannot be loaded: {error}") from error
         self.model = model
         self.model.to(device).eval()
-        if not keeps_base:
-            for module in self.model.modules():
-                if isinstance(module, ModulesToSaveWrapper):
-                    module.original_module = nn.Identity()
+        for module in self.model.modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                module.original_module = nn.Identity()  # the head of before the training, which is not asked
 
-    def predict(self, trained: Trained, image: Image.Image, adapted: bool = True) -> Any:
-        """A run's prediction for an image, at its own size; with `adapted` False that without its adapter.
-
-        Then the head is the one that was trained alone, if it was, or else that of before the training.
-        """
+    def predict(self, trained: Trained, image: Image.Image) -> Any:
+        """A run's prediction for an image, at its own size."""
         task, sample = trained.task, Sample(image)
         self.model.set_adapter(self.adapters[trained])
         pixels = finished(to_tensors(sample, task.size))["image"][None].to(self.device)
-        with nullcontext() if adapted else self.model.disable_adapter():
-            return predictions(task, self.tasks[trained], pixels, [sample])[0]
+        return predictions(task, self.tasks[trained], pixels, [sample])[0]
 
-    def paint(self, trained: Trained, image: Image.Image, adapted: bool = True) -> Array:
+    def paint(self, trained: Trained, image: Image.Image) -> Array:
         """A picture (height, width, 3) of it."""
-        return trained.task.paint(np.asarray(image), self.predict(trained, image, adapted))
+        return trained.task.paint(np.asarray(image), self.predict(trained, image))

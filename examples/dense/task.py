@@ -32,6 +32,7 @@ class Task(ABC):
         optional_columns: The same of columns that may be missing.
         headline: The score that a run is judged by, of those that the metric gives.
         backbone_path: Where the backbone is in the model.
+        answers_for: Endings of the names of classes in transformers whose outputs `predict` reads.
         dense_config: The config class of whole checkpoints of the task; others are backbones, and get a fresh head.
         embedded_backbone: What the embedded backbone is, ``swin`` or ``dinov2``.
         defaults: Values of common flags, where the task's own are better.
@@ -49,6 +50,7 @@ class Task(ABC):
     optional_columns: ClassVar[Mapping[str, str]] = {}
     headline: ClassVar[str]
     backbone_path: ClassVar[str]
+    answers_for: ClassVar[tuple[str, ...]]
     dense_config: ClassVar[type[PretrainedConfig]]
     embedded_backbone: ClassVar[str] = "swin"
     defaults: ClassVar[Mapping[str, Any]] = {}
@@ -124,7 +126,7 @@ class Task(ABC):
         if any(side % multiple for side in self.size):
             raise FlagError(f"--image_size {self.size[0]} {self.size[1]}: this model needs multiples of {multiple}")
         use_fast_attention(model, backbone, device)
-        return Dense(model.to(device), self.backbone_path, heads_of(model, self.backbone_path), not is_whole)
+        return Dense(model.to(device), self.backbone_path, heads_of(model, self.backbone_path))
 
     def backbone_options(self) -> dict[str, Any]:
         """Fields of the backbone's config that the head depends on."""
