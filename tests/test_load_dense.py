@@ -198,8 +198,19 @@ def test_another_base_is_an_error(saved, bases, tmp_path):
 
 def test_what_is_in_no_file_is_told(bases, tmp_path):
     adapted(dense("backbone", bases / "backbone"), modules_to_save=["classifier"]).save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match=r"'decode_head.*other tensors are neither.*`modules_to_save`"):
+    with pytest.warns(UserWarning, match=r"'decode_head.*other parameters are neither.*`modules_to_save`"):
         load_dense(str(tmp_path))
+
+
+def test_a_buffer_of_a_loss_is_not_warned_of(tmp_path):
+    base = tiny.mask2former_on_swin()
+    base.model.pixel_level_module.encoder.save_pretrained(tmp_path / "base")
+    base.model.pixel_level_module.encoder.name_or_path = str(tmp_path / "base")
+    heads = ["model.pixel_level_module.decoder", "model.transformer_module", "class_predictor"]
+    get_peft_model(base, SFAConfig(budget=0.1, modules_to_save=heads)).save_pretrained(tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        load_dense(str(tmp_path / "adapter"))
 
 
 def test_what_is_in_the_files_is_not_warned_of(saved):

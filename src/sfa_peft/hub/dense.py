@@ -131,16 +131,17 @@ def on_base(base: nn.Module, adapter: str, options: dict[str, Any], is_trainable
 
 
 def _warn_of_random(base: nn.Module, missing: list[str], config: SFAConfig) -> None:
-    """Warn of tensors that neither the base's checkpoint nor the adapter has, and that no fingerprint covers."""
+    """Warn of parameters that neither the base's checkpoint nor the adapter has, and that no fingerprint covers."""
     heads, known = head_modules(base, config), set[str]()
     if isinstance(config, RecordedConfig) and config.base_fingerprint:
         roots = Fingerprint.from_dict(config.base_fingerprint).roots
         known = {name for name, _ in base_parameters(base, roots, config)}
-    random = [name for name in missing if name not in known and not in_heads(name, heads)]
+    own = {name for name, _ in base.named_parameters()}  # a buffer, such as a loss's weights, is not drawn
+    random = [name for name in missing if name in own and name not in known and not in_heads(name, heads)]
     if random:
-        others = f" and {len(random) - 1} other tensors" if len(random) > 1 else ""
+        others = f" and {len(random) - 1} other parameters are" if len(random) > 1 else " is"
         warnings.warn(
-            f"{random[0]!r}{others} are neither in the base model nor in the adapter, and have initial values. If the "
+            f"{random[0]!r}{others} neither in the base model nor in the adapter, with initial values. If the "
             f"predictions depend on them (they do not on a head that is used for training alone), name their module "
             f"in `modules_to_save` and train again.",
             stacklevel=4,
