@@ -29,6 +29,7 @@ class Repo:
     def commit(self, branch, changes, message):
         history = self.branches[branch]
         files = (history[-1]["files"] if history else {}) | changes
+        files = {path: content for path, content in files.items() if content is not None}
         oid = hashlib.sha1(repr((branch, len(history), sorted(files), message)).encode()).hexdigest()
         history.append({"oid": oid, "files": files, "message": message})
         return oid
@@ -242,6 +243,8 @@ class Handler(BaseHTTPRequestHandler):
                 changes[value["path"]] = base64.b64decode(value["content"])
             elif item["key"] == "lfsFile":
                 changes[value["path"]] = self.server.large[value["oid"]]
+            elif item["key"] == "deletedFile":
+                changes[value["path"]] = None
         answer = {}
         if self.query.get("create_pr"):
             repo.pulls += 1

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from peft import AutoPeftModel, PeftConfig, PeftModel, get_peft_model
 from PIL import Image
 from torch import nn
+from transformers import SegformerImageProcessor
 
 import tiny
 from sfa_peft import SFAConfig, Ticket, describe_adapter, search_ticket, ticket_of
@@ -92,6 +93,37 @@ def test_an_adapter_in_a_subfolder(model):
     model.push_to_hub(REPO, selected_adapters=["depth"])
     model.set_adapter("depth")
     assert same(model, subfolder="depth")
+
+
+@pytest.mark.parametrize("name", ["default", "night[1]"])
+def test_what_an_earlier_push_said_of_another_base_is_deleted(hub, model, tmp_path, name):
+    """In one commit, and nothing but files that a push has written. In a folder it is the same."""
+
+    def push(base, processor=None):
+        own = get_peft_model(base, SFAConfig(budget=0.1, init_weights=False), adapter_name=name)
+        describe_adapter(own, dataset="scenes", processor=processor, adapter_name=name)
+        own.save_pretrained(tmp_path / "folder")
+        own.push_to_hub(REPO)
+        place = "" if name == "default" else f"{name}/"
+        found = {f.removeprefix(place) for f in HfApi().list_repo_files(REPO) if f.startswith(place)}
+        files = {path.name for path in (tmp_path / "folder" / place).iterdir()}
+        ours = {"base_config.json", "preprocessor_config.json"}
+        assert found & ours == files & ours
+        return found
+
+    first = push(tiny.swin(), SegformerImageProcessor(size={"height": 32, "width": 32}))
+    assert {"base_config.json", "preprocessor_config.json"} <= first
+    HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo="preprocessor_config.json.mine", repo_id=REPO)
+    assert "preprocessor_config.json" in push(tiny.swin())  # the same base, so that the user may have put it there
+    commits = len(hub.repos[REPO].branches["main"])
+    other = push(tiny.swin(depths=[1, 1]))
+    assert "base_config.json" in other
+    assert "preprocessor_config.json" not in other
+    assert len(hub.repos[REPO].branches["main"]) == commits + 1
+    odd = tiny.swin()
+    odd.decode_head.classifier = nn.Conv2d(8, 5, 3)  # which its class does not make
+    assert not {"base_config.json", "preprocessor_config.json"} & push(odd)
+    assert {"preprocessor_config.json.mine", "README.md"} <= set(HfApi().list_repo_files(REPO))
 
 
 def test_a_private_repository_needs_the_token(hub, model, monkeypatch):

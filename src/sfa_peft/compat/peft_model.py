@@ -113,8 +113,9 @@ def save_pretrained(
         tickets = {name: ticket_of(model.base_model, name) for name in names}
         for name in names:
             _write(model, name, tensors[name], tickets[name].shapes, card.folder_of(stage, name))
-            if not (card.folder_of(stage, name) / BASE_CONFIG).exists():  # then an earlier one is of another model
-                (card.folder_of(folder, name) / BASE_CONFIG).unlink(missing_ok=True)
+            there = card.folder_of(folder, name) / BASE_CONFIG
+            for file in card.outdated(card.folder_of(stage, name), there.read_bytes() if there.is_file() else None):
+                there.with_name(file).unlink(missing_ok=True)
     card.write_card(model, folder, os.fspath(save_directory), tickets=tickets)
 
 

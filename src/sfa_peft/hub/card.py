@@ -168,6 +168,31 @@ def write_base(model: PeftModel, adapter_name: str, folder: Path) -> None:
             notes.processor.save_pretrained(folder)
 
 
+def outdated(folder: Path, earlier: bytes | None) -> list[str]:
+    """Which files of an earlier save would be taken for those of an adapter that has none of its own.
+
+    Without `describe_adapter(model, processor=...)` an image processor stays, since the user may have put it there,
+    but not that of another base model.
+
+    Args:
+        folder: Where the adapter is saved now.
+        earlier: The content of the earlier save's `base_config.json`; None if it had none.
+    """
+    base = folder / BASE_CONFIG
+    if earlier is None or (base.is_file() and _is_same(earlier, base.read_bytes())):
+        return []
+    return [name for name in (BASE_CONFIG, PROCESSOR) if not (folder / name).exists()]
+
+
+def _is_same(one: bytes, other: bytes) -> bool:
+    """Whether two configs of base models are the same, apart from the version that wrote them."""
+    try:
+        configs = [json.loads(text) | {"transformers_version": None} for text in (one, other)]
+    except (ValueError, TypeError, RecursionError):  # an earlier one that is damaged
+        return False
+    return bool(configs[0] == configs[1])
+
+
 def write_card(
     model: PeftModel,
     folder: Path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -12,7 +13,9 @@ from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from peft import PeftModel
 
-from .card import CARD, write_card
+from ..checkpoint.seal import CONFIG
+from .base import BASE_CONFIG
+from .card import CARD, folder_of, outdated, write_card
 
 
 def upload(
@@ -29,6 +32,8 @@ def upload(
     tags: Sequence[str],
 ) -> CommitInfo:
     """Upload a folder with saved adapters in one commit. Text that users have added to the model card is kept.
+
+    Files of an earlier push that the adapters have none of any more are deleted in the same commit; see `outdated`.
 
     Args:
         model: The model that the adapters were saved from.
@@ -52,9 +57,18 @@ def upload(
         shutil.copyfile(api.hf_hub_download(repo_id, CARD, revision=revision), folder / CARD)
     if not write_card(model, folder, repo_id, is_repo=True, tags=tags):
         (folder / CARD).unlink(missing_ok=True)  # the repository keeps its own
+    deleted: list[str] = []
+    for own in (folder_of(folder, name) for name in model.peft_config):
+        place, earlier = own.relative_to(folder), None
+        if (own / CONFIG).is_file():
+            with suppress(EntryNotFoundError, RevisionNotFoundError):
+                config = (place / BASE_CONFIG).as_posix()
+                earlier = Path(api.hf_hub_download(repo_id, config, revision=revision)).read_bytes()
+            deleted += [(place / file).as_posix() for file in outdated(own, earlier)]
     return api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
+        delete_patterns=[glob.escape(name) for name in deleted] or None,
         commit_message=message,
         commit_description=description,
         revision=revision,
