@@ -180,6 +180,23 @@ def test_merge_of_a_head_with_other_classes(run, folder, tmp_path):
     assert torch.allclose(tiny.output(merged), tiny.output(model), atol=1e-6)
 
 
+def test_with_other_classes_the_base_is_the_named_one_at_its_commit(run, folder, tmp_path, hub):
+    base = UperNetForSemanticSegmentation.from_pretrained(folder / "base")
+    base.push_to_hub("me/base")
+    model = get_peft_model(UperNetForSemanticSegmentation.from_pretrained("me/base"), SFAConfig(budget=0.1))
+    model.save_pretrained(tmp_path / "adapter")
+    other = tiny.swin(seed=5)
+    other.push_to_hub("me/base")  # its weights change after the training
+    for labels in ((), ("--num-labels", "3")):
+        assert run("verify", tmp_path / "adapter", *labels)[0] == 0
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    for labels in ((), ("--num-labels", "3")):
+        code, _, errors = run("verify", tmp_path / "adapter", *labels)
+        assert code == 2
+        assert "the adapter's config does not name its base model: give --base MODEL." in errors
+
+
 def test_extract(run, folder, tmp_path):
     run("merge", "internal", "--base", "base", "--out", tmp_path / "tuned")
     code, found, _ = run("extract", "base", tmp_path / "tuned", "--out", tmp_path / "all", "--json")

@@ -25,7 +25,7 @@ from .checkpoint.packing import CODES
 from .checkpoint.reader import contents_of, difference_of, tensors_of, weights_of
 from .checkpoint.seal import AdapterFile, digest_of, read
 from .config import SFAConfig
-from .hub.base import class_name_of, load_model, quiet
+from .hub.base import class_name_of, load_model, quiet, source_for
 from .hub.dense import load_with_base, on_base, processor_of
 from .layers.merged import merged_leaves, remove_externals
 from .planning.base import in_module
@@ -337,11 +337,8 @@ def _load(args: argparse.Namespace, config: SFAConfig) -> PeftModel:
     """The base model with the adapter. A base with other weights is an error."""
     if args.num_labels is None:
         return load_with_base(args.adapter, config, _options(args), args.base, "--base")
-    name = args.base or config.base_model_name_or_path
-    if not name:
-        raise RefusedError("the adapter's config does not name its base model: give --base MODEL.")
+    name, where = source_for(config, _options(args), args.base, "--base")
     labels = {"num_labels": args.num_labels, "ignore_mismatched_sizes": True}
-    where = {"revision": config.revision} if not args.base and config.revision else {}
     base = load_model(name, "--base", labels | where, (class_name_of(config),))
     return on_base(base, args.adapter, _options(args))
 

@@ -194,6 +194,23 @@ def read_base_config(adapter: str, options: Mapping[str, Any]) -> PreTrainedConf
         raise CheckpointError(f"{where} is not valid: {_why(error)}. Download or save the adapter again.") from error
 
 
+def source_for(
+    config: SFAConfig, options: Mapping[str, Any], base: str | None, argument: str
+) -> tuple[str, dict[str, Any]]:
+    """Where the base model of a saved adapter is: a folder or repository, and its revision and token; see `load_base`.
+
+    Raises:
+        ValueError: If nothing names it.
+    """
+    name = base or config.base_model_name_or_path
+    if not name:
+        raise ValueError(f"the adapter's config does not name its base model: give {argument} MODEL.")
+    where = {key: options[key] for key in ("token",) if key in options}
+    if not base and config.revision:
+        where["revision"] = config.revision
+    return name, where
+
+
 def load_base(
     adapter: str, config: SFAConfig, options: Mapping[str, Any], base: str | None, argument: str
 ) -> tuple[nn.Module, list[str]]:
@@ -213,12 +230,7 @@ def load_base(
         CheckpointError: If a file of the adapter is damaged.
         ValueError: If the base is not named, or cannot be loaded.
     """
-    name = base or config.base_model_name_or_path
-    if not name:
-        raise ValueError(f"the adapter's config does not name its base model: give {argument} MODEL.")
-    where = {key: options[key] for key in ("token",) if key in options}
-    if not base and config.revision:
-        where["revision"] = config.revision
+    name, where = source_for(config, options, base, argument)
     described = read_base_config(adapter, options)
     if described is None:
         return load_model(name, argument, where, (class_name_of(config),)), []
