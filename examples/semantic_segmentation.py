@@ -5,7 +5,8 @@
         --dataset me/my-segmentation-set --budget 0.02 --output_dir out/mine
 
 The model is an UperNet checkpoint, or a backbone that gets a fresh UperNet or linear head. The dataset has the columns
-`image` and `label`, a map of class ids. Run it under `accelerate launch` for several processes or mixed precision.
+`image` and `label`, a map of class ids; or it is a folder with COCO's JSON, whose objects are drawn as maps. Run it
+under `accelerate launch` for several processes or mixed precision.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from dense.metrics import MeanIoU
 from dense.models import LinearHead
 from dense.pictures import WRONG_PIXELS, paint_labels, paint_wrong_pixels, palette
 from dense.run import main
-from dense.samples import IGNORE_INDEX, Array, Census, Classes, Note, Sample, read_image, read_label
+from dense.samples import IGNORE_INDEX, Array, Census, Classes, Note, Sample, draw_label, read_image, read_label
 from dense.task import Task
 from dense.windows import Box, join_maps
 
@@ -86,7 +87,11 @@ class SemanticSegmentation(Task):
 
     def read(self, row: Mapping[str, Any], note: Note) -> Sample:
         sample = Sample(read_image(row[self.column["image"]]))
-        label = read_label(row[self.column["label"]], sample.size, self.classes.colours)
+        value = row[self.column["label"]]
+        if isinstance(value, Mapping) and "segmentation" in value:
+            sample.label = draw_label(value, self.classes, sample.size, note)
+            return sample
+        label = read_label(value, sample.size, self.classes.colours)
         if self.args.reduce_labels:
             label = np.where((label == 0) | (label == IGNORE_INDEX), IGNORE_INDEX, label - 1)
         sample.label = self.classes.of_map(label)

@@ -208,7 +208,75 @@ def test_coco_json_beside_the_images_and_in_annotations(tmp_path, place):
         sample = samples(found, found.train)[0]
         assert sample.classes.tolist() == [0, 0]
     assert sample.masks.sum((1, 2)).tolist() == [80, 20]
-    with pytest.raises(DataError, match=r"instance_segmentation\.py read them"):
+    with pytest.raises(DataError, match=r"semantic_segmentation\.py read them"):
+        loaded(DepthEstimation, tmp_path)
+
+
+SQUARE, STRIPE = [[2, 2, 12, 2, 12, 10, 2, 10]], [[0, 4, 30, 4, 30, 6, 0, 6]]
+
+
+def scene(**more):
+    """A large crowd of cars as run lengths, a square car in it, a stripe of road that is smaller, and nothing."""
+    crowd = rle.encode(np.asfortranarray(np.ones((20, 30), np.uint8)))
+    runs = {"size": crowd["size"], "counts": crowd["counts"].decode()}
+    shapes = [("car", SQUARE, 0), ("road", STRIPE, 0), ("car", runs, 1)]
+    ids = {"car": 3, "road": 8}
+    return {
+        "images": [{"id": i, "file_name": f"{i}.jpg", "width": 30, "height": 20} for i in range(4)],
+        "annotations": [
+            {"id": 3 * i + j, "image_id": i, "category_id": ids[name], "segmentation": shape, "iscrowd": crowd}
+            for i in range(3)
+            for j, (name, shape, crowd) in enumerate(shapes[: i + 1])
+        ],
+        "categories": [{"id": number, "name": name} for name, number in ids.items()],
+    } | more
+
+
+@pytest.mark.parametrize("place", ["roboflow", "coco"])
+def test_coco_objects_are_drawn_as_masks_the_smaller_in_front(tmp_path, place):
+    for split, own in (("train", "train"), ("valid", "val")):
+        folder = tmp_path / (split if place == "roboflow" else f"{own}2017")
+        for i in range(4):
+            picture(folder / f"{i}.jpg")
+        at = folder / "_annotations.coco.json"
+        write(at if place == "roboflow" else tmp_path / "annotations" / f"instances_{own}2017.json", scene())
+    found = loaded(SemanticSegmentation, tmp_path)
+    assert found.task.id2label == {0: "background", 1: "car", 2: "road"}
+    assert "COCO JSON (train 4, validation 4)" in found.told
+    assert "what none covers is 'background'; to ignore it, call class 0 'unlabelled' with --id2label" in found.told
+    one, two, three, none = (sample.label for sample in samples(found, found.train))
+    assert np.bincount(one.ravel(), minlength=3).tolist() == [600 - 80, 80, 0]
+    assert np.bincount(two.ravel(), minlength=3).tolist() == [600 - 60 - 80 + 20, 60, 60]
+    assert (two[4:6] == 2).all()  # 60 pixels are fewer than 80, whatever comes first in the file
+    assert np.bincount(three.ravel(), minlength=3).tolist() == [0, 540, 60]
+    assert not none.any()
+    write(tmp_path / "names.json", {"0": "unlabelled", "1": "car", "2": "road"})
+    found = loaded(SemanticSegmentation, tmp_path, "--id2label", tmp_path / "names.json")
+    assert found.task.id2label == {0: "car", 1: "road"}
+    assert sorted(np.unique(found.task.read(found.train[1], print).label)) == [0, 1, 255]
+    assert "label map without a class: every pixel is ignored" in problems(found, found.train)
+    with pytest.raises(DataError, match="--reduce_labels is for masks"):
+        loaded(SemanticSegmentation, tmp_path, "--reduce_labels")
+
+
+def test_what_objects_cannot_be_drawn_is_told(tmp_path):
+    for i in range(4):
+        picture(tmp_path / "images" / f"{i}.jpg")
+    odd = scene(categories=[{"id": 3, "name": "car"}, {"id": 8, "name": "Void"}])
+    odd["annotations"].append({"id": 99, "image_id": 3, "category_id": 9, "segmentation": SQUARE})
+    odd["annotations"].append({"id": 98, "image_id": 3, "category_id": 3, "bbox": [0, 0, 5, 5]})
+    odd["annotations"].append({"id": 97, "image_id": 3, "category_id": 3, "segmentation": SQUARE})
+    write(tmp_path / "annotations.json", odd)
+    found = loaded(SemanticSegmentation, tmp_path)
+    assert found.task.id2label == {0: "car"}
+    assert "what none covers is 'Void', which is ignored" in found.told
+    every = problems(found, found.train) + problems(found, found.validation)
+    assert "category outside id2label (first: " in every
+    assert "object without a mask (first: " in every
+    for one in odd["annotations"]:
+        one.update(bbox=[0, 0, 5, 5], segmentation=[])
+    write(tmp_path / "annotations.json", odd)
+    with pytest.raises(DataError, match=r"boxes and no masks \(`segmentation`\): object_detection\.py reads it"):
         loaded(SemanticSegmentation, tmp_path)
 
 
@@ -273,6 +341,9 @@ def test_yolo_boxes_and_polygons(tmp_path):
     sample = samples(found, found.train)[0]
     assert found.task.id2label[sample.classes[0]] == "class 1"
     assert sample.masks.sum() == 150
+    found = loaded(SemanticSegmentation, tmp_path / "shapes")
+    assert found.task.id2label == {0: "background", 1: "class 0", 2: "class 1"}
+    assert np.bincount(samples(found, found.train)[0].label.ravel()).tolist() == [450, 0, 150]
 
 
 def test_lines_and_classes_that_yolo_files_should_not_have(tmp_path):

@@ -20,7 +20,7 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from .errors import DataError
-from .samples import FORMATS, printable
+from .samples import FORMATS, IGNORED_NAMES, printable
 
 SUFFIXES = {suffix for suffix, form in Image.registered_extensions().items() if form in FORMATS}
 SPLITS = {
@@ -35,6 +35,7 @@ TEXTS = ("labels", "label", "annotations")
 ENDINGS = re.compile(
     r"[_-](mask|masks|label|labels|labelids|gtfine_labelids|gt|seg|segmentation|l|depth|leftimg8bit|image|img|rgb)$"
 )
+BACKGROUND = "background"
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 OTHER_JSON = ("captions", "person_keypoints", "panoptic", "stuff", "image_info", "id2label", "label2id", "metadata")
 YAMLS = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
@@ -87,12 +88,13 @@ def look(folder: Path, columns: Mapping[str, str]) -> Layout | None:
                 f"{folder} has images and masks, which say no single objects: semantic_segmentation.py reads them"
             )
         return found
-    role, kinds = ("depth", DEPTHS) if "depth" in columns else ("label", MASKS)
-    found = _maps(folder, columns, role, kinds)
+    if "label" in columns:
+        return _maps(folder, columns, "label", MASKS) or _drawn(folder, columns)
+    found = _maps(folder, columns, "depth", DEPTHS)
     if found is None and (list(_coco_files(folder)) or list(_pairs(folder, TEXTS, {".txt"}))):
         raise DataError(
-            f"{folder} has objects (COCO's JSON or YOLO's text files) and no {role} maps: object_detection.py and "
-            f"instance_segmentation.py read them"
+            f"{folder} has objects (COCO's JSON or YOLO's text files) and no depth maps: object_detection.py, "
+            f"instance_segmentation.py and semantic_segmentation.py read them"
         )
     return found
 
@@ -198,6 +200,23 @@ def _by_name(paths: Iterator[Path], root: Path) -> dict[tuple[str, str], Path]:
         if name in found:
             raise DataError(f"{found[name]} and {path} have one name, so that nothing says which is meant: remove one")
         found[name] = path
+    return found
+
+
+def _drawn(folder: Path, columns: Mapping[str, str]) -> Layout | None:
+    """Objects in the place of masks, for `draw_label`; what none of them covers is the first class."""
+    objects = {"image": columns["image"], "objects": columns["label"], "instances": ""}
+    found = _coco(folder, objects) or _yolo(folder, objects)
+    if found is None:
+        return None
+    names = list(found.names.values())
+    rest = next((name for name in names if name.lower() in {BACKGROUND, *IGNORED_NAMES}), BACKGROUND)
+    found.names = dict(enumerate([rest, *(name for name in names if name != rest)]))
+    is_ignored = rest.lower() in IGNORED_NAMES
+    found.told.append(
+        f"the objects are drawn as masks, smaller ones over larger ones; what none covers is {rest!r}"
+        + (", which is ignored" if is_ignored else "; to ignore it, call class 0 'unlabelled' with --id2label")
+    )
     return found
 
 

@@ -69,6 +69,13 @@ def load_map_classes(args: argparse.Namespace, rows: Rows, column: str) -> Class
         DataError: If they are damaged, or not named in a stream, which is not read twice.
     """
     names = named_classes(args, rows, column)
+    if isinstance((rows.rows.features or {}).get(column), Mapping):  # objects, which are drawn
+        if args.reduce_labels:
+            raise DataError(
+                "--reduce_labels is for masks, and these are drawn from objects: call class 0 'unlabelled' with "
+                "--id2label to ignore what no object covers"
+            )
+        return Classes(names)
     if rows.is_stream or args.dataset is None or args.reduce_labels:
         return load_classes(args, rows, column)
     if rows.colours and not args.id2label:

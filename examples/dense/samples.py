@@ -300,6 +300,40 @@ def read_label(value: Any, size: tuple[int, int], colours: Mapping[int, int] | N
     return label.astype(np.int64)
 
 
+def draw_label(objects: Mapping[str, Any], classes: Classes, size: tuple[int, int], note: Note) -> Array:
+    """A map of classes (height, width) of objects with masks: the smaller of two is in front, the rest is class 0.
+
+    Args:
+        objects: Lists of each object's `category`, its name, and `segmentation`, polygons or run lengths.
+        classes: The classes, of whose ids the dataset's 0 is for what no object covers.
+        size: Of the image.
+        note: Told of each object that is left out: without a mask, or of a category that is no class.
+
+    Raises:
+        BadSampleError: If a mask is damaged, or every pixel is ignored.
+        DataError: If there are more classes than a map can tell.
+    """
+    if len(classes.id2label) > IGNORE_INDEX:
+        raise DataError(f"there are {len(classes.id2label)} classes, and a label map takes {IGNORE_INDEX} at most")
+    shapes, numbers = [], []
+    for category, text in zip(objects["category"], objects["segmentation"], strict=True):
+        shape, number = json.loads(text), classes.of_object(category)
+        if not shape:
+            note("object without a mask")
+        elif number is None and not _is_ignored(category, classes):
+            note("category outside id2label", f"it has {category!r}")
+        else:
+            shapes.append(shape)
+            numbers.append(IGNORE_INDEX if number is None else number)
+    masks = _drawn(shapes, size)
+    label = np.full(size, classes.new_ids.get(0, IGNORE_INDEX), np.uint8)
+    for i in np.argsort(-masks.sum((1, 2)), kind="stable"):
+        label[masks[i]] = numbers[i]
+    if (label == IGNORE_INDEX).all():
+        raise BadSampleError("label map without a class: every pixel is ignored")
+    return label
+
+
 def _ids_of_colours(label: Array, colours: Mapping[int, int]) -> Array:
     parts = np.repeat(label[..., None], 3, 2) if label.ndim == 2 else label[..., :3]
     r, g, b = np.moveaxis(parts.astype(np.int64), 2, 0)
