@@ -930,6 +930,26 @@ def test_two_processes_share_the_work_and_can_be_resumed(folders, task, tmp_path
     assert all(torch.equal(tensor, trained(tmp_path)[name]) for name, tensor in expected.items())
 
 
+@pytest.mark.slow
+def test_two_processes_compare_methods_and_extend_all_of_them(folders, tmp_path):
+    """Each method wraps its model for several processes anew; the one of full fine-tuning in a way of its own."""
+    methods = ("lora", "full", "head")
+    arguments = flags_of(folders, SemanticSegmentation, tmp_path, "--eval_steps", "100", "--compare", *methods)
+    done = launch("semantic_segmentation.py", *arguments, "--steps", "2", launcher=TWO)
+    assert done.returncode == 0, done.stderr[-3000:]
+    places = [tmp_path, *(tmp_path / "compared" / method for method in methods)]
+    for place, method in zip(places, ("sfa", *methods), strict=True):
+        results = json.loads((place / "results.json").read_text())
+        assert (results["method"], results["curves"]["mean_iou"][-1][0]) == (method, 2)
+        assert "2 on cpu" in (place / "report.html").read_text()
+    assert "full fine-tuning has" in (tmp_path / "report.html").read_text()
+    again = (*arguments, "--steps", "3", "--resume_from_checkpoint", "latest")
+    done = launch("semantic_segmentation.py", *again, launcher=TWO)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for place in places:
+        assert json.loads((place / "results.json").read_text())["curves"]["mean_iou"][-1][0] == 3
+
+
 # Folders that have a run already
 
 
