@@ -6,8 +6,8 @@
 
 `--runs` are output folders of the other examples, trained with SFA, or any SFA adapters that stand alone: folders that
 `save_pretrained` wrote, or repositories on the Hub. Adapters on the same backbone share it in memory. The page shows
-the prediction beside that without the adapter, what the colours mean, and the ticket. Without it, the head is the one
-that was trained alone, if the run was made with `--compare head`, or else that of before the training.
+the prediction, what the colours mean, and the ticket; and the prediction without the adapter, by the head that was
+trained alone, if the run was made with `--compare head`, or by the checkpoint that the training began with.
 """
 
 from __future__ import annotations
@@ -70,7 +70,6 @@ class Adapters:
         self.predictors: dict[str, Predictor] = {}
         known: dict[Any, torch.Tensor] = {}
         for name in dict.fromkeys(names):
-            torch.manual_seed(0)  # an untrained head is the same each time
             loaded = load(name, TASKS, device)
             if not isinstance(loaded.model, PeftModel) or not isinstance(loaded.model.active_peft_config, SFAConfig):
                 raise FlagError(f"{name} has no SFA adapter, with which there is nothing to compare: leave it out")
@@ -89,7 +88,7 @@ class Adapters:
         return [name for name, predictor in self.predictors.items() if predictor.task.name == task]
 
     def answer(self, path: str | None, name: str) -> tuple[Array | None, Array | None, str]:
-        """The prediction for an image file before the training and after it; or none, and what is wrong, as HTML."""
+        """The predictions for an image file without the adapter and with it; or none, and what is wrong, as HTML."""
         if path is None:
             return None, None, "Upload an image first."
         if name not in self.loaded:
@@ -98,24 +97,23 @@ class Adapters:
             image = read_picture(path)
         except BadSampleError as error:
             return None, None, html.escape(f"This file cannot be used: {printable(str(error))}.")
-        predictor, model = self.predictors[name], self.loaded[name].model
-        with model.disable_adapter():
-            before = predictor(image)
-        painted = (predictor.task.paint(np.asarray(image), found) for found in (before, predictor(image)))
-        return *painted, ""
+        predictor, model, before = self.predictors[name], self.loaded[name].model, None
+        if self.before(name):
+            with model.disable_adapter():
+                before = predictor.task.paint(np.asarray(image), predictor(image))
+        return before, predictor.task.paint(np.asarray(image), predictor(image)), ""
 
     def before(self, name: str) -> str:
-        """What the model without the adapter is called."""
+        """What the prediction without the adapter is called; empty if nobody has trained a head for it."""
         loaded = self.loaded[name]
         if (loaded.folder / HEAD_ALONE).is_file():
-            return "The head alone, on the frozen backbone"
+            return "With the head alone"
         # A model with a fresh head is made from a config, and has no name.
-        is_whole = bool(loaded.model.get_base_model().name_or_path)
-        return "The checkpoint before training" if is_whole else "Untrained head on the frozen backbone"
+        return "Before the training" if loaded.model.get_base_model().name_or_path else ""
 
     def words(self, name: str) -> str:
         """What there is to say of an adapter, as HTML."""
-        loaded, headline = self.loaded[name], self.predictors[name].task.headline
+        loaded, task = self.loaded[name], self.predictors[name].task
         counts = dict.fromkeys(("adapter", "backbone"), 0)
         for parameter, value in loaded.model.named_parameters():
             if ".modules_to_save." not in parameter and ".original_module." not in parameter:
@@ -123,9 +121,13 @@ class Adapters:
         size = (loaded.folder / "adapter_model.safetensors").stat().st_size
         part = counts["adapter"] / counts["backbone"]
         said = [f"{part:.1%} of the backbone trained, {size / 1e6:.2f} MB with its head"]
-        scores = scores_of(loaded.folder, headline)
+        scores = scores_of(loaded.folder, task.headline)
         if scores:
-            said.append(f"{headline} {number(scores[0])} before training, {number(scores[1])} after")
+            text = f"{task.score_words}: {number(scores[0])} before training, {number(scores[1])} after"
+            alone = scores_of((loaded.folder / HEAD_ALONE).parent, task.headline)
+            said.append(f"{text}, {number(alone[1])} of the head alone" if alone else text)
+        if not self.before(name):
+            said.append("without the adapter there is no picture, since its head was new: --compare head trains one")
         return f"<b>{html.escape(name)}</b>: {html.escape('; '.join([*said, *loaded.told]))}."
 
     def legend(self, name: str) -> str:
@@ -218,11 +220,6 @@ def build(adapters: Adapters) -> gradio.Blocks:
         with gradio.Row():
             with gradio.Column():
                 upload = gradio.Image(type="filepath", image_mode=None, label="Image", elem_id="upload")
-                tasks = gradio.Dropdown(adapters.tasks, value=task, label="Task", elem_id="task")
-                folders = gradio.Dropdown(adapters.of_task(task), value=first, label="Adapter", elem_id="adapter")
-                button = gradio.Button("Predict", variant="primary", elem_id="predict")
-                # HTML that is escaped, not Markdown, in which a name can be a link or a picture from elsewhere.
-                wrong = gradio.HTML(elem_id="wrong")
                 pictures = adapters.examples()
                 if pictures:
                     # In the folder for uploads: the server gives out no other files.
@@ -231,11 +228,17 @@ def build(adapters: Adapters) -> gradio.Blocks:
                         Image.fromarray(picture).save(folder / name)
                     own = [[str(folder / name)] for name in pictures]
                     gradio.Examples(own, [upload], label="Or one of these", cache_examples=False)
-                words = gradio.HTML(adapters.words(first), elem_id="words")
+                tasks = gradio.Dropdown(adapters.tasks, value=task, label="Task", elem_id="task")
+                folders = gradio.Dropdown(adapters.of_task(task), value=first, label="Adapter", elem_id="adapter")
+                button = gradio.Button("Predict", variant="primary", elem_id="predict")
+                # HTML that is escaped, not Markdown, in which a name can be a link or a picture from elsewhere.
+                wrong = gradio.HTML(elem_id="wrong")
             with gradio.Column():
-                before = gradio.Image(label=adapters.before(first), interactive=False, elem_id="before")
+                label = adapters.before(first)
+                before = gradio.Image(label=label, visible=bool(label), interactive=False, elem_id="before")
                 adapted = gradio.Image(label="With the adapter", interactive=False, elem_id="adapted")
                 legend = gradio.HTML(adapters.legend(first), elem_id="legend")
+                words = gradio.HTML(adapters.words(first), elem_id="words")
         gradio.Markdown("## The ticket: where the adapter is in the backbone")
         ticket = gradio.HTML(adapters.ticket(first), elem_id="ticket")
 
@@ -244,14 +247,15 @@ def build(adapters: Adapters) -> gradio.Blocks:
             return gradio.Dropdown(own, value=own[0])
 
         def describe(folder: str) -> tuple[str, str, str, gradio.Image]:
-            label = gradio.Image(label=adapters.before(folder))
-            return adapters.words(folder), adapters.legend(folder), adapters.ticket(folder), label
+            label = adapters.before(folder)
+            shown = gradio.Image(label=label, visible=bool(label))
+            return adapters.words(folder), adapters.legend(folder), adapters.ticket(folder), shown
 
         def answer(file: dict[str, Any] | None, folder: str) -> tuple[Array | None, Array | None, str]:
             return adapters.answer(uploaded(file), folder)
 
-        # One at a time: an adapter is switched in the one model that all share. Not preprocessed: Gradio would open
-        # the file itself, and say nothing of why it cannot.
+        # One at a time: an adapter is off for a part of an answer. Not preprocessed: Gradio would open the file
+        # itself, and say nothing of why it cannot.
         predicted = button.click(
             answer, [upload, folders], [before, adapted, wrong], concurrency_limit=1, preprocess=False
         )

@@ -184,7 +184,7 @@ def test_the_page_compares_with_the_base_and_holds_a_backbone_once(folder):
         assert before.shape == adapted.shape == (96, 128, 3)
         assert not wrong
         assert not np.array_equal(before, adapted)
-        assert adapters.before(name) == "The checkpoint before training"
+        assert adapters.before(name) == "Before the training"
         assert "% of the backbone trained" in adapters.words(name)
         assert '<table class="ticket">' in adapters.ticket(name)
     assert "&lt;b&gt;sky" in adapters.legend(names[0])

@@ -20,7 +20,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from peft import PeftModel
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import Dinov2Model
 
 import tiny
@@ -32,7 +32,6 @@ from dense.arguments import parse, plain
 from dense.augmentation import finished, to_tensors
 from dense.errors import FlagError
 from dense.folder import write_json
-from dense.methods import is_head
 from dense.nano_backbone import pretrained_nano_backbone
 from dense.pictures import depth_colours, paint_depth, palette
 from dense.run import run
@@ -84,7 +83,7 @@ def folders(tmp_path_factory):
             "2",
         ]
         more = ["--image_size", "48", "64", "--budget", "0.1", "--search_steps", "2", "--num_workers", "0"]
-        more += ["--last_blocks", "2"]
+        more += ["--last_blocks", "2", *(["--compare", "head"] if name == "depth" else [])]
         run(TASKS[task], [*flags, *more, "--dataset", str(root / "data"), "--log_with", "none", *own])
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
@@ -308,15 +307,17 @@ def test_the_page_takes_what_each_script_leaves_by_default(default_runs, tmp_pat
     assert adapters.tasks == [TASKS[task].name for own in BY_DEFAULT.values() for task in own]
     for name, trained in runs.items():
         before, adapted, wrong = adapters.answer(str(tmp_path / "street.png"), name)
-        assert before.shape == adapted.shape
+        assert before is None  # of a head that nobody has trained
+        assert adapted.ndim == 3
         assert not wrong
-        assert adapters.before(name) == "Untrained head on the frozen backbone"
+        assert not adapters.before(name)
+        assert "since its head was new" in adapters.words(name)
         assert adapters.legend(name).count("<li>") == len(trained.task.legend()) > 0
         assert adapters.legend(name) == legend_of(trained.task)
         results = trained.results
         part = results["trained_backbone_parameters"] / results["backbone_parameters"]
         assert f"{part:.1%} of the backbone trained" in adapters.words(name)
-        assert f"{trained.task.headline} {results['before'][trained.task.headline]:.4f}" in adapters.words(name)
+        assert f"{trained.task.score_words}: {results['before'][trained.task.headline]:.4f}" in adapters.words(name)
 
 
 def legend_of(task):
@@ -330,15 +331,17 @@ def legend_of(task):
 def test_the_page_shows_the_head_that_was_trained_alone(folders, tmp_path):
     """In the place of the untrained one, on the frozen backbone."""
     shutil.copytree(folders / "depth", tmp_path / "depth")
-    trained = Trained.load(tmp_path / "depth", TASKS)
-    dense = trained.task.build(trained.model, CPU)
-    head = {n: t.contiguous() for n, t in dense.model.state_dict().items() if is_head(n, dense.heads)}
-    (tmp_path / "depth" / "compared" / "head").mkdir(parents=True)
-    save_file(head, tmp_path / "depth" / "compared" / "head" / "head.safetensors")
+    trained, file = (
+        Trained.load(tmp_path / "depth", TASKS),
+        tmp_path / "depth" / "compared" / "head" / "head.safetensors",
+    )
+    dense, head = trained.task.build(trained.model, CPU), load_file(file)
+    dense.model.load_state_dict(head, strict=False)
+    dense.model.eval()
     make_scene(7)["image"].save(tmp_path / "street.png")
     name = str(tmp_path / "depth")
     adapters = Adapters([name], CPU)
-    assert adapters.before(name) == "The head alone, on the frozen backbone"
+    assert adapters.before(name) == "With the head alone"
     before, *_ = adapters.answer(str(tmp_path / "street.png"), name)
     image = make_scene(7)["image"]
     pixels = finished(to_tensors(Sample(image), trained.task.size))["image"][None]
@@ -346,7 +349,8 @@ def test_the_page_shows_the_head_that_was_trained_alone(folders, tmp_path):
         np.asarray(image), predictions(trained.task, dense.model, pixels, [Sample(image)])[0]
     )
     assert np.abs(before.astype(int) - expected).max() <= 1
-    save_file({k: t[..., :1].contiguous() for k, t in head.items()}, tmp_path / "depth/compared/head/head.safetensors")
+    assert "of the head alone" in adapters.words(name)
+    save_file({k: t[..., :1].contiguous() for k, t in head.items()}, file)
     with pytest.raises(FlagError, match=r"head\.safetensors does not fit the model beside it"):
         Adapters([name], CPU)
 
@@ -480,7 +484,8 @@ def test_the_server_says_of_each_file_why_it_cannot_be_used(page_url, folders, t
         file = {"path": path, "meta": {"_type": "gradio.FileData"}}
         kind, (before, adapted, said[name]) = answered(page_url, file, str(folders / "depth"))
         assert kind == "complete"
-        assert (before is None) == (adapted is None) == bool(reason)
+        assert before is None
+        assert (adapted is None) == bool(reason)
         assert reason in said[name]
         assert "<" not in said[name]
         assert str(Path(path).parent) not in said[name]
@@ -521,9 +526,10 @@ def test_a_person_uploads_an_image_and_switches_tasks(page_url, tmp_path):
         pixels_of(page, "upload")
         expect(page.locator("#wrong")).not_to_contain_text("Upload")
         page.locator("#predict").click()
-        assert pixels_of(page, "before") == pixels_of(page, "adapted") == [128, 96]
+        assert pixels_of(page, "adapted") == [128, 96]
+        expect(page.locator("#before")).to_be_hidden()
+        expect(page.locator("#words")).to_contain_text("since its head was new")
         expect(page.locator("#ticket table tbody tr")).to_have_count(2)  # the last two blocks
-        expect(page.locator("#before")).to_contain_text("Untrained head on the frozen backbone")
         sky = page.locator("#legend li", has_text="sky").locator("i")
         expect(page.locator("#legend")).to_contain_text(HOSTILE)
         colour = "rgb({:.0f}, {:.0f}, {:.0f})".format(*(255 * part for part in palette(1)[0]))
@@ -533,13 +539,19 @@ def test_a_person_uploads_an_image_and_switches_tasks(page_url, tmp_path):
         page.locator("#task input").click()
         page.get_by_role("option", name="depth estimation").click()
         expect(page.locator("#adapter input")).to_have_value(re.compile("depth$"), timeout=30_000)
-        expect(page.locator("#words")).to_contain_text("abs_rel", timeout=30_000)  # before anything is predicted
+        expect(page.locator("#words")).to_contain_text(
+            "relative to the depth", timeout=30_000
+        )  # before anything is predicted
         expect(page.locator("#legend")).to_contain_text("80 m")
         expect(page.locator("#legend")).not_to_contain_text("sky")
         expect(page.locator("#ticket table")).not_to_have_text(ticket)
         assert_nothing_is_shown(page)
         page.locator("#predict").click()
         assert pixels_of(page, "before") == pixels_of(page, "adapted") == [128, 96]
+        expect(page.locator("#before")).to_contain_text("With the head alone")
+        page.set_viewport_size({"width": 390, "height": 800})
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+        assert page.locator("#ticket table").evaluate("e => e.getBoundingClientRect().right") < 390
 
         page.locator("#upload button[aria-label='Remove Image']").click()
         assert_nothing_is_shown(page)
