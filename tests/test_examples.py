@@ -236,7 +236,9 @@ def test_every_task_trains_saves_loads_draws_and_reports(folders, tmp_path, task
     assert results["after"][task.headline] >= 0
     assert [step for step, _ in results["curves"]["loss"]] == [1, 2, 3, 4]
     assert {"external", "internal values", "positions", "head or whole model"} <= results["bytes"].keys()
-    assert "reloaded into a fresh base model: every tensor is the same" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "reloaded into a fresh base model: every tensor is the same" in said
+    assert ("the adapter does not stand alone, README.md says why" in said) == ("linear" in SMALL[task][1])
     for step in (0, 2, 4):
         assert (tmp_path / "pictures" / f"step_{step:06d}.jpg").stat().st_size > 10_000
     page = (tmp_path / "report.html").read_text()
@@ -276,6 +278,9 @@ def test_peers_train_with_the_same_loop(folders, tmp_path, task, method):
     saved = {path.stem for path in tmp_path.glob("*.safetensors")}
     expected = {"full": {"model"}, "head": {"head"}, "adaptformer": {"adapter_model"}}
     assert saved == expected.get(method, {"adapter_model", "head"})
+    stands_alone = method == "adaptformer" and task is ObjectDetection  # the other has a linear head
+    for name in ("base_config.json", "preprocessor_config.json"):
+        assert (tmp_path / name).is_file() == (stands_alone or (method == "adaptformer" and name[0] == "p"))
     assert results["bytes"]["total"] > 0
 
 
