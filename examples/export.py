@@ -87,30 +87,33 @@ def adapted_model(args: argparse.Namespace) -> tuple[PeftModel, tuple[int, int]]
     return model, (height, width)
 
 
-def merge(model: PeftModel, widen: bool) -> nn.Module:
-    """The plain model of transformers that computes the same.
+def merge(model: PeftModel, widen: bool) -> tuple[nn.Module, str]:
+    """The merged model, and why it is no plain model of transformers: "" if it is one.
+
+    External adapters that cannot be folded stay in it as modules, which an ONNX file can have and a config cannot.
 
     Raises:
-        FlagError: If there is none.
+        FlagError: If its head is not of transformers.
     """
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         merged = model.merge_and_unload(safe_merge=True, widen=True if widen else "auto")
     foreign = {name: type(part) for name, part in merged.named_modules() if not is_stock(part)}
-    if any(kind.__module__.startswith("sfa_peft.") for kind in foreign.values()):
-        why = " ".join(str(one.message) for one in said).partition("Reasons: ")[2]
-        remedy = "give --widen if it is only for the zeros, or " if not widen else ""
-        raise FlagError(
-            f"external adapters cannot be folded into the model: {why.rstrip('.')}. {remedy}serve the adapter on its "
-            f"base, or merge with `sfa-peft merge`, which leaves these adapters beside the merged model"
-        )
-    if foreign:
-        name, kind = next(iter(foreign.items()))
+    own = {name for name, kind in foreign.items() if kind.__module__.startswith("sfa_peft.")}
+    if foreign.keys() - own:
+        name, kind = next((name, kind) for name, kind in foreign.items() if name not in own)
         raise FlagError(
             f"from_pretrained could not load the merged model: its {name or 'class'} is a {kind.__name__}, which is "
             f"not of transformers (a --head linear, for example)"
         )
-    return merged
+    if not own:
+        return merged, ""
+    why = " ".join(str(one.message) for one in said).partition("Reasons: ")[2].rstrip(".")
+    zeros = "--widen, if it is only for the zeros; " if not widen else ""
+    return merged, (
+        f"external adapters cannot be folded into it: {why}. Ways to a plain model: {zeros}training with "
+        f"--external_conv 0, if it is for filters; `sfa-peft merge`, which puts these adapters beside the model"
+    )
 
 
 def is_stock(module: nn.Module) -> bool:
@@ -153,8 +156,10 @@ def write_onnx(model: nn.Module, pixels: Tensor, names: Sequence[str], file: Pat
         program = torch.export.export(Outputs(model), (pixels,), dynamic_shapes=shapes)
         torch.onnx.export(program, (), file, input_names=["pixel_values"], output_names=list(names), verbose=False)
     except (RuntimeError, ValueError) as error:  # of torch.export and of torch.onnx
-        remedy = "leave out --dynamic_batch" if dynamic else f"the merged model is in {file.parents[1] / MERGED}"
-        raise FlagError(f"ONNX: torch cannot export this model ({str(error).splitlines()[0]}); {remedy}") from error
+        merged = file.parents[1] / MERGED
+        left = f"; the merged model is in {merged}" if merged.exists() else ""
+        remedy = "; leave out --dynamic_batch" if dynamic else left
+        raise FlagError(f"ONNX: torch cannot export this model ({str(error).splitlines()[0]}){remedy}") from error
 
 
 def latencies(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
@@ -186,17 +191,22 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     products = Products(args.output_dir, (MERGED, ONNX, NUMBERS), NUMBERS, "an export", args.overwrite)
     adapted, size = adapted_model(args)
     base = copy.deepcopy(adapted).unload()
-    merged = merge(copy.deepcopy(adapted), args.widen).eval().requires_grad_(False)
+    merged, why = merge(copy.deepcopy(adapted), args.widen)
+    merged.eval().requires_grad_(False)
     images = [finished(to_tensors(Sample(make_scene(i)["image"]), size))["image"] for i in range(args.batch_size)]
     pixels = torch.stack(images)
     expected = tensors_of(adapted(pixels))
 
     work = products.begin()
     (work / ONNX).mkdir()
-    merged.save_pretrained(work / MERGED)
-    plain = type(merged).from_pretrained(work / MERGED).eval()
+    plain = merged
+    if why:
+        print(f"no merged model was written: {why}")
+    else:
+        merged.save_pretrained(work / MERGED)
+        plain = type(merged).from_pretrained(work / MERGED).eval()
     differs = {MERGED: difference(Outputs(plain)(pixels), list(expected.values()))}
-    check("merged", differs[MERGED], args, work / MERGED)
+    check("merged", differs[MERGED], args, work)
     calls = {"base": base.eval(), "adapter on its base": adapted, "merged": merged}
     timed: dict[str, Callable[[], Any]] = {name: lambda m=model: m(pixels) for name, model in calls.items()}
     if find_spec("onnx") is None or find_spec("onnxscript") is None:

@@ -40,9 +40,10 @@ def folder(tmp_path_factory):
     ]
     (root / "id2label.json").write_text(json.dumps({str(i): f"thing {i}" for i in range(9)}))
     for name, task, model, own in (
-        ("upernet", SemanticSegmentation, "swin", ["--id2label", str(root / "id2label.json")]),
+        ("upernet", SemanticSegmentation, "swin", ["--id2label", str(root / "id2label.json"), "--external_conv", "0"]),
+        ("filters", SemanticSegmentation, "swin", ["--id2label", str(root / "id2label.json")]),
         ("linear", SemanticSegmentation, "swin", ["--id2label", str(root / "id2label.json"), "--head", "linear"]),
-        ("depth", DepthEstimation, "dinov2", []),
+        ("depth", DepthEstimation, "dinov2", ["--external_conv", "0"]),
     ):
         run(task, [*common, *own, "--model", str(root / model), "--output_dir", str(root / name)])
         for state in (AcceleratorState, GradientState, PartialState):
@@ -84,12 +85,19 @@ def test_an_export_is_replaced_only_where_a_flag_says_so_and_the_new_one_is_righ
         export.main(arguments(folder, "upernet", tmp_path, "--overwrite"))
 
 
-def test_dinov2_is_widened_where_a_flag_says_so(folder, tmp_path):
-    with pytest.raises(FlagError, match=r"cannot be folded into the model: .*give --widen"):
-        export.main(arguments(folder, "depth", tmp_path))
-    assert not list(tmp_path.iterdir())
+def test_dinov2_is_widened_where_a_flag_says_so(folder, tmp_path, capsys):
+    export.main(arguments(folder, "depth", tmp_path / "not"))
+    assert re.search(r"no merged model was written: .*cannot be folded into it: .*--widen", capsys.readouterr().out)
+    assert sorted(path.name for path in (tmp_path / "not").iterdir()) == ["export.json", "onnx"]
     export.main(arguments(folder, "depth", tmp_path, "--widen"))
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["backbone_config"]["mlp_ratio"] == 5
+
+
+def test_a_run_with_filters_becomes_an_onnx_file(folder, tmp_path, capsys):
+    numbers = export.main(arguments(folder, "filters", tmp_path, "--dynamic_batch"))
+    assert 0 <= max(numbers["difference"].values()) < 1e-5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["export.json", "onnx"]
+    assert re.search(r"no merged model was written: .*filters.*--external_conv 0", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,11 @@ def parse(
     model.add_argument("--budget", type=float, default=0.05, help="Fraction of the backbone that may be trained.")
     model.add_argument("--external_share", type=float, help="Of SFA's budget, for external adapters. Default: SFA's.")
     model.add_argument(
+        "--external_conv",
+        type=whole(0),
+        help="Size of the filters of SFA's external adapters; 0 for none: merging can fold them. Default: SFA's.",
+    )
+    model.add_argument(
         "--last_blocks",
         type=whole(1),
         help="Of SFA on a plain transformer: adapt only that many blocks, so that tasks can share those before.",

@@ -98,7 +98,8 @@ def peer_of(args: argparse.Namespace, method: str) -> argparse.Namespace:
     """The flags of a run that is to be compared: the same, as far as they are for every method."""
     folder = args.output_dir / COMPARED / method
     latest = "latest" if not args.overwrite or args.resume_from_checkpoint == "latest" else None
-    own = {"method": method, "output_dir": folder, "compare": [], "external_share": None, "last_blocks": None}
+    of_sfa = dict.fromkeys(("external_share", "external_conv", "last_blocks"))
+    own = of_sfa | {"method": method, "output_dir": folder, "compare": []}
     return argparse.Namespace(**vars(args) | own | {"resume_from_checkpoint": latest, "push_to_hub": None})
 
 
@@ -162,11 +163,12 @@ class Run:
         self.report.read_samples()
         dense = self.base()
         self.heads, self.whole = dense.heads, dense.backbone_parameters
-        share = {} if args.external_share is None else {"external_share": args.external_share}
+        flags = {name: getattr(args, name) for name in ("external_share", "external_conv")}
+        fields = {name: value for name, value in flags.items() if value is not None}
         try:
-            model = adapt(dense, args.method, args.budget, **share, **last_blocks(dense, args))
+            model = adapt(dense, args.method, args.budget, **fields, **last_blocks(dense, args))
         except (TypeError, ValueError) as error:
-            flags = {"external_share": args.external_share, "last_blocks": args.last_blocks}
+            flags["last_blocks"] = args.last_blocks
             given = "".join(f" --{name} {value}" for name, value in flags.items() if value is not None)
             raise FlagError(f"--method {args.method} --budget {args.budget}{given}: {error}") from error
         self.trained = trained_backbone_parameters(model, self.heads)
