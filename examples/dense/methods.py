@@ -66,10 +66,11 @@ def lora_config(dense: Dense, budget: int) -> LoraConfig:
     costs = {name: linear.in_features + linear.out_features for name, linear in dense.linears().items()}
     rank, left = divmod(budget, sum(costs.values()))
     larger = {}
-    for name, cost in costs.items():
-        if cost <= left:
+    # Where one rank is too much for all layers, the last ones get it: the first ones measured two points worse.
+    for name in costs if rank else reversed(costs):
+        if costs[name] <= left:
             larger[name] = rank + 1
-            left -= cost
+            left -= costs[name]
     if rank == 0:
         costs = {name: costs[name] for name in larger}
         rank, larger = 1, {}
