@@ -202,8 +202,8 @@ def has_the_defaults(names):
 
 
 def of_deploying():
-    model = adapted(init_weights=False)
-    return {"model": model, "pixel_values": tiny.pixels(), "expected": tiny.output(model)}
+    model = adapted(init_weights=False, external_conv=0)
+    return {"SFAConfig": SFAConfig, "model": model, "pixel_values": tiny.pixels(), "expected": tiny.output(model)}
 
 
 def is_the_same(name):
@@ -324,8 +324,8 @@ SNIPPETS = {
         dict,
         again=of_deploying,
         after={
-            "merged-a-plain-model-of-transformers": is_the_same("merged"),
-            "merged-a-plain-model-of-transformers-2": is_that_of_the_folder,
+            "merged-a-plain-model-of-transformers-2": is_the_same("merged"),
+            "merged-a-plain-model-of-transformers-3": is_that_of_the_folder,
             "dinov2": is_the_same("merged"),
             "export-onnx-torchexport-torchscript": is_the_same("logits"),
         },
