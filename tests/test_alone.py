@@ -43,7 +43,7 @@ def _no_accelerator_is_left():
 def save(folder, base, processor):
     """An adapter as any program saves it, with what is in it changed."""
     heads = [head for head in ("decode_head", "neck", "head", "classifier") if hasattr(base, head)]
-    config = SFAConfig(budget=0.1, modules_to_save=heads, init_weights=False)
+    config = SFAConfig(budget=0.1, external_conv=0, modules_to_save=heads, init_weights=False)
     model = get_peft_model(base, config)
     describe_adapter(model, dataset="scenes", processor=processor)
     model.save_pretrained(folder)

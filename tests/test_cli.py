@@ -33,12 +33,13 @@ def folder(tmp_path_factory):
         "rows": {"internal_granularity": "row"},
         "scaled": {"external_scale": 0.5},
         "relu": {"external_activation": "relu"},
+        "filters": {"external_conv": 3},
         "places": {"external_places": ["attention", "mlp_parallel"]},
         "heads": {"modules_to_save": ["decode_head"]},
         "adapted_head": {"target_heads": ["decode_head"], "modules_to_save": ["batch_norm", "classifier"]},
     }.items():
         base = UperNetForSemanticSegmentation.from_pretrained(folder / "base")
-        model = get_peft_model(base, SFAConfig(**{"budget": 0.1} | options))
+        model = get_peft_model(base, SFAConfig(**{"budget": 0.1, "external_conv": 0} | options))
         tiny.train(model).save_pretrained(folder / name)
     return folder
 
@@ -138,7 +139,7 @@ def test_merge_gives_the_same_outputs(run, folder, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "count"), [("relu", [], 4), ("places", [], 4), ("both", ["--no-widen"], 4)]
+    ("name", "options", "count"), [("relu", [], 4), ("filters", [], 4), ("places", [], 4), ("both", ["--no-widen"], 4)]
 )
 def test_merge_saves_beside_the_model_what_is_not_folded(run, folder, tmp_path, name, options, count):
     out = tmp_path / "out"
@@ -164,7 +165,8 @@ def test_merge_into_another_base_is_refused(run, tmp_path):
 
 def test_merge_of_a_head_with_other_classes(run, folder, tmp_path):
     base = UperNetForSemanticSegmentation.from_pretrained(folder / "base", num_labels=7, ignore_mismatched_sizes=True)
-    model = get_peft_model(base, SFAConfig(budget=0.1, modules_to_save=["decode_head"], init_weights=False))
+    config = SFAConfig(budget=0.1, external_conv=0, modules_to_save=["decode_head"], init_weights=False)
+    model = get_peft_model(base, config)
     model.save_pretrained(tmp_path / "seven")
     assert run("merge", tmp_path / "seven", "--base", "base", "--out", tmp_path / "alone")[0] == 0
     (tmp_path / "seven" / "base_config.json").unlink()  # as of an earlier version

@@ -10,8 +10,8 @@ from sfa_peft import SFAConfig
 
 
 def two_adapters(first=None, **second):
-    first = {"budget": 0.1, "external_scale": 0.5} | (first or {})
-    second = {"budget": 0.07, "initial_ticket": "random", "external_scale": 2.0} | second
+    first = {"budget": 0.1, "external_conv": 0, "external_scale": 0.5} | (first or {})
+    second = {"budget": 0.07, "external_conv": 0, "initial_ticket": "random", "external_scale": 2.0} | second
     model = get_peft_model(tiny.swin(), SFAConfig(**first), adapter_name="a")
     model.add_adapter("b", SFAConfig(**second))
     for name in ("a", "b"):
