@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..layers.leaves import base_layer_of
+from ..layers.leaves import base_layer_of, channels_of
 from ..layers.merged import hook_of
 from .registry import MAPS, PATCHES, Architecture, PlainMLP, descriptions_of, register_architecture
 
@@ -411,19 +411,25 @@ def known_grids(model: nn.Module) -> dict[tuple[str, str], tuple[str, str | None
     That is the name of a module, and of an argument of its forward; None where the tokens are maps. See `layers.grid`.
     """
     grids: dict[tuple[str, str], tuple[str, str | None] | None] = {}
-    patches: str | None = None
+    patches: dict[int, str] = {}  # the last convolution without overlap, by its number of channels
     for name, module in model.named_modules():
         base = base_layer_of(module)
         if isinstance(base, nn.Conv2d) and base.kernel_size == base.stride and max(base.kernel_size) > 1:
-            patches = name
+            patches[base.out_channels] = name
         known = _description_of(model, name, module)
         if known is None or known.grid is None:
             continue
-        source = (patches, None) if known.grid == PATCHES and patches is not None else (name, known.grid)
         for place, leaf in known.places.items():
-            # Blocks that are told the grid have windows in their attention.
-            if known.grid in (PATCHES, MAPS) or place != "attention":
-                grids[place, f"{name}.{leaf}" if name else leaf] = None if known.grid == MAPS else source
+            full_name = f"{name}.{leaf}" if name else leaf
+            if known.grid == MAPS:
+                grids[place, full_name] = None
+            elif known.grid == PATCHES:
+                found = _module(module, leaf)
+                width = None if found is None else channels_of(found)
+                if width is not None and width[0] in patches:
+                    grids[place, full_name] = patches[width[0]], None
+            elif place != "attention":  # blocks that are told the grid have windows in their attention
+                grids[place, full_name] = name, known.grid
     return grids
 
 

@@ -86,8 +86,8 @@ class Architecture:
             What tells the height and width of the token grid, for `SFAConfig.external_conv`. The name of the argument
             of the block's forward that has them, such as `input_dimensions`; then the places of the MLP can have
             filters. Or `patches`: the grid is that of the patch embedding, the last convolution before the block
-            without overlap, and any other tokens of the image come first. Or `maps`: the places have maps of shape
-            ``(batch, height, width, channels)``. With None, external adapters there have no filters.
+            without overlap and with as many channels, and any other tokens of the image come first. Or `maps`: the
+            places have maps of shape ``(batch, height, width, channels)``. With None, they have no filters.
 
     Raises:
         ValueError: If a value is not valid. The message names the field, the value and what is allowed.
