@@ -70,7 +70,7 @@ def test_a_share_that_a_search_has_found_is_read(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(changed))
     one, other = (PeftModel.from_pretrained(tiny.swin(), folder) for folder in (elements, tmp_path))
     assert tiny.same_state(one.state_dict(), other.state_dict())
-    assert other.peft_config["default"].external_share == 0.25
+    assert other.peft_config["default"].external_share == 0.5
 
 
 @pytest.mark.parametrize("path", TICKETS, ids=lambda p: p.parent.name)

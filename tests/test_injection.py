@@ -94,7 +94,11 @@ def test_the_place_is_behind_layer_scale(make):
 def test_sequential_and_parallel_adapters_compute_their_formulas():
     base = tiny.swin()
     config = SFAConfig(
-        external_width=3, external_places=["mlp", "mlp_parallel"], external_scale=0.5, init_weights=False
+        external_width=3,
+        external_places=["mlp", "mlp_parallel"],
+        external_scale=0.5,
+        external_conv=0,
+        init_weights=False,
     )
     model = get_peft_model(base, config).eval()
     mlp = model.base_model.model.backbone.swin.encoder.layers[0].blocks[0].mlp

@@ -35,7 +35,9 @@ class GridOf(InputOf):
         else:
             height, width = kwargs[self.argument] if self.argument in kwargs else args[self.index]
             size = (height, width)
-        self.sizes[self.thread] = self.last = size
+        self.last = size
+        if not torch.compiler.is_compiling():  # there the sizes are part of the graph
+            self.sizes[self.thread] = size
 
     def size(self) -> tuple[int, int] | None:
         """The grid of this thread's last forward pass.
@@ -43,7 +45,7 @@ class GridOf(InputOf):
         Without one, that of any thread: activations that are computed again in backward may be in a thread of their
         own, and the convolution is not run again there.
         """
-        return self.sizes.get(self.thread, self.last)
+        return self.last if torch.compiler.is_compiling() else self.sizes.get(self.thread, self.last)
 
     def forget(self) -> None:
         """Nothing: one grid serves all blocks, and it holds no activation."""
