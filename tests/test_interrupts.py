@@ -56,7 +56,7 @@ def of_three():
     model = adapted()
     for name, places in (("merged", ["mlp"]), ("third", [])):
         options = {"target_modules": TARGETS, "external_places": places, "initial_ticket": "random"}
-        model.add_adapter(name, SFAConfig(budget=80, external_share=0.5 if places else 0, **options))
+        model.add_adapter(name, SFAConfig(budget=90, external_share=0.5 if places else 0, **options))
         disturb(model, name)
     model.base_model.model.embeddings.eval()
     model.merge_adapter(["merged"])

@@ -54,7 +54,9 @@ def dense(kind, source):
 
 
 def adapted(base, **options):
-    model = get_peft_model(base, SFAConfig(**{"budget": 0.1, "modules_to_save": ["decode_head"]} | options))
+    model = get_peft_model(
+        base, SFAConfig(**{"budget": 0.1, "external_conv": 0, "modules_to_save": ["decode_head"]} | options)
+    )
     processor = SegformerImageProcessor(size={"height": tiny.SIZE, "width": tiny.SIZE})
     describe_adapter(model, dataset="me/scenes", metrics={"mean_iou": 0.5}, processor=processor)
     return tiny.train(model)

@@ -140,7 +140,7 @@ def test_injecting_without_a_peft_model(name):
 def test_the_functional_interface():
     model = functional.inject_adapter_in_model(SFAConfig(budget=0.1, init_weights=False), tiny.swin(), "one")
     one = tiny.output(model)
-    options = {"budget": 0.05, "init_weights": False, "external_places": ["attention"]}
+    options = {"budget": 0.05, "external_share": 0.25, "init_weights": False, "external_places": ["attention"]}
     functional.inject_adapter_in_model(SFAConfig(**options), model, "two")
     functional.set_adapter(model, "two")
     two = tiny.output(model)

@@ -135,8 +135,11 @@ def test_large_images_are_cut_into_windows_of_the_training_images_size(folder, t
         predict.main([*arguments(folder, task, tmp_path / task, "--score", "0"), "--images", str(photos)])
         assert "1 of 2 images were cut into windows of 96 x 128 pixels" in capsys.readouterr().out
     label, own = (np.asarray(Image.open(tmp_path / "labels" / "masks" / f"{n}.png")) for n in ("large", "small"))
-    assert np.array_equal(label[:, :100], own[:, :100])
-    assert np.array_equal(label[:, -100:], own[:, -100:])
+    # Far from the middle, where one window decides. Nearer to it two are averaged, so a pixel may turn.
+    for large, small in ((label[:, :100], own[:, :100]), (label[:, -100:], own[:, -100:])):
+        assert (large == small).mean() > 0.99
+    assert np.array_equal(label[:, :64], own[:, :64])
+    assert np.array_equal(label[:, -64:], own[:, -64:])
 
 
 def test_what_a_run_pushes_is_enough_to_predict(folder, tmp_path, hub, monkeypatch):

@@ -108,8 +108,9 @@ class SFAModel(BaseTuner):
 
         def merge_again() -> None:
             for layer, names in merged:
-                if len(layer.merged_adapters) < len(names):
-                    layer.merge(adapter_names=names[len(layer.merged_adapters) :])
+                if layer.merged:  # an error may have come between the restored parameters of one layer
+                    layer.unmerge()
+                layer.merge(adapter_names=names)
 
         with Rollback(self) as rollback:
             rollback.also(merge_again)
