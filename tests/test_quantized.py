@@ -127,7 +127,7 @@ def test_a_merged_model_is_quantized_as_its_base_is(make, widen):
         return sum(type(p).__name__ == "Int8Tensor" for p in model.parameters())
 
     before, base = tiny.output(make()), make()
-    model = get_peft_model(make(), SFAConfig(budget=0.1, init_weights=False))
+    model = get_peft_model(make(), SFAConfig(budget=0.1, external_conv=0, init_weights=False))
     expected = tiny.output(model)
     merged = model.merge_and_unload(widen=widen)
     assert quantized(merged) == quantized(base) > 0
@@ -137,7 +137,7 @@ def test_a_merged_model_is_quantized_as_its_base_is(make, widen):
 
 def test_the_example_in_the_documentation_runs():
     (snippet,) = [s for s in pages.snippets("docs/deploying.md", "python") if "torchao" in s.text]
-    names = {"model": get_peft_model(tiny.swin(), SFAConfig(budget=0.1, init_weights=False))}
+    names = {"model": get_peft_model(tiny.swin(), SFAConfig(budget=0.1, external_conv=0, init_weights=False))}
     expected = tiny.output(names["model"])
     snippet.run(names)
     assert 0 < relative(tiny.output(names["quantized"]), expected) < 0.02
@@ -145,7 +145,7 @@ def test_the_example_in_the_documentation_runs():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_merged_folder_is_loaded_quantized(folder, tmp_path, backend):
-    model = get_peft_model(load(folder), SFAConfig(budget=0.1, init_weights=False))
+    model = get_peft_model(load(folder), SFAConfig(budget=0.1, external_conv=0, init_weights=False))
     expected = tiny.output(model)
     model.merge_and_unload(widen=True).save_pretrained(tmp_path)
     merged = load(tmp_path, backend)
