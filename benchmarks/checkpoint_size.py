@@ -59,8 +59,8 @@ def methods(rank: int, budget: int) -> dict[str, Callable[[nn.Module], PeftModel
         "SFA internal": sfa(0.0),
         "SFA internal, bfloat16": sfa(0.0, values_dtype="bfloat16"),
         "SFA internal, rows": sfa(0.0, internal_granularity="row"),
-        "SFA both": sfa(0.25),
-        "SFA both, bfloat16": sfa(0.25, values_dtype="bfloat16"),
+        "SFA both": sfa(0.5),
+        "SFA both, bfloat16": sfa(0.5, values_dtype="bfloat16"),
         "SFA external": sfa(1.0),
     }
 
