@@ -496,7 +496,7 @@ def work(args: argparse.Namespace, jobs: Any, results: Any) -> None:
         setting, run, seed = job
         try:
             results.put(setting | bench.run(run, seed))
-        except Exception:
+        except Exception:  # told with the run, and the other runs go on
             results.put(setting | {"error": traceback.format_exc()})
 
 

@@ -42,6 +42,12 @@ def train_on(model, batches, backward=torch.Tensor.backward, make=torch.optim.Ad
         optimizer.zero_grad()
 
 
+def checkpoint_activations(backbone):
+    renamed = hasattr(backbone, "activation_checkpointing_enable")  # not in the oldest transformers
+    enable = backbone.activation_checkpointing_enable if renamed else backbone.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def disturb(model, adapter):
     """Give an adapter values as if it were trained."""
     generator = torch.Generator().manual_seed(len(adapter))

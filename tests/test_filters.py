@@ -11,6 +11,7 @@ from torch import nn
 
 import backbones
 import tiny
+from adapters import checkpoint_activations
 from backbones import BACKBONES, SIZES
 from saved_tensors import Saved
 from sfa_peft import Architecture, CheckpointError, SFAConfig, register_architecture, search_ticket
@@ -264,10 +265,7 @@ def test_gradient_checkpointing(make):
     for checkpoints in (False, True):
         model = adapted(make(), modules_to_save=["decode_head"])
         if checkpoints:
-            backbone = model.base_model.model.backbone
-            renamed = hasattr(backbone, "activation_checkpointing_enable")  # not in the oldest transformers
-            enable = backbone.activation_checkpointing_enable if renamed else backbone.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            checkpoint_activations(model.base_model.model.backbone)
         model.train()
         torch.manual_seed(0)
         model(**tiny.batch()).loss.backward()

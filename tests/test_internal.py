@@ -9,6 +9,7 @@ from peft import get_peft_model
 from torch import nn
 
 import tiny
+from adapters import checkpoint_activations
 from saved_tensors import Saved
 from sfa_peft import SFAConfig, SFALayer
 
@@ -216,10 +217,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
             if ".up." in n:
                 nn.init.constant_(p, 0.01)
         if checkpointing:
-            backbone = model.base_model.model.backbone
-            renamed = hasattr(backbone, "activation_checkpointing_enable")  # not in the oldest transformers
-            enable = backbone.activation_checkpointing_enable if renamed else backbone.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            checkpoint_activations(model.base_model.model.backbone)
         model.train()
         model(**tiny.batch()).loss.backward()
         return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}

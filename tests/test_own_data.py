@@ -193,14 +193,19 @@ def write(path, content):
     path.write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize("place", ["roboflow", "coco"])
-def test_coco_json_beside_the_images_and_in_annotations(tmp_path, place):
+def coco_folder(root, place, count, content):
+    """Two splits with images and the same annotations, as Roboflow or as COCO lays them out."""
     for split, own in (("train", "train"), ("valid", "val")):
-        folder = tmp_path / (split if place == "roboflow" else f"{own}2017")
-        for i in range(3):
+        folder = root / (split if place == "roboflow" else f"{own}2017")
+        for i in range(count):
             picture(folder / f"{i}.jpg")
         at = folder / "_annotations.coco.json"
-        write(at if place == "roboflow" else tmp_path / "annotations" / f"instances_{own}2017.json", coco())
+        write(at if place == "roboflow" else root / "annotations" / f"instances_{own}2017.json", content)
+
+
+@pytest.mark.parametrize("place", ["roboflow", "coco"])
+def test_coco_json_beside_the_images_and_in_annotations(tmp_path, place):
+    coco_folder(tmp_path, place, 3, coco())
     for task in (ObjectDetection, InstanceSegmentation):
         found = loaded(task, tmp_path)
         assert found.task.id2label == {0: "rbc"}
@@ -234,12 +239,7 @@ def scene(**more):
 
 @pytest.mark.parametrize("place", ["roboflow", "coco"])
 def test_coco_objects_are_drawn_as_masks_the_smaller_in_front(tmp_path, place):
-    for split, own in (("train", "train"), ("valid", "val")):
-        folder = tmp_path / (split if place == "roboflow" else f"{own}2017")
-        for i in range(4):
-            picture(folder / f"{i}.jpg")
-        at = folder / "_annotations.coco.json"
-        write(at if place == "roboflow" else tmp_path / "annotations" / f"instances_{own}2017.json", scene())
+    coco_folder(tmp_path, place, 4, scene())
     found = loaded(SemanticSegmentation, tmp_path)
     assert found.task.id2label == {0: "background", 1: "car", 2: "road"}
     assert "COCO JSON (train 4, validation 4)" in found.told
