@@ -129,7 +129,7 @@ def _sfa(**fields: Any) -> Adapts:
 class Mona(nn.Module):
     """Mona (Yin et al., "5%>100%", 2025): a scaled LayerNorm, and a bottleneck with depthwise filters of 3, 5 and 7.
 
-    Maps tokens of shape (batch, tokens, channels) on a grid of `size`; tokens before the grid have no filters.
+    What it adds to tokens of shape (batch, tokens, channels) on a grid of `size`; tokens before the grid have no filters.
     """
 
     def __init__(self, channels: int, hidden: int) -> None:
@@ -153,7 +153,7 @@ class Mona(nn.Module):
         grid = tokens.transpose(1, 2).unflatten(2, size)
         grid = grid + sum(f(grid) for f in self.filters) / 3
         grid = grid + self.mix(grid)
-        return x + self.up(F.gelu(torch.cat([first, grid.flatten(2).transpose(1, 2)], dim=1)))
+        return self.up(F.gelu(torch.cat([first, grid.flatten(2).transpose(1, 2)], dim=1)))
 
 
 class Grid:
@@ -190,7 +190,7 @@ def blocks_of(backbone: nn.Module) -> list[tuple[nn.Module, int, int]]:
 
 
 def _mona(dense: Dense, budget: int, run: Run) -> nn.Module:
-    """Mona on the attention's output and on the block's output, with the largest hidden size in the budget."""
+    """Mona behind both residual sums of a block, with the largest hidden size in the budget."""
     backbone = dense.model.get_submodule(dense.backbone)
     backbone.requires_grad_(False)
     grid, blocks = Grid(backbone), blocks_of(backbone)
@@ -203,18 +203,23 @@ def _mona(dense: Dense, budget: int, run: Run) -> nn.Module:
         raise ValueError(f"a budget of {budget} does not pay for Mona of 1 hidden unit ({cost(1)})")
     monas = nn.ModuleList()
     for block, channels, level in blocks:
-        for place in (block.attention, block):
+        # The module that has a residual sum's first summand as its input, and the one that has the other as its output.
+        if hasattr(block, "layer_scale1"):
+            sums = ((block.norm1, block.layer_scale1), (block.norm2, block.layer_scale2))
+        else:
+            sums = ((block, block.drop_path), (block.layernorm_after, block.mlp))
+        for begins, ends in sums:
             mona = Mona(channels, hidden).to(next(block.parameters()).device)
             monas.append(mona)
-
-            def after(module: nn.Module, args: Any, output: Any, mona: nn.Module = mona, level: int = level) -> Any:
-                if isinstance(output, tuple):
-                    return (mona(output[0], grid.size(level)), *output[1:])
-                return mona(output, grid.size(level))
-
-            place.register_forward_hook(after)
+            _add_mona(mona, begins, ends, lambda level=level: grid.size(level))
     dense.model.add_module("mona", monas)
     return dense.model
+
+
+def _add_mona(mona: Mona, begins: nn.Module, ends: nn.Module, size: Callable[[], tuple[int, int]]) -> None:
+    summands: list[Tensor] = []
+    begins.register_forward_pre_hook(lambda module, args: summands.append(args[0]))
+    ends.register_forward_hook(lambda module, args, output: output + mona(summands.pop() + output, size()))
 
 
 METHODS: dict[str, Adapts] = {
