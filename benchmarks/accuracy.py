@@ -129,7 +129,7 @@ def _sfa(**fields: Any) -> Adapts:
 class Mona(nn.Module):
     """Mona (Yin et al., "5%>100%", 2025): a scaled LayerNorm, and a bottleneck with depthwise filters of 3, 5 and 7.
 
-    What it adds to tokens of shape (batch, tokens, channels) on a grid of `size`; tokens before the grid have no filters.
+    What it adds to tokens of shape (batch, tokens, channels) on a grid of `size`. Tokens before the grid: no filters.
     """
 
     def __init__(self, channels: int, hidden: int) -> None:
@@ -203,7 +203,7 @@ def _mona(dense: Dense, budget: int, run: Run) -> nn.Module:
         raise ValueError(f"a budget of {budget} does not pay for Mona of 1 hidden unit ({cost(1)})")
     monas = nn.ModuleList()
     for block, channels, level in blocks:
-        # The module that has a residual sum's first summand as its input, and the one that has the other as its output.
+        # Of a residual sum: the module that has one summand as its input, and the one whose output is the other.
         if hasattr(block, "layer_scale1"):
             sums = ((block.norm1, block.layer_scale1), (block.norm2, block.layer_scale2))
         else:
@@ -268,7 +268,7 @@ def internal_rate(density: float) -> float:
     return round(min(7e-3 / density**0.5, 0.1), 4)
 
 
-def _run(method: str, budget: float, **changes: Any) -> Run:
+def default_run(method: str, budget: float, **changes: Any) -> Run:
     of_both = internal_rate(budget / 2) if method.startswith("both") else 0.0
     run = Run(
         method,
@@ -285,26 +285,26 @@ def suites() -> dict[str, list[Run]]:
     return {
         # Each method's rate, on a grid of steps of 2 around the best that is known.
         "tune": [
-            replace(_run(method, budget), rate=_run(method, budget).rate * factor)
+            replace(default_run(method, budget), rate=default_run(method, budget).rate * factor)
             for budget in (0.005, 0.02)
             for method in METHODS
             if method not in ("head", "both", "both, no filters") and not (method in WITHOUT_BUDGET and budget != 0.02)
             for factor in (0.25, 0.5, 1, 2, 4)
         ]
         + [
-            _run("both", budget, rate=2e-2 * external, internal_rate=internal_rate(budget / 2) * internal)
+            default_run("both", budget, rate=2e-2 * external, internal_rate=internal_rate(budget / 2) * internal)
             for budget in (0.005, 0.02)
             for external in (0.5, 1, 2)
             for internal in (0.5, 1, 2)
         ],
-        "main": [_run(method, budget) for budget in BUDGETS for method in METHODS],
+        "main": [default_run(method, budget) for budget in BUDGETS for method in METHODS],
         "share": [
-            _run("both", budget, options={"external_share": share})
+            default_run("both", budget, options={"external_share": share})
             for budget in (0.005, 0.02)
             for share in (0.1, 0.25, 0.75)
         ],
         "search": [
-            _run(method, budget, search_steps=steps)
+            default_run(method, budget, search_steps=steps)
             for budget in (0.005, 0.02)
             for method in ("internal", "both")
             for steps in (10, 20, 40, 80, 160)
