@@ -581,7 +581,9 @@ def report(results: list[dict[str, Any]]) -> str:
 
 
 def picture(results: list[dict[str, Any]], path: Path) -> None:
-    """Mean IoU over the budget: for each backbone and method the best rates, with the spread over seeds."""
+    """Mean IoU over the budget: for each backbone and method the rates with most seeds, of those the best, with the spread
+    over seeds. Runs with other options are left out.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -591,7 +593,7 @@ def picture(results: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(1, len(models), figsize=(6.5 * len(models), 4.5), layout="constrained", squeeze=False)
     for axis, model in zip(axes[0], models, strict=True):
         best: dict[tuple[str, float], list[float]] = {}
-        for of, own in grouped([r for r in results if r["model"] == model]).items():
+        for of, own in grouped([r for r in results if r["model"] == model and not r["options"]]).items():
             ious, at = [r["mean_iou"] for r in own], (of[4], of[3])
             if (len(ious), statistics.mean(ious)) > (len(best.get(at, ())), statistics.mean(best.get(at, [0.0]))):
                 best[at] = ious
