@@ -581,14 +581,16 @@ def report(results: list[dict[str, Any]]) -> str:
 
 
 def picture(results: list[dict[str, Any]], path: Path) -> None:
-    """Mean IoU over the budget: for each backbone and method the rates with most seeds, of those the best, with the spread
-    over seeds. Runs with other options are left out.
+    """Mean IoU over the budget, with the spread over seeds; of a method the rates with most seeds, of those the best.
+
+    Runs with other options are left out.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    colours = dict(zip(METHODS, itertools.cycle(plt.get_cmap("tab20").colors), strict=False)) | {"both": "black"}
     models = list(dict.fromkeys(r["model"] for r in results))
     figure, axes = plt.subplots(1, len(models), figsize=(6.5 * len(models), 4.5), layout="constrained", squeeze=False)
     for axis, model in zip(axes[0], models, strict=True):
@@ -605,13 +607,23 @@ def picture(results: list[dict[str, Any]], path: Path) -> None:
                 axis.annotate(method, (0.01, means[0]), xycoords=("axes fraction", "data"), fontsize=8)
             elif found:
                 spreads = [statistics.stdev(ious) if len(ious) > 1 else 0.0 for ious in found.values()]
-                axis.errorbar([100 * b for b in found], means, yerr=spreads, marker="o", capsize=3, label=method)
+                axis.errorbar(
+                    [100 * b for b in found],
+                    means,
+                    yerr=spreads,
+                    marker="o",
+                    capsize=3,
+                    color=colours[method],
+                    label=method,
+                )
         axis.set_xscale("log")
         axis.set_xticks([100 * b for b in BUDGETS], [f"{b:.1%}" for b in BUDGETS])
+        axis.minorticks_off()
         axis.set(title=model, xlabel="trained part of the backbone", ylabel="mean IoU (%)")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
+    labels = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(labels.values(), labels, loc="outside lower center", ncols=6, fontsize=8)
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:
