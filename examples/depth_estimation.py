@@ -37,6 +37,21 @@ LEAST = 1e-3  # metres; less has no logarithm that helps
 VARIANCE_FOCUS = 0.85
 
 
+class TrainedReLU(nn.ReLU):
+    """A ReLU that is a softplus in training, so that a depth of 0 has a gradient too.
+
+    Args:
+        sharpness: In 1/metres. The softplus is at most ``0.7 / sharpness`` above the ReLU, at 0.
+    """
+
+    def __init__(self, sharpness: float) -> None:
+        super().__init__()
+        self.sharpness = sharpness
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.softplus(x, beta=self.sharpness) if self.training else F.relu(x)
+
+
 class DepthEstimation(Task):
     """The depth of each pixel in metres, by DPT (Ranftl et al., 2021); judged by AbsRel."""
 
@@ -99,6 +114,7 @@ class DepthEstimation(Task):
         # The head ends in a ReLU: where it gives 0, nothing trains it any more. So it begins well above.
         with torch.no_grad():
             model.head.head[-2].bias.fill_(self.args.max_depth / 10)
+        model.head.head[-1] = TrainedReLU(sharpness=200 / self.args.max_depth)
         return model
 
     def read(self, row: Mapping[str, Any], note: Note) -> Sample:

@@ -21,7 +21,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from peft import LoraConfig, PeftModel, ShiraConfig
 from safetensors.torch import load_file
-from transformers import AutoConfig, BertConfig, Dinov2Model, SwinForImageClassification
+from transformers import (
+    AutoConfig,
+    BertConfig,
+    Dinov2Backbone,
+    Dinov2Model,
+    DPTForDepthEstimation,
+    SwinForImageClassification,
+)
 
 import tiny
 from sfa_peft import SFAConfig, describe_adapter, load_dense
@@ -1176,3 +1183,23 @@ def test_a_script_ends_with_a_sentence_where_its_flags_are_wrong(folders, tmp_pa
     done = launch("depth_estimation.py", "--dataset", "/nowhere", "--output_dir", str(tmp_path), "--model", "x")
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("depth_estimation.py: --dataset '/nowhere' is neither")
+
+
+def test_a_fresh_depth_head_learns_where_it_gives_no_depth_and_is_the_plain_head_otherwise():
+    levels = [f"stage{i}" for i in range(1, 5)]
+    config = tiny.dinov2_config(num_hidden_layers=4, out_features=levels, reshape_hidden_states=False)
+    model = DepthEstimation(parse(DepthEstimation, ["--head_channels", "8"])).fresh(Dinov2Backbone(config))
+    images = tiny.pixels()
+
+    plain = DPTForDepthEstimation(model.config)
+    plain.load_state_dict(model.state_dict())
+    depth = model.eval()(images).predicted_depth
+    assert depth.min() > 0
+    assert torch.equal(depth, plain.eval()(images).predicted_depth)
+
+    with torch.no_grad():
+        model.head.head[-2].weight.zero_()
+        model.head.head[-2].bias.fill_(-1.0)
+    assert not model(images).predicted_depth.any()
+    model.train()(images).predicted_depth.log().mean().backward()
+    assert model.head.head[-2].bias.grad > 1
