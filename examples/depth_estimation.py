@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -37,19 +38,13 @@ LEAST = 1e-3  # metres; less has no logarithm that helps
 VARIANCE_FOCUS = 0.85
 
 
-class TrainedReLU(nn.ReLU):
-    """A ReLU that is a softplus in training, so that a depth of 0 has a gradient too.
+def softplus_in_training(relu: nn.Module, args: tuple[Tensor], output: Tensor, sharpness: float) -> Tensor | None:
+    """A forward hook by which a ReLU is a softplus in training, so that a depth of 0 has a gradient too.
 
     Args:
         sharpness: In 1/metres. The softplus is at most ``0.7 / sharpness`` above the ReLU, at 0.
     """
-
-    def __init__(self, sharpness: float) -> None:
-        super().__init__()
-        self.sharpness = sharpness
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.softplus(x, beta=self.sharpness) if self.training else F.relu(x)
+    return F.softplus(args[0], beta=sharpness) if relu.training else None
 
 
 class DepthEstimation(Task):
@@ -114,7 +109,8 @@ class DepthEstimation(Task):
         # The head ends in a ReLU: where it gives 0, nothing trains it any more. So it begins well above.
         with torch.no_grad():
             model.head.head[-2].bias.fill_(self.args.max_depth / 10)
-        model.head.head[-1] = TrainedReLU(sharpness=200 / self.args.max_depth)
+        # A hook and no module of its own, so that transformers can rebuild the model from its config.
+        model.head.head[-1].register_forward_hook(partial(softplus_in_training, sharpness=200 / self.args.max_depth))
         return model
 
     def read(self, row: Mapping[str, Any], note: Note) -> Sample:

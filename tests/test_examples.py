@@ -1,5 +1,6 @@
 """The example scripts as people run them, on tiny checkpoints and a folder of scenes."""
 
+import copy
 import json
 import multiprocessing
 import os
@@ -1197,6 +1198,7 @@ def test_a_fresh_depth_head_learns_where_it_gives_no_depth_and_is_the_plain_head
     assert depth.min() > 0
     assert torch.equal(depth, plain.eval()(images).predicted_depth)
 
+    model = copy.deepcopy(model)  # as PEFT does with a head
     with torch.no_grad():
         model.head.head[-2].weight.zero_()
         model.head.head[-2].bias.fill_(-1.0)
