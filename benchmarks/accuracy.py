@@ -27,6 +27,7 @@ import traceback
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,7 @@ def _mona(dense: Dense, budget: int, run: Run) -> nn.Module:
         for begins, ends in sums:
             mona = Mona(channels, hidden).to(next(block.parameters()).device)
             monas.append(mona)
-            _add_mona(mona, begins, ends, lambda level=level: grid.size(level))
+            _add_mona(mona, begins, ends, partial(grid.size, level))
     dense.model.add_module("mona", monas)
     return dense.model
 
@@ -590,7 +591,7 @@ def picture(results: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    colours = dict(zip(METHODS, itertools.cycle(plt.get_cmap("tab20").colors), strict=False)) | {"both": "black"}
+    colours = dict(zip(METHODS, plt.get_cmap("tab20").colors, strict=False)) | {"both": "black"}
     models = list(dict.fromkeys(r["model"] for r in results))
     figure, axes = plt.subplots(1, len(models), figsize=(6.5 * len(models), 4.5), layout="constrained", squeeze=False)
     for axis, model in zip(axes[0], models, strict=True):
