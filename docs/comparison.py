@@ -5,7 +5,7 @@ python docs/comparison.py out/compare
 """
 
 import argparse
-import json
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -14,7 +14,12 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-METHODS = {"lora": "LoRA", "sfa": "SFA", "full": "full fine-tuning"}
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+from dense.folder import COMPARED, PICTURES, RESULTS, read_json
+from dense.report import LAST, METHOD_NAMES
+
+METHODS = ("lora", "sfa", "full")
 
 
 def main() -> None:
@@ -23,12 +28,12 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+", default=(0, 1), help="Which of the report's images.")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("comparison.png"))
     args = parser.parse_args()
-    folders = {method: args.run if method == "sfa" else args.run / "compared" / method for method in METHODS}
-    pictures = {method: np.load(folder / "pictures" / "last.npz") for method, folder in folders.items()}
+    folders = {method: args.run if method == "sfa" else args.run / COMPARED / method for method in METHODS}
+    pictures = {method: np.load(folder / PICTURES / LAST) for method, folder in folders.items()}
     columns = {"image": ("sfa", "image"), "truth": ("sfa", "truth")}
     for method, folder in folders.items():
-        score = json.loads((folder / "results.json").read_text())["after"]["mean_iou"]
-        columns[f"{METHODS[method]}, {100 * score:.1f}"] = method, "found"
+        score = read_json(folder / RESULTS, {"after": dict}, "Train again.")["after"]["mean_iou"]
+        columns[f"{METHOD_NAMES[method]}, {100 * score:.1f}"] = method, "found"
     figure, axes = plt.subplots(
         len(args.images), len(columns), figsize=(2.3 * len(columns), 1.85 * len(args.images)), layout="constrained"
     )
