@@ -49,7 +49,7 @@ def difference(a, b):
 
 
 def external_adapters(model):
-    return [adapter for _, layer in sfa_layers(model) for adapter, _ in layer.externals_of("default")]
+    return [adapter for _, layer in sfa_layers(model) for _, adapter in layer.externals_of("default")]
 
 
 @torch.no_grad()

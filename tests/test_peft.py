@@ -241,7 +241,7 @@ def test_a_printed_model_tells_widths_places_and_tickets(capsys):
     assert "trainable%" in capsys.readouterr().out
     text = repr(model)
     layers = [m for m in model.modules() if isinstance(m, SFALayer)]
-    externals = [e for m in layers for e, _ in m.externals_of("default")]
+    externals = [e for m in layers for _, e in m.externals_of("default")]
     assert text.count("ExternalAdapter(") == len(externals)
     assert all(f"width={e.width}" in text for e in externals)
     assert all(f"{m.sfa_internal['default'].num_values} values" in text for m in layers if m.sfa_internal)

@@ -18,7 +18,7 @@ from .layers.bottleneck import ACTIVATIONS
 from .layers.granularity import GRANULARITIES, Granularity
 from .ticket.criteria import DATA_FREE
 
-PLACES = ("attention", "mlp", "mlp_parallel")
+PLACES = ("attention", "mlp", "mlp_parallel", "block")
 PLACEMENTS = ("uniform", "auto")
 DEFAULT_BUDGET = 0.02
 DEFAULT_SHARE = 0.5

@@ -5,16 +5,18 @@ from collections.abc import Collection
 PREFIX = "base_model.model."  # PEFT puts it before every name in a file
 ADAPTER = ".sfa_"  # between the module's name and the kind of adapter
 INTERNAL = ".sfa_internal."
-KINDS = (INTERNAL, ".sfa_external.", ".sfa_parallel.")
+KINDS = (INTERNAL, ".sfa_external.", ".sfa_parallel.", ".sfa_block.")
 POSITIONS = "_positions"
 
 # The places of external adapters that the user has named: on a module's output, and from another module's input to it.
 MODULE, MODULE_PARALLEL = "module", "module_parallel"
 
 
-def is_parallel(place: str) -> bool:
-    """Whether an external adapter at a place reads another module's input."""
-    return place in ("mlp_parallel", MODULE_PARALLEL)
+def external_kind(place: str) -> str:
+    """The kind of the external adapters at a place, which decides what they read: see `SFALayer`."""
+    if place == "block":
+        return "sfa_block"
+    return "sfa_parallel" if place in ("mlp_parallel", MODULE_PARALLEL) else "sfa_external"
 
 
 def is_adapter_key(key: str) -> bool:

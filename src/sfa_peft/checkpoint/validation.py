@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .coding import Code, CodeError, decode_all
 from .error import CheckpointError
-from .names import INTERNAL, POSITIONS, PREFIX, is_adapter_key, is_parallel
+from .names import INTERNAL, POSITIONS, PREFIX, external_kind, is_adapter_key
 
 _NOT_ONE_SAVE = "The two files are not from the same save, or damaged; download or save the adapter again."
 # The limit of positions where a parameter's number of units is not known. No parameter is that large.
@@ -70,7 +70,7 @@ def check_sizes(
         key, code = take(f"{module}{INTERNAL}{parameter}{POSITIONS}")
         codes[key] = Code(code, size, units.get(full_name, ANY_UNITS))
     for place, modules in external_widths.items():
-        kind = "sfa_parallel" if is_parallel(place) else "sfa_external"
+        kind = external_kind(place)
         for module, width in modules.items():
             _, up = take(f"{module}.{kind}.up.weight")
             channels = up.shape[0] if up.dim() == 2 else 0

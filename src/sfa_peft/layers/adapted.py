@@ -49,11 +49,16 @@ class Adapters(Protocol[A]):
     def values(self) -> Iterable[A]: ...
 
 
-class SFALayer(nn.Module, BaseTunerLayer):
-    """A wrapped leaf: ``y = base(x; W + delta)``, then ``y + external(y) + parallel_external(container's input)``.
+# The kinds of external adapter, by what they read: the output of the leaf, the input of another module, or their sum.
+EXTERNAL_KINDS = ("sfa_external", "sfa_parallel", "sfa_block")
 
-    The changes of several active adapters are added. This class supports external adapters on any leaf; its
-    subclasses also run their kind of leaf with changed parameters.
+
+class SFALayer(nn.Module, BaseTunerLayer):
+    """A wrapped leaf: ``y = base(x; W + delta)``, then ``y + external(y) + parallel(z) + block(z + y)``.
+
+    `z` is the input of another module: of the MLP for a parallel adapter. For one on the block's output it is the
+    residual to which the block adds `y`. The changes of several active adapters are added. This class supports
+    external adapters on any leaf; its subclasses also run their kind of leaf with changed parameters.
 
     Args:
         base_layer (`nn.Module`): The leaf.
@@ -64,8 +69,8 @@ class SFALayer(nn.Module, BaseTunerLayer):
             Keeps the changed parameters of all layers between forward passes.
     """
 
-    adapter_layer_names = ("sfa_internal", "sfa_external", "sfa_parallel")
-    other_param_names = ("parallel_inputs",)
+    adapter_layer_names = ("sfa_internal", *EXTERNAL_KINDS)
+    other_param_names = ("parallel_inputs", "block_inputs")
     takes_internal = False
     searching = False
 
@@ -83,7 +88,9 @@ class SFALayer(nn.Module, BaseTunerLayer):
         self.sfa_internal = cast("Adapters[SparseDelta]", nn.ModuleDict())
         self.sfa_external = cast("Adapters[ExternalAdapter]", nn.ModuleDict())
         self.sfa_parallel = cast("Adapters[ExternalAdapter]", nn.ModuleDict())
+        self.sfa_block = cast("Adapters[ExternalAdapter]", nn.ModuleDict())
         self.parallel_inputs: dict[str, ParallelInput] = {}
+        self.block_inputs: dict[str, ParallelInput] = {}
         self.merged_adapters: list[str] = []
         self._originals: dict[str, dict[str, tuple[Granularity, Tensor, Tensor]]] = {}  # of each merged adapter
         self._active_adapter = list(active)
@@ -128,46 +135,49 @@ class SFALayer(nn.Module, BaseTunerLayer):
         """
         self.sfa_internal[adapter_name] = SparseDelta(self.changeable, positions, granularity, init_weights)
 
-    def add_external(self, adapter_name: str, adapter: ExternalAdapter, container: nn.Module | None = None) -> None:
+    def add_external(
+        self,
+        adapter_name: str,
+        adapter: ExternalAdapter,
+        kind: str = "sfa_external",
+        container: nn.Module | None = None,
+    ) -> None:
         """Add an external adapter.
 
         Args:
             adapter_name (`str`): The adapter.
             adapter (`ExternalAdapter`): Its bottleneck.
+            kind (`str`, defaults to `"sfa_external"`): Of `EXTERNAL_KINDS`.
             container (`nn.Module`, *optional*, defaults to `None`):
-                The module whose input a parallel adapter reads. With None the adapter reads the leaf's output.
+                The module whose input it reads. Not needed for one that reads the leaf's output alone.
         """
-        if container is None:
-            self.sfa_external[adapter_name] = adapter
-        else:
-            self.sfa_parallel[adapter_name] = adapter
-            self.parallel_inputs[adapter_name] = ParallelInput(container)
+        getattr(self, kind)[adapter_name] = adapter
+        if container is not None:
+            self._inputs(kind)[adapter_name] = ParallelInput(container)
+
+    def _inputs(self, kind: str) -> dict[str, ParallelInput]:
+        return self.block_inputs if kind == "sfa_block" else self.parallel_inputs
 
     def internal_of(self, adapter_name: str) -> SparseDelta | None:
         """The internal change that an adapter makes in this layer, or None."""
         return self.sfa_internal[adapter_name] if adapter_name in self.sfa_internal else None  # noqa: SIM401 (no dict)
 
-    def externals_of(self, adapter_name: str) -> list[tuple[ExternalAdapter, nn.Module | None]]:
-        """An adapter's bottlenecks in this layer. A parallel one comes with its container, the others with None."""
-        bottlenecks: list[tuple[ExternalAdapter, nn.Module | None]] = []
-        if adapter_name in self.sfa_external:
-            bottlenecks.append((self.sfa_external[adapter_name], None))
-        if adapter_name in self.sfa_parallel:
-            bottlenecks.append((self.sfa_parallel[adapter_name], self.parallel_inputs[adapter_name].container))
-        return bottlenecks
+    def externals_of(self, adapter_name: str) -> list[tuple[str, ExternalAdapter]]:
+        """An adapter's bottlenecks in this layer, each with its kind."""
+        kinds = ((kind, getattr(self, kind)) for kind in EXTERNAL_KINDS)
+        return [(kind, adapters[adapter_name]) for kind, adapters in kinds if adapter_name in adapters]
 
     def remove_externals(self, adapter_name: str) -> None:
         self._remove_hooks(adapter_name)
-        for adapters in (self.sfa_external, self.sfa_parallel):
-            if adapter_name in adapters:
-                del adapters[adapter_name]
-        self.parallel_inputs.pop(adapter_name, None)
+        for kind, _ in self.externals_of(adapter_name):
+            del getattr(self, kind)[adapter_name]
+            self._inputs(kind).pop(adapter_name, None)
 
     def _remove_hooks(self, adapter_name: str) -> None:
-        if adapter_name in self.parallel_inputs:
-            self.parallel_inputs[adapter_name].remove()
-        for external, _ in self.externals_of(adapter_name):
+        for kind, external in self.externals_of(adapter_name):
             external.remove_hooks()
+            if adapter_name in self._inputs(kind):
+                self._inputs(kind)[adapter_name].remove()
 
     def remove_internal(self, adapter_name: str) -> None:
         if adapter_name in self.sfa_internal:
@@ -242,7 +252,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
     def is_changed_by(self, adapter_name: str) -> bool:
         """Whether an adapter changes the output of this layer: an internal value or an up projection is not zero."""
         outputs = [self.sfa_internal[adapter_name].parameters()] if adapter_name in self.sfa_internal else []
-        outputs += [adapter.up.parameters() for adapter, _ in self.externals_of(adapter_name)]
+        outputs += [adapter.up.parameters() for _, adapter in self.externals_of(adapter_name)]
         return any(bool(p.any()) for parameters in outputs for p in parameters if not p.is_meta)
 
     def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -327,8 +337,9 @@ class SFALayer(nn.Module, BaseTunerLayer):
         return in_order(parts, list(rows.values()))
 
     def _forget_inputs(self) -> None:
-        for parallel in self.parallel_inputs.values():
-            parallel.hook.forget()
+        for inputs in (self.parallel_inputs, self.block_inputs):
+            for given in inputs.values():
+                given.hook.forget()
 
     def _add_externals(self, y: Tensor, names: Sequence[str], mixture: Mixture | None = None) -> Tensor:
         result = y
@@ -336,12 +347,19 @@ class SFALayer(nn.Module, BaseTunerLayer):
             if name in self.sfa_external:
                 result = add_in_dtype(result, self.sfa_external[name](y, keeps_dtype=False))
             if name in self.sfa_parallel:
-                value = self.parallel_inputs[name].hook.take()
-                if mixture is not None:
-                    value = value.index_select(0, mixture.rows(value)[name])
+                value = self._taken(self.parallel_inputs, name, mixture)
                 delta = self.sfa_parallel[name](value, keeps_dtype=False)
                 result = add_in_dtype(result, delta.to(y.device))
+            if name in self.sfa_block:
+                value = self._taken(self.block_inputs, name, mixture)
+                delta = self.sfa_block[name](value.to(y.device) + y, keeps_dtype=False)
+                result = add_in_dtype(result, delta)
         return result
+
+    @staticmethod
+    def _taken(inputs: dict[str, ParallelInput], name: str, mixture: Mixture | None) -> Tensor:
+        value = inputs[name].hook.take()
+        return value if mixture is None else value.index_select(0, mixture.rows(value)[name])
 
     def get_delta_weight(self, adapter: str, parameter: str = "weight") -> Tensor:
         """The dense change ``delta`` that an adapter makes to a parameter.
@@ -444,13 +462,14 @@ class SFALayer(nn.Module, BaseTunerLayer):
         if set(self.active_adapters if adapter_names is None else adapter_names) - set(self.merged_adapters):
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         base = self.base_layer
-        for name in self.merged_adapters:
-            if name in self.sfa_external:
-                base.add_module(f"external_{name}", self.sfa_external[name])
-            if name in self.sfa_parallel:
-                base.add_module(f"parallel_{name}", self.sfa_parallel[name])
-        inputs = {n: p.hook for n, p in self.parallel_inputs.items() if n in self.merged_adapters}
-        if any(n in self.sfa_external or n in self.sfa_parallel for n in self.merged_adapters):
+        inputs: dict[str, InputOf] = {}
+        found = [(name, *external) for name in self.merged_adapters for external in self.externals_of(name)]
+        for name, kind, external in found:
+            child = f"{kind.removeprefix('sfa_')}_{name}"
+            base.add_module(child, external)
+            if name in self._inputs(kind):
+                inputs[child] = self._inputs(kind)[name].hook
+        if found:
             base.register_forward_hook(AddExternals(list(self.merged_adapters), inputs))
         for name in self.adapter_names - set(self.merged_adapters):
             self._remove_hooks(name)

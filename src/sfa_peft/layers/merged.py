@@ -10,11 +10,17 @@ from torch import Tensor, nn
 from .bottleneck import ExternalAdapter
 from .parallel import InputOf
 
-PARALLEL, SEQUENTIAL = "parallel", "external"
+# The kinds of `SFALayer`, as names of submodules.
+SEQUENTIAL, PARALLEL, BLOCK = "external", "parallel", "block"
 
 
 class AddExternals:
-    """The forward hook that adds a merged model's external adapters. They are submodules of the hooked leaf."""
+    """The forward hook that adds a merged model's external adapters. They are submodules of the hooked leaf.
+
+    Args:
+        names: The adapters.
+        inputs: The inputs of other modules, by the name of the submodule that reads it.
+    """
 
     def __init__(self, names: list[str], inputs: dict[str, InputOf]) -> None:
         self.names, self.inputs = names, inputs
@@ -22,16 +28,19 @@ class AddExternals:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         result = output
         for name in self.names:
-            external, parallel = (getattr(module, f"{kind}_{name}", None) for kind in (SEQUENTIAL, PARALLEL))
-            if external is not None:
-                result = result + external(output)
-            if parallel is not None:
-                result = result + parallel(self.inputs[name].take()).to(output)
+            for kind in (SEQUENTIAL, PARALLEL, BLOCK):
+                child = f"{kind}_{name}"
+                external = getattr(module, child, None)
+                if external is None:
+                    continue
+                x = self.inputs[child].take() if child in self.inputs else output
+                delta = external(x.to(output.device) + output if kind == BLOCK else x)
+                result = result + delta.to(output)
         return result
 
 
 class MergedExternal(NamedTuple):
-    """An external adapter on a leaf of a merged model. `kind` is `PARALLEL` or `SEQUENTIAL`."""
+    """An external adapter on a leaf of a merged model. `kind` is `SEQUENTIAL`, `PARALLEL` or `BLOCK`."""
 
     kind: str
     adapter_name: str
@@ -58,7 +67,7 @@ def merged_externals(leaf: nn.Module) -> list[MergedExternal]:
     hook = hook_of(leaf)
     found = []
     for name in hook.names if hook is not None else ():
-        for kind in (SEQUENTIAL, PARALLEL):
+        for kind in (SEQUENTIAL, PARALLEL, BLOCK):
             adapter = getattr(leaf, f"{kind}_{name}", None)
             if isinstance(adapter, ExternalAdapter):
                 found.append(MergedExternal(kind, name, adapter))

@@ -24,26 +24,33 @@ def _block(
     attention: tuple[str, ...],
     linear: tuple[str, ...],
     at: tuple[str, str] | None = None,
+    block_input: str | None = None,
     mlp_input: str = "mlp",
+    scales: bool = False,
     **more: Any,
 ) -> None:
     """Register a transformer block.
 
     Args:
         name, block, mlp_input, more: As in `Architecture`.
+        block_input: As in `Architecture`; None for the norm of the MLP.
         norms: The norms of attention and MLP.
         attention: The other leaves of the attention, the last one of which gives its output.
         linear: The same for the MLP.
         at: The places `attention` and `mlp`, if they are not the last leaves of attention and MLP.
+        scales: Whether the block scales the output of the MLP by a parameter of its own. Then there is no leaf whose
+            output is added to the residual, and no place `block`.
     """
     at_attention, at_mlp = at or (attention[-1], linear[-1])
+    at_block = {} if scales else {"block": at_mlp}
     register_architecture(
         Architecture(
             name,
             block,
             targets=(norms[0], *attention, norms[1], *linear),
-            places={"attention": at_attention, "mlp": at_mlp, "mlp_parallel": at_mlp},
+            places={"attention": at_attention, "mlp": at_mlp, "mlp_parallel": at_mlp} | at_block,
             mlp_input=mlp_input,
+            block_input=None if scales else block_input or norms[1],
             **more,
         )
     )
@@ -83,8 +90,9 @@ register_architecture(
         "Swinv2",
         "Swinv2Layer",
         targets=(*_query_key_value("self"), "layernorm_before", *_SPLIT_MLP, "layernorm_after"),
-        places={"attention": "layernorm_before", "mlp": "layernorm_after", "mlp_parallel": "layernorm_after"},
+        places={"attention": "layernorm_before"} | dict.fromkeys(("mlp", "mlp_parallel", "block"), "layernorm_after"),
         mlp_input="intermediate",
+        block_input="intermediate",
         note=_BEHIND_NORMS,
         grid=_DIMENSIONS,
     )
@@ -115,7 +123,7 @@ for _name, _class in (
 ):
     _block(_name, _class, _LAYERNORMS, _QKVO, _MLP, mlp=_SIZE, grid=PATCHES)
 _block("MAE", "ViTMAELayer", _LAYERNORMS, _QKVO, _MLP, mlp=_SIZE, inside=("ViTMAEModel",), note="the encoder alone")
-_block("BEiT", "BeitLayer", _LAYERNORMS, _QKVO, _MLP, mlp=_SIZE, note=_BEFORE_SCALE, grid=PATCHES)
+_block("BEiT", "BeitLayer", _LAYERNORMS, _QKVO, _MLP, mlp=_SIZE, scales=True, note=_BEFORE_SCALE, grid=PATCHES)
 for _name, _class in (("YOLOS", "YolosLayer"), ("DPT's ViT", "DPTViTLayer"), ("Data2Vec", "Data2VecVisionLayer")):
     _block(
         _name,
@@ -125,6 +133,7 @@ for _name, _class in (("YOLOS", "YolosLayer"), ("DPT's ViT", "DPTViTLayer"), ("D
         _SPLIT_MLP,
         mlp_input="intermediate",
         mlp=PlainMLP("intermediate_size", is_ratio=False, **_IN_PARTS),
+        scales=_name == "Data2Vec",
         note=_BEFORE_SCALE if _name == "Data2Vec" else "",
         grid=None if _name == "YOLOS" else PATCHES,  # YOLOS has its detection tokens after the patches
     )
@@ -174,8 +183,9 @@ def _layer_scale(
             block,
             targets=("norm1", *attention, "norm2"),
             optional=_inside("mlp", "fc1", "fc2", "gate_proj", "up_proj", "down_proj", "weights_in", "weights_out"),
-            places={"attention": "layer_scale1", "mlp": "layer_scale2", "mlp_parallel": "layer_scale2"},
+            places={"attention": "layer_scale1"} | dict.fromkeys(("mlp", "mlp_parallel", "block"), "layer_scale2"),
             mlp_input="mlp",
+            block_input="norm2",
             mlp=mlp,
             has=has,
             note=_BEHIND_SCALE,
@@ -284,8 +294,9 @@ for _name, _class in (("ViT of timm and Meta", "Block"), ("Meta's DINOv3", "Self
             _class,
             targets=("norm1", *_FUSED, "norm2"),
             optional=_inside("mlp", "fc1", "fc1_g", "fc1_x", "fc2", "w1", "w2", "w12", "w3"),
-            places={"attention": "ls1", "mlp": "ls2", "mlp_parallel": "ls2"},
+            places={"attention": "ls1"} | dict.fromkeys(("mlp", "mlp_parallel", "block"), "ls2"),
             mlp_input="mlp",
+            block_input="norm2",
             has=(*_NORMS, *_FUSED, "mlp", "ls1", "ls2"),
             note=_BEHIND_SCALE + (", also NestedTensorBlock" if _class == "Block" else ""),
             grid=_grid,
@@ -299,6 +310,7 @@ _block(
     ("attn.proj",),
     _MLP,
     has=(*_PARTS, "attn.q_bias"),
+    scales=True,
     note=_BEFORE_SCALE,
 )
 for _name, _has_bias in (("DINOv3 and EVA of timm", False), ("EVA of timm, with its biases apart", True)):
@@ -323,7 +335,13 @@ for _name, _class in (
     ("Swinv2 of Microsoft", "SwinTransformerBlock"),
     ("Swinv2 of timm", "SwinTransformerV2Block"),
 ):
-    _block(_name, _class, _NORMS, ("attn.proj",), _MLP, at=_NORMS, has=(*_PARTS, "attn.cpb_mlp"), note=_BEHIND_NORMS)
+    _block(
+        *(_name, _class, _NORMS, ("attn.proj",), _MLP),
+        at=_NORMS,
+        block_input="mlp",
+        has=(*_PARTS, "attn.cpb_mlp"),
+        note=_BEHIND_NORMS,
+    )
 register_architecture(
     Architecture(
         "Swin and Swinv2 of timm, patch merging",
@@ -335,11 +353,11 @@ register_architecture(
 
 
 class Place(NamedTuple):
-    """A place of an external adapter, with full module names."""
+    """A place of an external adapter, with full module names. `reads` is the module whose input it reads, or None."""
 
     place: str
     module: str
-    mlp_input: str | None
+    reads: str | None
 
 
 def known_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Architecture]]:
@@ -397,11 +415,11 @@ def known_targets(model: nn.Module) -> list[str]:
 def known_places(model: nn.Module) -> list[Place]:
     """Every place of every known block, in model order. Those that a block lacks are left out (see `check_known`)."""
     return [
-        Place(place, prefix + name, None if mlp_input is None else prefix + mlp_input)
+        Place(place, prefix + name, None if reads is None else prefix + reads)
         for prefix, module, known in known_modules(model)
         for place, name in known.places.items()
-        for mlp_input in [known.mlp_input if place == "mlp_parallel" else None]
-        if all(_module(module, needed) is not None for needed in (name, mlp_input) if needed is not None)
+        for reads in [known.reads(place)]
+        if all(_module(module, needed) is not None for needed in (name, reads) if needed is not None)
     ]
 
 
@@ -448,8 +466,10 @@ def check_known(model: nn.Module) -> None:
             where = f"the architecture {known.name!r} does not fit {name!r}, a {type(module).__name__}"
             for place, leaf in known.places.items():
                 _check_leaf(module, leaf, f"{where}: its place `{place}` is {leaf!r}")
-            if known.mlp_input is not None and _module(module, known.mlp_input) is None:
-                raise ValueError(f"{where}: its mlp_input is {known.mlp_input!r}, which it lacks. {_listed(module)}")
+            for field_name in ("mlp_input", "block_input"):
+                given = getattr(known, field_name)
+                if given is not None and _module(module, given) is None:
+                    raise ValueError(f"{where}: its {field_name} is {given!r}, which it lacks. {_listed(module)}")
         first = f"{modules[0][0]!r}, a {type(modules[0][1]).__name__}"
         missing = [t for t in known.targets if all(_module(module, t) is None for _, module in modules)]
         if missing:

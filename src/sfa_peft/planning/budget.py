@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..checkpoint.names import external_kind
+
 
 def external_cost(channels: int, width: int, conv: int = 0) -> int:
     """The trainable parameters of one external adapter: ``width * (2 * channels + 1 + conv^2)``.
@@ -17,7 +19,7 @@ def external_cost(channels: int, width: int, conv: int = 0) -> int:
 
 @dataclass(frozen=True)
 class External:
-    """A planned external adapter: at `place`, on the leaf `module`. A parallel one reads the input of `mlp_input`.
+    """A planned external adapter: at `place`, on the leaf `module`. Some read the input of another module, `reads`.
 
     With filters of `conv` x `conv`, `grid` says where the grid of its tokens comes from: the name of a module, and of
     an argument of its forward. See `layers.grid`.
@@ -25,12 +27,16 @@ class External:
 
     place: str
     module: str
-    mlp_input: str | None
+    reads: str | None
     channels: int
     channel_dim: int
     width: int = 0
     conv: int = 0
     grid: tuple[str, str | None] | None = None
+
+    @property
+    def kind(self) -> str:
+        return external_kind(self.place)
 
     @property
     def cost(self) -> int:

@@ -267,7 +267,7 @@ class Planner:
             )
         return found
 
-    def _external(self, place: str, name: str, mlp_input: str | None) -> External:
+    def _external(self, place: str, name: str, reads: str | None) -> External:
         module = self.leaves.get(name)
         self._refuse_merged(name)
         channels = None if module is None else channels_of(module)
@@ -280,7 +280,7 @@ class Planner:
         self._refuse_foreign(name, "external_modules")
         size, channel_dim = channels
         grid = self._grid(place, name, channel_dim) if self.conv else None
-        return External(place, name, mlp_input, size, channel_dim, conv=self.conv, grid=grid)
+        return External(place, name, reads, size, channel_dim, conv=self.conv, grid=grid)
 
     def _grid(self, place: str, name: str, channel_dim: int) -> tuple[str, str | None] | None:
         """Where the filters of an external adapter get the grid of the tokens from.
@@ -632,19 +632,18 @@ class Planner:
         externals: dict[str, list[External]] = {}
         read = adapter_in_load()
         saved = read.tensors if read else {}
-        known = {(p.place, p.module): p.mlp_input for p in known_places(self.model)}
+        known = {(p.place, p.module): p.reads for p in known_places(self.model)}
         for place, modules in config.external_widths.items():
             for name, width in modules.items():
                 self._require(name)
-                if place == "mlp_parallel" and (place, name) not in known:
+                if place in ("mlp_parallel", "block") and (place, name) not in known:
                     raise CheckpointError(
                         _OTHER_ARCHITECTURE.format(name=name, model=type(self.model).__name__)
                         + " If its blocks were made known by register_architecture, call that before loading."
                     )
-                mlp_input = self._recorded_input(name) if place == MODULE_PARALLEL else known.get((place, name))
-                external = self._external(place, name, mlp_input)
-                kind = "sfa_parallel" if external.mlp_input else "sfa_external"
-                up = saved.get(f"{PREFIX}{name}.{kind}.up.weight")
+                reads = self._recorded_input(name) if place == MODULE_PARALLEL else known.get((place, name))
+                external = self._external(place, name, reads)
+                up = saved.get(f"{PREFIX}{name}.{external.kind}.up.weight")
                 if up is not None and len(up) != external.channels:
                     raise CheckpointError(
                         f"the external adapter on {name!r} has {len(up)} channels in the adapter, and "

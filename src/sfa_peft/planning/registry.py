@@ -67,9 +67,12 @@ class Architecture:
         block (`str`): The name of the block's class. Blocks of subclasses are found too.
         targets (`tuple[str, ...]`, defaults to `()`): The leaves that a ticket may choose from.
         places (`dict[str, str]`, defaults to `{}`):
-            For `attention`, `mlp` and `mlp_parallel`, the leaf on whose output the external adapter acts.
+            For `attention`, `mlp`, `mlp_parallel` and `block`, the leaf on whose output the external adapter acts.
         mlp_input (`str`, *optional*, defaults to `None`):
             The module whose input is the MLP's input. The place `mlp_parallel` needs it.
+        block_input (`str`, *optional*, defaults to `None`):
+            The module whose input is the residual: the block's output is its input plus the output of the leaf at the
+            place `block`, which needs it. In most blocks it is the norm before the MLP.
         mlp (`PlainMLP`, *optional*, defaults to `None`):
             The MLP that `merge_and_unload` can fold external adapters at `mlp_parallel` into. With None they stay
             modules of the merged model.
@@ -111,6 +114,7 @@ class Architecture:
     targets: tuple[str, ...] = ()
     places: dict[str, str] = field(default_factory=dict)
     mlp_input: str | None = None
+    block_input: str | None = None
     mlp: PlainMLP | None = None
     optional: tuple[str, ...] = ()
     has: tuple[str, ...] = ()
@@ -137,9 +141,9 @@ class Architecture:
             f"use a dict from some of {PLACES} to names of leaves",
         )
         object.__setattr__(self, "places", dict(self.places))
-        self._check(
-            "mlp_input", self.mlp_input is None or _is_name(self.mlp_input), "use the name of a module, or None"
-        )
+        for name in ("mlp_input", "block_input"):
+            value = getattr(self, name)
+            self._check(name, value is None or _is_name(value), "use the name of a module, or None")
         self._check("mlp", isinstance(self.mlp, PlainMLP | None), "use a PlainMLP, or None")
         self._check("note", isinstance(self.note, str), "use a string")
         is_argument = isinstance(self.grid, str) and self.grid.isidentifier()
@@ -151,8 +155,16 @@ class Architecture:
             self._fail("mlp_input", "the place `mlp_parallel` needs the module whose input is the MLP's input")
         if not is_parallel and (self.mlp_input or self.mlp):
             self._fail("places", "`mlp_input` and `mlp` belong to the place `mlp_parallel`, which is missing")
+        if ("block" in self.places) != (self.block_input is not None):
+            self._fail(
+                "block_input", "the place `block` needs the module whose input is the residual, and nothing else does"
+            )
         if not self.targets and not self.places:
             self._fail("targets", "there are no places either; name at least one target or place")
+
+    def reads(self, place: str) -> str | None:
+        """The module whose input an external adapter at a place reads, or None for the output of its leaf alone."""
+        return {"mlp_parallel": self.mlp_input, "block": self.block_input}.get(place)
 
     def _fail(self, name: str, allowed: str) -> None:
         raise ValueError(f"Architecture.{name}={getattr(self, name)!r} of {self.name!r} is not valid; {allowed}.")

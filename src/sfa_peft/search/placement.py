@@ -120,4 +120,5 @@ class Chosen:
 
 
 def _adapter_at(layer: SFALayer, external: External, adapter_name: str) -> ExternalAdapter:
-    return (layer.sfa_parallel if external.mlp_input else layer.sfa_external)[adapter_name]
+    adapter: ExternalAdapter = getattr(layer, external.kind)[adapter_name]
+    return adapter

@@ -338,7 +338,7 @@ def _trained_beside(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
     found: list[nn.Parameter] = []
     for module in model.modules():
         if isinstance(module, SFALayer):
-            found += [p for adapter, _ in module.externals_of(adapter_name) for p in adapter.parameters()]
+            found += [p for _, adapter in module.externals_of(adapter_name) for p in adapter.parameters()]
         elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             found += module.modules_to_save[adapter_name].parameters()
     return found

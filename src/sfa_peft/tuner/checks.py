@@ -5,7 +5,7 @@ from __future__ import annotations
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from ..checkpoint.names import is_parallel
+from ..checkpoint.names import external_kind
 from ..layers.adapted import sfa_layers
 from ..layers.leaves import modules_outside
 from ..planning.base import head_modules
@@ -29,8 +29,8 @@ def check_config(model: nn.Module, adapter_name: str, config: RecordedConfig, po
                 f"adapter {adapter_name!r} has no weights yet: it was created on the meta device, or with "
                 f"low_cpu_mem_usage=True. Load its weights first."
             )
-        for external, container in layer.externals_of(adapter_name):
-            widths[name, container is not None] = external.width
+        for kind, external in layer.externals_of(adapter_name):
+            widths[name, kind] = external.width
             if (external.activation, external.scale, external.kernel_size) != expected:
                 raise ValueError(
                     f"the external adapters of {adapter_name!r} have external_activation={external.activation!r}, "
@@ -46,7 +46,7 @@ def check_config(model: nn.Module, adapter_name: str, config: RecordedConfig, po
                     f"{config.granularity}: restore `internal_granularity`."
                 )
     announced = {
-        (module, is_parallel(place)): width
+        (module, external_kind(place)): width
         for place, modules in config.external_widths.items()
         for module, width in modules.items()
     }

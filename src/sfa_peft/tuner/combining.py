@@ -19,7 +19,7 @@ from torch import nn
 
 from ..checkpoint.names import MODULE_PARALLEL
 from ..config import SFAConfig
-from ..layers.adapted import Adapters, SFALayer, sfa_layers
+from ..layers.adapted import EXTERNAL_KINDS, Adapters, SFALayer, sfa_layers
 from ..layers.bottleneck import ExternalAdapter
 from ..layers.heads import Head
 from ..planning.budget import External
@@ -94,16 +94,16 @@ def combined(
     for adapter in adapters:
         for recorded in Planner(model, configs[adapter]).recorded_externals(configs[adapter]).values():
             for external in recorded:
-                key = (external.mlp_input is not None, external.module)
+                key = (external.reads is not None, external.module)
                 same = externals.get(key, external)
-                if same.mlp_input != external.mlp_input:
+                if same.reads != external.reads:
                     raise ValueError(
                         f"the adapters cannot be combined: their external adapters on {external.module!r} read the "
-                        f"inputs of {same.mlp_input!r} and {external.mlp_input!r}."
+                        f"inputs of {same.reads!r} and {external.reads!r}."
                     )
                 externals[key] = replace(same, width=external.width + (same.width if key in externals else 0))
     plan = Plan.of(positions, externals.values())
-    inputs = {e.module: e.mlp_input for e in plan.all_externals if e.place == MODULE_PARALLEL}
+    inputs = {e.module: e.reads for e in plan.all_externals if e.place == MODULE_PARALLEL}
     heads = [head for name in adapters for head in configs[name].modules_to_save or ()]
     first_internal = next((configs[name] for name in adapters if configs[name].ticket_sizes), configs[adapters[0]])
     first_external = next((configs[name] for name in adapters if configs[name].external_widths), configs[adapters[0]])
@@ -149,7 +149,7 @@ def fill(model: nn.Module, adapters: Sequence[str], weights: Sequence[float], ad
     """Fill in the values and heads of a combined adapter after its injection."""
     for _, layer in sfa_layers(model):
         _fill_internal(layer, adapters, weights, adapter_name)
-        for bottlenecks in (layer.sfa_external, layer.sfa_parallel):
+        for bottlenecks in (getattr(layer, kind) for kind in EXTERNAL_KINDS):
             _fill_external(bottlenecks, adapters, weights, adapter_name)
     for module in model.modules():
         if isinstance(module, Head) and adapter_name in module.modules_to_save:

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from ..layers.adapted import EXTERNAL_KINDS
 from ..ticket.selection import Positions
 
-Widths = dict[tuple[str, str], int]  # by module, and `sfa_external` or `sfa_parallel`
+Widths = dict[tuple[str, str], int]  # by module, and the kind of external adapter
 
 
 def layout_in(state: Mapping[str, Tensor], prefix: str, adapter_name: str) -> tuple[Positions, Widths]:
@@ -20,9 +21,9 @@ def layout_in(state: Mapping[str, Tensor], prefix: str, adapter_name: str) -> tu
         prefix: The prefix of the base model's names in it.
         adapter_name: The adapter.
     """
-    name = re.escape(adapter_name)
+    name, kinds = re.escape(adapter_name), "|".join(EXTERNAL_KINDS)
     internal = re.compile(rf"{re.escape(prefix)}(.+)\.sfa_internal\.{name}\.(weight|bias)_positions")
-    external = re.compile(rf"{re.escape(prefix)}(.+)\.(sfa_external|sfa_parallel)\.{name}\.down\.weight")
+    external = re.compile(rf"{re.escape(prefix)}(.+)\.({kinds})\.{name}\.down\.weight")
     positions: Positions = {}
     widths: Widths = {}
     for key, tensor in state.items():

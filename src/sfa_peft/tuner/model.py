@@ -198,8 +198,8 @@ class SFAModel(BaseTuner):
                 conv=external.conv,
                 grid=grid,
             )
-            container = None if external.mlp_input is None else self.model.get_submodule(external.mlp_input)
-            layer.add_external(adapter_name, adapter, container)
+            container = None if external.reads is None else self.model.get_submodule(external.reads)
+            layer.add_external(adapter_name, adapter, external.kind, container)
         layer.finish_adapter(adapter_name, adapter_name in self.active_adapters and not config.inference_mode)
 
     @property
@@ -513,9 +513,9 @@ class SFAModel(BaseTuner):
         """
         positions, widths = layout_in(state, prefix, adapter_name)
         present_widths = {
-            (name, "sfa_external" if container is None else "sfa_parallel"): external.width
+            (name, kind): external.width
             for name, layer in sfa_layers(self.model)
-            for external, container in layer.externals_of(adapter_name)
+            for kind, external in layer.externals_of(adapter_name)
         }
         present = lengths(self.positions(adapter_name)), present_widths
         if not (positions or widths) or (lengths(positions), widths) == present:
@@ -536,7 +536,7 @@ class SFAModel(BaseTuner):
                 units = 0 if parameter is None else granularity.count(parameter.shape)
                 key = f"{prefix}{module}.sfa_internal.{adapter_name}.{name}_positions"
                 check_positions(key, indices, len(indices), units)
-        places = {(p.module, "sfa_parallel" if p.mlp_input else "sfa_external"): p for p in self.places(adapter_name)}
+        places = {(p.module, p.kind): p for p in self.places(adapter_name)}
         unknown = widths.keys() - places.keys()
         if unknown:
             raise CheckpointError(

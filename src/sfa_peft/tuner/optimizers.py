@@ -13,12 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..config import is_int
-from ..layers.adapted import SFALayer, sfa_layers
+from ..layers.adapted import EXTERNAL_KINDS, SFALayer, sfa_layers
 from ..planning.plan import Planner
 from ..ticket.selection import count_elements
-
-_EXTERNAL = ("sfa_external", "sfa_parallel")
-
 
 # The rate of internal values at a density of 1, and the largest that was measured. The effect of values of one size on
 # an output grows with the root of their number, and the best rates at 0.5 % and 2 % differ by 2.
@@ -71,7 +68,7 @@ def parameter_groups(
     if not layers:
         raise TypeError(f"{type(model).__name__} has no SFA adapter: call get_peft_model(base, SFAConfig(...)) first.")
     values = internal_values(model)
-    external_adapters = (a for layer in layers for kind in _EXTERNAL for a in getattr(layer, kind).values())
+    external_adapters = (a for layer in layers for kind in EXTERNAL_KINDS for a in getattr(layer, kind).values())
     bottlenecks = {id(p) for adapter in external_adapters for p in adapter.parameters()}
     groups: dict[str, list[nn.Parameter]] = {"head": [], "external": [], "internal": []}
     for p in model.parameters():
