@@ -156,7 +156,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
             self._inputs(kind)[adapter_name] = ParallelInput(container)
 
     def _inputs(self, kind: str) -> dict[str, ParallelInput]:
-        return self.block_inputs if kind == "sfa_block" else self.parallel_inputs
+        return {"sfa_parallel": self.parallel_inputs, "sfa_block": self.block_inputs}.get(kind, {})
 
     def internal_of(self, adapter_name: str) -> SparseDelta | None:
         """The internal change that an adapter makes in this layer, or None."""

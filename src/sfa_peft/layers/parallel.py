@@ -44,7 +44,7 @@ class InputOf:
         value = self.values.pop(self.thread, None)
         if value is None:
             raise RuntimeError(
-                "a parallel external adapter ran before the module whose input it reads. Call that module by its "
+                "an external adapter ran before the module whose input it reads. Call that module by its "
                 "__call__, and do not remove its hooks."
             )
         return value

@@ -156,9 +156,7 @@ class Architecture:
         if not is_parallel and (self.mlp_input or self.mlp):
             self._fail("places", "`mlp_input` and `mlp` belong to the place `mlp_parallel`, which is missing")
         if ("block" in self.places) != (self.block_input is not None):
-            self._fail(
-                "block_input", "the place `block` needs the module whose input is the residual, and nothing else does"
-            )
+            self._fail("block_input", "the place `block` needs it, and no other place")
         if not self.targets and not self.places:
             self._fail("targets", "there are no places either; name at least one target or place")
 

@@ -254,7 +254,7 @@ def _foldable_externals(block: _Block, shared: dict[int, list[str]]) -> list[Ext
         return []
     inside = [block.place, *(block.part(name) for name in (block.mlp.activation, block.mlp.fc2))]
     if any(external.kind != PARALLEL for leaf in inside for external in merged_externals(leaf)):
-        raise _CannotFoldError("another external adapter reads the output of the MLP")
+        raise _CannotFoldError("another external adapter reads the output of the MLP or of the block")
     adapters = [external.adapter for external in found]
     for adapter in adapters:
         if adapter.conv is not None:
