@@ -20,8 +20,9 @@ The blocks that `SFAConfig` finds by itself, in any model that has them: alone, 
 and the like). Only the blocks of the backbone are adapted. Decoders and heads are not, although their layers often
 have the same names. For any other model see [below](#your-own-blocks).
 
-All names are relative to the block. Leaves in brackets are adapted in the variants that have them. The places `mlp`
-and `mlp_parallel` are on the same leaf; the latter reads the input of the module that is named behind it.
+All names are relative to the block. Leaves in brackets are adapted in the variants that have them. The places `mlp`,
+`mlp_parallel` and `block` are on the same leaf. `mlp_parallel` reads the input of the module that is named behind it;
+`block` reads the sum of the leaf's output and the residual, which is the input of the module that is named last.
 
 """
 
@@ -82,15 +83,22 @@ register_architecture(
             "mlp.dense2",
         ),
         optional=("attention.self.sequence_reduction", "attention.self.layer_norm"),
-        places={"attention": "attention.output.dense", "mlp": "mlp.dense2", "mlp_parallel": "mlp.dense2"},
+        places={
+            "attention": "attention.output.dense",
+            "mlp": "mlp.dense2",
+            "mlp_parallel": "mlp.dense2",
+            "block": "mlp.dense2",
+        },
         mlp_input="mlp",
+        block_input="layer_norm_2",
     )
 )
 ```
 
 If merging is to fold external adapters into the MLP, `mlp` says where its two linear layers and its activation are,
 and which field of the config decides its width, such as `mlp=PlainMLP("intermediate_size", is_ratio=False,
-fc1="mlp.up", activation="mlp.act", fc2="mlp.down")`. If external adapters are to have filters, `grid` says what tells
+fc1="mlp.up", activation="mlp.act", fc2="mlp.down")`. `block_input` is the module whose input is the residual that the
+place `block` reads, most often the norm of the MLP. If external adapters are to have filters, `grid` says what tells
 the grid of the tokens: the argument of the block's forward with its height and width, `"patches"`, or `"maps"`.
 
 - Where a block scales (LayerScale) or normalizes the output of a sub-layer before the residual sum, the place is the
@@ -111,7 +119,7 @@ mine = "my_package.architectures:BLOCKS"  # an Architecture, or a list of them
 ```
 
 For one model it is enough to name modules in the config. A dict in `external_modules` also names the module whose
-input the adapters read, as at `mlp_parallel`, the place that measured best; such an adapter loads without
+input the adapters read, as at `mlp_parallel`; such an adapter loads without
 registering anything:
 
 ```python
@@ -162,7 +170,8 @@ def _places(architecture):
         return "none"
     parts = [f"attention: `{places['attention']}`"] if "attention" in places else []
     if "mlp" in places:
-        parts.append(f"mlp: `{places['mlp']}`, input of `{architecture.mlp_input}`")
+        residual = f", residual at `{architecture.block_input}`" if "block" in places else ", no place `block`"
+        parts.append(f"mlp: `{places['mlp']}`, input of `{architecture.mlp_input}`{residual}")
     return "; ".join(parts) + (f" ({architecture.note})" if architecture.note else "")
 
 

@@ -119,8 +119,44 @@ def test_every_architecture_is_found_with_the_default_config(name):
             get_peft_model(BACKBONES[name](), SFAConfig(budget=0.02))
         return
     model = get_peft_model(BACKBONES[name](), SFAConfig(budget=0.05))
-    assert set(model.peft_config["default"].external_widths) == {"mlp_parallel"}
-    assert model.peft_config["default"].ticket_sizes
+    with_filters = {a.name for a in registry.registered_architectures() if a.grid and "block" in a.places}
+    found = {known.name for _, _, known in known_modules(model.base_model.model) if known.places}
+    config = model.peft_config["default"]
+    assert set(config.external_widths) == {"block" if found <= with_filters else "mlp_parallel"}
+    assert config.external_places == tuple(config.external_widths)
+    assert config.ticket_sizes
+
+
+# They scale the output of the MLP by a parameter of the block, or have no plain MLP.
+WITHOUT_BLOCK = {
+    "BEiT",
+    "Data2Vec",
+    "BEiT of timm",
+    "DINOv3 and EVA of timm",
+    "EVA of timm, with its biases apart",
+    "ViTPose, with experts",
+}
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_adapters_at_the_block_read_its_output_and_add_to_it(name):
+    base, x = BACKBONES[name](), tiny.pixels(size=SIZES.get(name, tiny.SIZE))
+    assert ("block" in places_of(base)) == (name not in WITHOUT_BLOCK)
+    if name in WITHOUT_BLOCK:
+        with pytest.raises(ValueError, match=r"external_places=\('block',\)"):
+            adapted(base, external_places=["block"])
+        return
+    model = adapted(base, external_places=["block"], target_modules=[], external_conv=0, init_weights=False)
+    prefix, block, _ = next(known for known in known_modules(base) if known[2].places)
+    adapter = next(m for n, m in base.named_modules() if n.startswith(prefix) and n.endswith("sfa_block.default"))
+    seen = []
+    block.register_forward_hook(lambda module, args, y: seen.append(y[0] if isinstance(y, tuple) else y))
+    output(model, x)
+    with model.disable_adapter():
+        output(model, x)
+    changed, plain = (y.movedim(1, -1) if name == "VitDet" else y for y in seen[:: len(seen) // 2])
+    assert torch.allclose(changed, plain + adapter(plain), atol=1e-5)
+    assert not torch.allclose(changed, plain, atol=1e-3)
 
 
 def whole_clip():

@@ -22,7 +22,7 @@ PLACES = ("attention", "mlp", "mlp_parallel", "block")
 PLACEMENTS = ("uniform", "auto")
 DEFAULT_BUDGET = 0.02
 DEFAULT_SHARE = 0.5
-DEFAULT_CONV, MAX_CONV = 3, 31
+DEFAULT_CONV, MAX_CONV = 7, 31
 # The fields that may be regular expressions.
 PATTERN_FIELDS = ("target_modules", "exclude_modules", "external_modules")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -52,9 +52,11 @@ class SFAConfig(PeftConfig):
             The largest fraction of the budget for external adapters, in [0, 1]. The ticket gets the rest. With 1 there
             are only external adapters, with 0 only internal ones. If one kind is switched off
             (`external_places=()` or `external_modules=[]`, `target_modules=[]`), the other gets the whole budget.
-        external_places (`tuple[str]`, defaults to `("mlp_parallel",)`):
-            The places of external adapters in known architectures: `attention` (on the attention output), `mlp` (on
-            the MLP output) or `mlp_parallel` (from the MLP input, added to the MLP output). `()` for none.
+        external_places (`tuple[str]`, *optional*, defaults to `None`):
+            The places of external adapters in known architectures: `block` (on the block's output), `attention` (on
+            the attention output), `mlp` (on the MLP output) or `mlp_parallel` (from the MLP input, added to the MLP
+            output). `()` for none. None means `block` if the adapters have filters there, otherwise `mlp_parallel`,
+            which `merge_and_unload` can fold into the MLP.
         external_placement (`str`, defaults to `"uniform"`):
             How the external adapters' part of the budget is distributed. `uniform`: the same fraction of the channel
             width at every place. `auto` (experimental, no gain was measured): `search_ticket` chooses the places and
@@ -77,9 +79,9 @@ class SFAConfig(PeftConfig):
             The constant factor on the output of external adapters. Any finite number except 0.
         external_conv (`int`, *optional*, defaults to `None`):
             The height and width of a depthwise filter on each hidden unit of external adapters: an odd number such as
-            3, or 0 for no filters. With filters, an external adapter sees the neighbours of a token; merging cannot
+            7, or 0 for no filters. With filters, an external adapter sees the neighbours of a token; merging cannot
             fold it into the MLP. Filters need the grid of the tokens: docs/architectures.md says where it is known.
-            None means 3 if it is known at all places of `external_places`, otherwise 0. Not with
+            None means 7 if it is known at all places of `external_places`, otherwise 0. Not with
             `external_placement="auto"`.
         target_modules (`list[str]` or `str`, *optional*, defaults to `None`):
             The modules whose weights and biases the ticket may choose from (`nn.Linear`, `nn.Conv2d`,
@@ -133,8 +135,9 @@ class SFAConfig(PeftConfig):
     external_share: float = field(
         default=DEFAULT_SHARE, metadata={"help": "Largest fraction of the budget for external adapters, in [0, 1]."}
     )
-    external_places: tuple[str, ...] | list[str] = field(
-        default=("mlp_parallel",), metadata={"help": f"Places of external adapters, from {PLACES}."}
+    external_places: tuple[str, ...] | list[str] | None = field(
+        default=None,
+        metadata={"help": f"Places of external adapters, from {PLACES}; None: block with filters, or mlp_parallel."},
     )
     external_placement: str = field(
         default="uniform",
@@ -160,7 +163,7 @@ class SFAConfig(PeftConfig):
     external_scale: float = field(default=1.0, metadata={"help": "Factor on the output of external adapters, not 0."})
     external_conv: int | None = field(
         default=None,
-        metadata={"help": "Size of a depthwise filter on each hidden unit, odd; 0 for none; None: 3 where possible."},
+        metadata={"help": "Size of a depthwise filter on each hidden unit, odd; 0 for none; None: 7 where possible."},
     )
     target_modules: list[str] | str | set[str] | None = field(
         default=None,
@@ -366,6 +369,8 @@ class SFAConfig(PeftConfig):
 
     def _check_places(self) -> None:
         places = self.external_places
+        if places is None:
+            return
         is_valid = isinstance(places, tuple) and all(place in PLACES for place in places)
         self._check(
             "external_places", is_valid and len(set(places)) == len(places), f"choose from {PLACES}, each once"

@@ -83,12 +83,14 @@ class RecordedConfig(SFAConfig):
         ticket_sizes: dict[str, int],
         external_widths: dict[str, dict[str, int]],
         base_fingerprint: dict[str, Any] | None,
+        external_places: tuple[str, ...],
         external_conv: int,
     ) -> RecordedConfig:
         """The config of an adapter that was made from a user's config."""
         recorded: RecordedConfig = cls(
             **config.to_dict()
             | {
+                "external_places": external_places,
                 "external_conv": external_conv,
                 "ticket_sizes": ticket_sizes,
                 "external_widths": external_widths,

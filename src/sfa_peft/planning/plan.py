@@ -137,7 +137,7 @@ class Planner:
                 "internal ones. Give `external_modules` or `target_modules`."
             )
         if self.config.uses_budget:
-            if candidates and self._lacks_places and self.config.external_places:
+            if candidates and self._lacks_places and self.config.external_places != ():
                 warnings.warn(
                     f"{type(self.model).__name__} has no block of a known architecture, so this adapter is internal "
                     f"only. Name modules in SFAConfig.external_modules to get external adapters, or use [] for none."
@@ -241,7 +241,7 @@ class Planner:
                     )
             inputs = {name: self._input_of(name) for name in names}
             return [self._external(MODULE_PARALLEL if of else MODULE, name, of) for name, of in inputs.items()]
-        if not config.external_places:
+        if config.external_places == ():
             return []
         if not has_known_blocks(self.model):
             if config.target_modules is None or self._share is not None:
@@ -251,17 +251,17 @@ class Planner:
                 f"adapters are not known: give `external_modules`, or `[]` for none.{suggestion(self.model)}"
             )
         known = known_places(self.model)
-        asked = [place for place in known if place.place in config.external_places]
+        asked = [place for place in known if place.place in self.external_places]
         if not asked:
             blocks = sorted({known.name for _, _, known in known_modules(self.model) if known.places})
             raise ValueError(
-                f"SFAConfig.external_places={config.external_places!r}: the blocks of {type(self.model).__name__} "
+                f"SFAConfig.external_places={self.external_places!r}: the blocks of {type(self.model).__name__} "
                 f"({', '.join(blocks)}) have only the places {sorted({place.place for place in known})}."
             )
         found = [self._external(*place) for place in asked if self._is_allowed(place.module)]
         if not found:
             raise ValueError(
-                f"SFAConfig.external_places={config.external_places!r} leaves no place: `exclude_modules`, "
+                f"SFAConfig.external_places={self.external_places!r} leaves no place: `exclude_modules`, "
                 f"`modules_to_save` or `layers_to_transform` exclude all of them. Change these fields, or set "
                 f"`external_places=()` for no external adapters."
             )
@@ -308,9 +308,26 @@ class Planner:
             return config.external_conv
         if config.external_modules is not None or config.external_placement == "auto":
             return 0
-        places = [(p.place, p.module) for p in known_places(self.model) if p.place in config.external_places]
-        asked = [place for place in places if self._is_allowed(place[1])]
-        return DEFAULT_CONV if asked and all(place in self._grids for place in asked) else 0
+        return DEFAULT_CONV if self._know_grids(self.external_places) else 0
+
+    @cached_property
+    def external_places(self) -> tuple[str, ...]:
+        """The places of external adapters: those of the config, or the default for this model."""
+        config = self.config
+        if config.external_places is not None:
+            return tuple(config.external_places)
+        has_filters = config.external_conv != 0 and config.external_placement != "auto"
+        return ("block",) if has_filters and self._know_grids(("block",)) else ("mlp_parallel",)
+
+    def _know_grids(self, places: Collection[str]) -> bool:
+        """Whether the blocks that may be adapted have these places, with the grid of their tokens."""
+        leaves: dict[str, set[str]] = {}
+        for place in known_places(self.model):
+            if self._is_allowed(place.module):
+                leaves.setdefault(place.place, set()).add(place.module)
+        asked = {(place, leaf) for place in places for leaf in leaves.get(place, ())}
+        lacks = places == ("block",) and leaves.get("block") != leaves.get("mlp_parallel")
+        return bool(asked) and not lacks and all(place in self._grids for place in asked)
 
     @cached_property
     def _grids(self) -> dict[tuple[str, str], tuple[str, str | None] | None]:
@@ -387,7 +404,7 @@ class Planner:
         if not config.uses_budget:
             return None
         no_external = config.external_modules == set() or (
-            config.external_modules is None and not config.external_places
+            config.external_modules is None and config.external_places == ()
         )
         if no_external or (config.target_modules and self._lacks_places):
             return 0.0

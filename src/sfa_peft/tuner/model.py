@@ -142,7 +142,7 @@ class SFAModel(BaseTuner):
         if isinstance(config, RecordedConfig):
             config.ticket_sizes, config.external_widths, config.base_fingerprint = sizes, widths, fingerprint
         else:
-            config = RecordedConfig.of(config, sizes, widths, fingerprint, planner.conv)
+            config = RecordedConfig.of(config, sizes, widths, fingerprint, planner.external_places, planner.conv)
         self.peft_config[adapter_name] = config
         self.changed.always = config.keep_weights
         # PEFT's version would choose the modules again, by comparing each one with the config, and wrap every module
