@@ -83,9 +83,9 @@ def methods(budget: int, keep: bool | None = None) -> dict[str, Callable[[nn.Mod
         "SFA internal, rows": sfa(0.0, "row"),
         "SFA internal, columns": sfa(0.0, "column"),
         "SFA external": sfa(1.0),
-        "SFA external, filters": sfa(1.0, conv=3),
+        "SFA external, filters": sfa(1.0, conv=7),
         "SFA both": sfa(0.5),
-        "SFA both, filters": sfa(0.5, conv=3),
+        "SFA both, filters": sfa(0.5, conv=7),
         "full fine-tuning": lambda model: model,
     }
 

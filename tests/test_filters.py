@@ -37,6 +37,7 @@ def adapters_of(model):
 
 def reference(adapter, x, grid):
     """The formula, hidden unit by hidden unit and neighbour by neighbour."""
+    x = F.layer_norm(x, x.shape[-1:], eps=1e-6) if adapter.normalizes else x
     hidden = F.linear(x, adapter.down.weight, adapter.down.bias)
     height, width = grid
     first = hidden[:, : -height * width]
@@ -198,11 +199,11 @@ def test_combined_adapters_add():
         model.set_adapter(name)
         record = outputs.setdefault(name, [])
         first = adapters_of(model)[0]
-        layer = next(m for m in model.modules() if hasattr(m, "sfa_parallel") and len(m.sfa_parallel))
-        assert first is layer.sfa_parallel["default"]
-        x = torch.randn(1, 16 * 24, layer.sfa_parallel[name].down.in_features, generator=torch.manual_seed(1))
+        layer = next(m for m in model.modules() if hasattr(m, "sfa_block") and len(m.sfa_block))
+        assert first is layer.sfa_block["default"]
+        x = torch.randn(1, 16 * 24, layer.sfa_block[name].down.in_features, generator=torch.manual_seed(1))
         tiny.output(model, WIDE)
-        record.append(layer.sfa_parallel[name](x))
+        record.append(layer.sfa_block[name](x))
     assert torch.allclose(outputs["sum"][0], 0.5 * outputs["default"][0] - 2 * outputs["other"][0], atol=1e-5)
 
 
@@ -216,7 +217,7 @@ def test_adapters_with_other_filters_cannot_be_combined():
 def test_merged_they_stay_modules_and_cannot_be_saved(tmp_path):
     model = adapted(tiny.swin())
     expected = tiny.output(model, WIDE)
-    with pytest.warns(UserWarning, match="external_conv=3"):
+    with pytest.warns(UserWarning, match=r"without filters \(external_conv=0\)"):
         merged = model.merge_and_unload()
     assert torch.equal(tiny.output(merged, WIDE), expected)
     with pytest.raises(ValueError, match="external adapters as modules"):

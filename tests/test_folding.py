@@ -318,8 +318,8 @@ def with_tanh_gelu():
 
 
 REFUSED = {
-    "another place": (vit_classifier, {"external_places": ["attention"]}, "only adapters at the place mlp_parallel"),
-    "sequential": (vit_classifier, {"external_places": ["mlp"]}, "only adapters at the place mlp_parallel"),
+    "another place": (vit_classifier, {"external_places": ["attention"]}, "only adapters without filters"),
+    "sequential": (vit_classifier, {"external_places": ["mlp"]}, "only adapters without filters"),
     "before it": (vit_classifier, {"external_places": ["mlp", "mlp_parallel"]}, "another external adapter reads"),
     "activation": (vit_classifier, {"external_activation": "relu"}, "'relu' is not the activation of the MLP"),
     "gelu variant": (with_tanh_gelu, {}, "'gelu' is not the activation of the MLP"),
@@ -402,7 +402,7 @@ def test_models_of_others_are_not_folded():
     model = get_peft_model(
         own, SFAConfig(external_width=2, external_modules=["0"], target_modules=[], init_weights=False)
     )
-    with pytest.warns(ExternalsKeptWarning, match="only adapters at the place mlp_parallel of a known block"):
+    with pytest.warns(ExternalsKeptWarning, match="only adapters without filters"):
         model.merge_and_unload()
     layers = nn.Sequential(tiny.vit().layers[0])
     model = get_peft_model(
