@@ -257,9 +257,9 @@ RATES = {
     "Super-Tuning": 2.4e-2,
     "AdaptFormer": 1e-2,
     "Mona": 1e-2,
-    "external": 2e-2,
+    "external": 1e-2,
     "external, no filters": 2e-2,
-    "both": 2e-2,
+    "both": 1e-2,
     "both, no filters": 2e-2,
 }
 
@@ -293,7 +293,7 @@ def suites() -> dict[str, list[Run]]:
             for factor in (0.25, 0.5, 1, 2, 4)
         ]
         + [
-            default_run("both", budget, rate=2e-2 * external, internal_rate=internal_rate(budget / 2) * internal)
+            default_run("both", budget, rate=1e-2 * external, internal_rate=internal_rate(budget / 2) * internal)
             for budget in (0.005, 0.02)
             for external in (0.5, 1, 2)
             for internal in (0.5, 1, 2)

@@ -24,7 +24,7 @@ def test_every_trainable_parameter_has_the_rate_of_its_kind():
     groups = parameter_groups(model)
     assert [(g["name"], g["lr"], g["weight_decay"]) for g in groups] == [
         ("head", 2e-3, 0.0),
-        ("external", 2e-2, 0.0),
+        ("external", 1e-2, 0.0),
         ("internal", by_name(groups)["internal"]["lr"], 0.0),
     ]
     counted = [p for group in groups for p in group["params"]]

@@ -147,7 +147,7 @@ class Method:
 
 
 METHODS = {
-    "sfa": Method(Rates(backbone=2e-2, head=2e-3), sfa_config, is_sfa=True),
+    "sfa": Method(Rates(backbone=1e-2, head=2e-3), sfa_config, is_sfa=True),
     "lora": Method(Rates(backbone=5e-3, head=2e-3), lora_config),
     "shira": Method(Rates(backbone=1.2e-2, head=2e-3), shira_config),
     "adaptformer": Method(Rates(backbone=1e-2, head=2e-3), adaptformer_config, is_sfa=True),

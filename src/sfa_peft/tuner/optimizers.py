@@ -26,7 +26,7 @@ def parameter_groups(
     model: nn.Module,
     *,
     internal: float | None = None,
-    external: float = 2e-2,
+    external: float = 1e-2,
     head: float = 2e-3,
     weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
@@ -40,7 +40,7 @@ def parameter_groups(
         internal (`float`, *optional*, defaults to `None`):
             The learning rate of the values of the ticket. None means ``7e-3 / sqrt(density)`` with the density of the
             ticket, at most 0.1: 5e-2 at 2 %, 7e-2 at 1 %.
-        external (`float`, defaults to 2e-2): The learning rate of external adapters.
+        external (`float`, defaults to 1e-2): The learning rate of external adapters.
         head (`float`, defaults to 2e-3):
             The learning rate of heads (`modules_to_save`), and of whatever else is trained whole.
         weight_decay (`float`, defaults to 0.0): The weight decay of every group.
