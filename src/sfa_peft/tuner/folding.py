@@ -113,7 +113,8 @@ def fold_externals(model: nn.Module, widen: Widen = "auto") -> dict[str, str]:
         For each leaf whose external adapters are kept as modules, the reason.
     """
     kept = dict.fromkeys(
-        merged_leaves(model), "only adapters without filters (external_conv=0) at the place mlp_parallel of a known block are a wider MLP"
+        merged_leaves(model),
+        "only adapters without filters (external_conv=0) at the place mlp_parallel of a known block are a wider MLP",
     )
     if not kept:
         return {}
