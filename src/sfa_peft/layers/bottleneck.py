@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -76,19 +75,9 @@ def _needs_grad(x: Tensor) -> bool:
     return x.requires_grad and torch.is_grad_enabled()
 
 
-NORM_EPS = 1e-6
-
-
-def normalized(x: Tensor) -> Tensor:
-    """A LayerNorm without parameters over the last dimension, in the dtype of `x` under autocast too."""
-    with torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext():
-        return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
-
-
 class BottleneckFunction(torch.autograd.Function):
     """``scale * up(act(down(x)))``, in `dtype`. Saves only `x`: backward computes the hidden states again, which are
-    narrow. With `filters`, the hidden states are `filtered`, on a grid of `size`. With `normalizes`, `x` is normalized
-    first, and again in backward.
+    narrow. With `filters`, the hidden states are `filtered`, on a grid of `size`.
     """
 
     @staticmethod
@@ -102,15 +91,14 @@ class BottleneckFunction(torch.autograd.Function):
         size: Size,
         activation: str,
         scale: float,
-        normalizes: bool,
         dtype: torch.dtype,
     ) -> Tensor:
         ctx.dtypes = x.dtype, down.dtype, bias.dtype, up.dtype, None if filters is None else filters.dtype
         x, down, bias, up = x.to(dtype), down.to(dtype), bias.to(dtype), up.to(dtype)
         filters = None if filters is None else filters.to(dtype)
         ctx.save_for_backward(x, down, bias, up, filters)
-        ctx.size, ctx.activation, ctx.scale, ctx.normalizes = size, activation, scale, normalizes
-        hidden = F.linear(normalized(x) if normalizes else x, down, bias)
+        ctx.size, ctx.activation, ctx.scale = size, activation, scale
+        hidden = F.linear(x, down, bias)
         if filters is not None:
             hidden = filtered(hidden, filters, size)
         return F.linear(_scaled(ACTIVATIONS[activation].forward(hidden), scale), up)
@@ -121,9 +109,6 @@ class BottleneckFunction(torch.autograd.Function):
         x, down, bias, up, filters = ctx.saved_tensors
         x_dtype, down_dtype, bias_dtype, up_dtype, filters_dtype = ctx.dtypes
         activation = ACTIVATIONS[ctx.activation]
-        if ctx.normalizes:
-            given, shape = x, x.shape[-1:]
-            x, mean, rstd = torch.native_layer_norm(given, shape, None, None, NORM_EPS)
         flat_x = x.reshape(-1, x.shape[-1])
         flat_grad = grad.reshape(-1, grad.shape[-1])
 
@@ -139,17 +124,12 @@ class BottleneckFunction(torch.autograd.Function):
             grad_linear, grad_filters = filtered_backward(grad_hidden.view(linear.shape), linear, filters, ctx.size)
             grad_hidden, grad_filters = grad_linear.reshape(grad_hidden.shape), grad_filters.to(filters_dtype)
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_hidden @ down).view(x.shape)
-            if ctx.normalizes:
-                grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
-                    *(grad_x, given, shape, mean, rstd, None, None, (True, False, False))
-                )
-            grad_x = grad_x.to(x_dtype)
+            grad_x = (grad_hidden @ down).to(x_dtype).view(x.shape)
         if ctx.needs_input_grad[1]:
             grad_down = (grad_hidden.t() @ flat_x).to(down_dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_hidden.sum(0, dtype=bias_dtype)
-        return grad_x, grad_down, grad_bias, grad_up, grad_filters, None, None, None, None, None
+        return grad_x, grad_down, grad_bias, grad_up, grad_filters, None, None, None, None
 
 
 def _scaled(values: Tensor, scale: float) -> Tensor:
@@ -170,8 +150,7 @@ class ExternalAdapter(nn.Module):
     `up` starts at zero, so that `delta` starts at exactly zero. After Houlsby et al., "Parameter-Efficient Transfer
     Learning for NLP" (2019), and AdaptFormer (Chen et al., 2022), which puts it in parallel with the MLP.
 
-    With filters, ``act(h + conv(h))`` takes the place of ``act(h)``, where ``h = down(x)``. See `TokenFilter`. With
-    `normalizes`, ``x`` is normalized first, by a LayerNorm without parameters.
+    With filters, ``act(h + conv(h))`` takes the place of ``act(h)``, where ``h = down(x)``. See `TokenFilter`.
 
     Args:
         channels: The channel width of the place.
@@ -183,7 +162,6 @@ class ExternalAdapter(nn.Module):
         init_weights: With False, `up` is random too, and `delta` is not zero at the start (for tests).
         conv: The height and width of the filters on the hidden units, an odd number; 0 for no filters.
         grid: Where the grid of the tokens comes from; see `TokenFilter`.
-        normalizes: Whether the input is normalized: that of a residual has another size in every backbone.
     """
 
     def __init__(
@@ -197,7 +175,6 @@ class ExternalAdapter(nn.Module):
         init_weights: bool = True,
         conv: int = 0,
         grid: Grid | None = None,
-        normalizes: bool = False,
     ) -> None:
         super().__init__()
         self.down = nn.Linear(channels, width)
@@ -210,7 +187,6 @@ class ExternalAdapter(nn.Module):
         self.dropout = dropout
         self.scale = scale
         self.channel_dim = channel_dim
-        self.normalizes = normalizes
 
     @property
     def width(self) -> int:
@@ -248,8 +224,7 @@ class ExternalAdapter(nn.Module):
         if (self.dropout and self.training) or torch.jit.is_tracing():
             # With dropout, autograd keeps the hidden states, so that the mask is the same in backward; these are only
             # `width` numbers per token. TorchScript supports no autograd functions.
-            x = x.to(dtype)
-            hidden = self.down(normalized(x) if self.normalizes else x)
+            hidden = self.down(x.to(dtype))
             hidden = hidden if self.conv is None else self.conv(hidden)
             hidden = ACTIVATIONS[self.activation].forward(hidden)
             delta = self.up(F.dropout(hidden, self.dropout, self.training) * self.scale)
@@ -263,7 +238,6 @@ class ExternalAdapter(nn.Module):
                 None if self.conv is None else self.conv.size_of(x),
                 self.activation,
                 self.scale,
-                self.normalizes,
                 dtype,
             )
         return delta if self.channel_dim == -1 else delta.movedim(-1, self.channel_dim)

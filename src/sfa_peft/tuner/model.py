@@ -197,7 +197,6 @@ class SFAModel(BaseTuner):
                 init_weights=config.init_weights,
                 conv=external.conv,
                 grid=grid,
-                normalizes=external.kind == "sfa_block",
             )
             container = None if external.reads is None else self.model.get_submodule(external.reads)
             layer.add_external(adapter_name, adapter, external.kind, container)
