@@ -21,7 +21,7 @@ CONFIGS = {
     "external": {"budget": 0.1, "external_share": 1.0},
     "internal": {"budget": 0.1, "external_share": 0.0},
     "parallel": {"budget": 0.2, "external_places": ["attention", "mlp_parallel"]},
-    "every place": {"budget": 0.2, "external_places": ["attention", "mlp", "mlp_parallel"]},
+    "every place": {"budget": 0.2, "external_places": ["attention", "mlp", "mlp_parallel", "block"]},
     "rows": {"budget": 0.1, "internal_granularity": "row"},
     "columns": {"budget": 0.1, "internal_granularity": "column"},
     "explicit": {"external_width": {"fc2": 3}, "internal_density": 0.05},
@@ -383,7 +383,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(tmp_path, make):
     budget=st.integers(100, 2000),
     share=st.sampled_from([0.0, 0.5, 1.0]),
     granularity=st.sampled_from(["element", "row", "column"]),
-    places=st.sets(st.sampled_from(["attention", "mlp", "mlp_parallel"]), min_size=1),
+    places=st.sets(st.sampled_from(["attention", "mlp", "mlp_parallel", "block"]), min_size=1),
 )
 def test_round_trip_of_any_adapter(tmp_path_factory, budget, share, granularity, places):
     folder = tmp_path_factory.mktemp("adapter")

@@ -35,7 +35,7 @@ def test_one_adapter_of_weight_one_is_a_copy():
     torch.testing.assert_close(alone(model, "copy", x), alone(model, "a", x))
 
 
-@pytest.mark.parametrize("places", [["attention", "mlp"], ["mlp_parallel"], []])
+@pytest.mark.parametrize("places", [["attention", "mlp"], ["mlp_parallel"], ["block"], []])
 def test_deltas_are_weighted_on_the_union_of_the_tickets(places):
     model = two_adapters(external_places=places)
     model.base_model.add_weighted_adapter(["a", "b"], [0.7, -0.3], "c")

@@ -21,7 +21,7 @@ ARCHITECTURES = [
     tiny.mask2former_on_swin,
     tiny.rf_detr,
 ]
-EVERYWHERE = ("attention", "mlp", "mlp_parallel")
+EVERYWHERE = ("attention", "mlp", "mlp_parallel", "block")
 
 architectures = pytest.mark.parametrize("make", ARCHITECTURES, ids=lambda make: make.__name__)
 without_values = pytest.mark.filterwarnings("ignore:.*has no values yet", "ignore:.*which is a no-op")

@@ -123,10 +123,10 @@ def finds_the_pvt(names):
     config = transformers.PvtConfig(
         image_size=64, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 1, 1]
     )
-    every = SFAConfig(budget=0.2, external_places=("attention", "mlp", "mlp_parallel"))
+    every = SFAConfig(budget=0.2, external_places=("attention", "mlp", "mlp_parallel", "block"))
     model = get_peft_model(transformers.PvtModel(config), every)
     found = model.peft_config["default"]
-    assert set(found.external_widths) == {"attention", "mlp", "mlp_parallel"}
+    assert set(found.external_widths) == {"attention", "mlp", "mlp_parallel", "block"}
     assert "encoder.block.0.0.attention.self.sequence_reduction.weight" in found.ticket_sizes
     model(tiny.pixels(size=64)).last_hidden_state.square().mean().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

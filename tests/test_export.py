@@ -166,7 +166,7 @@ def test_the_older_onnx_exporter_keeps_the_adapter(make, granularity, tmp_path):
     config = SFAConfig(
         budget=0.1,
         init_weights=False,
-        external_places=["attention", "mlp", "mlp_parallel"],
+        external_places=["attention", "mlp", "mlp_parallel", "block"],
         internal_granularity=granularity,
     )
     model, x, file = FirstTensor(get_peft_model(make(), config)).eval(), tiny.pixels(), tmp_path / "model.onnx"

@@ -484,7 +484,7 @@ def test_a_dropout_is_inactive_while_folding():
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     make=st.sampled_from([bare_swin, vit_classifier, tiny.dinov3, bare_dinov2]),
-    places=st.sets(st.sampled_from(["attention", "mlp", "mlp_parallel"]), min_size=1),
+    places=st.sets(st.sampled_from(["attention", "mlp", "mlp_parallel", "block"]), min_size=1),
     sizes=st.one_of(
         st.fixed_dictionaries({"budget": st.floats(0.05, 0.3), "external_share": st.floats(0.1, 1)}),
         st.fixed_dictionaries({"external_width": st.integers(1, 9), "internal_density": st.floats(0, 0.3)}),

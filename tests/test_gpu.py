@@ -17,7 +17,7 @@ pytestmark = [
 ]
 
 DEVICE = torch.device("cuda")
-EVERYWHERE = ("attention", "mlp", "mlp_parallel")
+EVERYWHERE = ("attention", "mlp", "mlp_parallel", "block")
 
 
 ARCHITECTURES = [tiny.swin, tiny.dinov2]

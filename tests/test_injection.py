@@ -25,7 +25,7 @@ ARCHITECTURES = {
     "mask2former": (tiny.mask2former_on_swin, ["class_predictor"], 64),
     "rf_detr": (tiny.rf_detr, None, 64),
 }
-EVERY_PLACE = ["attention", "mlp", "mlp_parallel"]
+EVERY_PLACE = ["attention", "mlp", "mlp_parallel", "block"]
 
 
 def adapter_parameters(model):

@@ -12,7 +12,7 @@ from adapters import trained
 from sfa_peft import SFAConfig, SFALayer, search_ticket
 from sfa_peft.tuner.folding import ExternalsKeptWarning
 
-PLACES = {"sequential": ["attention", "mlp"], "parallel": ["attention", "mlp_parallel"]}
+PLACES = {"sequential": ["attention", "mlp"], "parallel": ["attention", "mlp_parallel"], "block": ["mlp", "block"]}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

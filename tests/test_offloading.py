@@ -12,7 +12,9 @@ DEVICE = torch.device("cpu")
 
 
 def adapted(make, **changes):
-    config = SFAConfig(budget=0.1, init_weights=False, external_places=("attention", "mlp", "mlp_parallel"), **changes)
+    config = SFAConfig(
+        budget=0.1, init_weights=False, external_places=("attention", "mlp", "mlp_parallel", "block"), **changes
+    )
     return get_peft_model(make(), config).eval()
 
 

@@ -676,7 +676,7 @@ def test_progress_of_another_search_is_refused(tmp_path):
 # Placement
 
 
-@pytest.mark.parametrize("places", [["mlp_parallel"], ["attention", "mlp", "mlp_parallel"]])
+@pytest.mark.parametrize("places", [["mlp_parallel"], ["attention", "mlp", "mlp_parallel", "block"]])
 def test_auto_placement_finds_widths_within_the_budget(places):
     model = auto(external_places=places)
     uniform = model.peft_config["default"].external_widths

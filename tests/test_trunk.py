@@ -40,6 +40,7 @@ def outputs(model, x):
         ("swin", {"target_modules": r".*encoder\.layers\.1\.blocks\..*(q_proj|v_proj|fc1|fc2)"}),
         ("dinov2", {}),
         ("dinov2", {"external_places": ("attention", "mlp_parallel")}),
+        ("dinov2", {"external_places": ("block",)}),
     ],
 )
 @torch.no_grad()
