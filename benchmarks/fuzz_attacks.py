@@ -363,10 +363,10 @@ def bombs(world: World, seed: int, count: int) -> Iterator[Attack]:
             yield Attack("bombs", f"2.6e10 positions, coded by {label} ({write})", _edit(sizes, write))
 
     def external(parts: Parts, width: int, is_empty: bool) -> None:
-        (module,) = list(parts.fields["external_widths"]["mlp_parallel"])[:1]
-        parts.fields["external_widths"]["mlp_parallel"][module] = width
+        (module,) = list(parts.fields["external_widths"]["block"])[:1]
+        parts.fields["external_widths"]["block"][module] = width
         if is_empty:
-            key = f"{P}{module}.sfa_parallel"
+            key = f"{P}{module}.sfa_block"
             parts.tensors[f"{key}.down.weight"] = torch.empty(width, 0)
             parts.tensors[f"{key}.up.weight"] = torch.empty(0, width)
             parts.tensors[f"{key}.down.bias"] = torch.empty(width, 0)
@@ -442,7 +442,7 @@ def dtypes(world: World, seed: int, count: int) -> Iterator[Attack]:
         entry.update(dtype=dtype, data_offsets=[len(data), len(data) + size])
         _write_raw(folder / WEIGHTS, _gapless(header, data + bytes(size)))
 
-    for key in ("classifier.weight", "classifier.bias", "sfa_parallel.down.weight", "fc1.sfa_internal.weight",
+    for key in ("classifier.weight", "classifier.bias", "sfa_block.down.weight", "fc1.sfa_internal.weight",
                 "fc1.sfa_internal.weight_positions"):  # fmt: skip
         for dtype in bits:
             make = partial(retype, key=key, dtype=dtype)
