@@ -234,7 +234,7 @@ def test_the_card_says_what_the_adapter_is(hub, tmp_path, pictures):
     assert (result.metric_type, result.metric_value, result.dataset_type) == ("mean_iou", 0.4712, "me/scenes")
     assert (result.task_type, result.dataset_split) == ("image-segmentation", "validation")
     ticket = ticket_of(model)
-    for text in (f"{ticket.size:,} positions", "mlp_parallel", "0.1 of the backbone", "0.4712", "![", "ticket.png"):
+    for text in (f"{ticket.size:,} positions", "block", "0.1 of the backbone", "0.4712", "![", "ticket.png"):
         assert text in found.text
     with Image.open(tmp_path / "out" / "ticket.png") as picture:
         assert picture.format == "PNG"

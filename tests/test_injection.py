@@ -240,7 +240,7 @@ def test_widths_never_cost_more_than_allowed_and_waste_little(channels, allowanc
 @settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 @given(budget=st.integers(200, 3000), share=st.floats(0, 0.9))
 def test_element_tickets_meet_any_budget_exactly(budget, share):
-    if share * budget < 17:  # less than one unit of the cheapest external adapter
+    if share * budget < 66:  # less than one unit of the cheapest external adapter
         share = 0.0
     model = get_peft_model(tiny.swin(), SFAConfig(budget=budget, external_share=share))
     assert sum(p.numel() for p in adapter_parameters(model).values()) == budget

@@ -25,8 +25,8 @@ from sfa_peft.tuner.rollback import Rollback, Uninterrupted
 
 TRACED = (str(Path(sfa_peft.__file__).parent), str(Path(peft.__file__).parent), contextlib.__file__)
 TARGETS = ["o_proj", "fc2", "layernorm_after"]
-OPTIONS = {"budget": 150, "external_places": ["attention", "mlp_parallel"], "modules_to_save": ["pooler"]}
-OPTIONS |= {"target_modules": TARGETS}
+OPTIONS = {"budget": 150, "external_places": ["attention", "block"], "modules_to_save": ["pooler"]}
+OPTIONS |= {"target_modules": TARGETS, "external_conv": 3}
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,12 @@ def of_three():
     """A model with a new adapter, a merged one and a trained one that is not active."""
     model = adapted()
     for name, places in (("merged", ["mlp"]), ("third", [])):
-        options = {"target_modules": TARGETS, "external_places": places, "initial_ticket": "random"}
+        options = {
+            "target_modules": TARGETS,
+            "external_places": places,
+            "external_conv": 3,
+            "initial_ticket": "random",
+        }
         model.add_adapter(name, SFAConfig(budget=90, external_share=0.5 if places else 0, **options))
         disturb(model, name)
     model.base_model.model.embeddings.eval()
@@ -127,7 +132,7 @@ def of(make, change):
 
 
 def placing(saved):
-    model = adapted(external_placement="auto", external_share=0.5)
+    model = adapted(external_placement="auto", external_share=0.5, external_conv=0)
     return model, lambda: search(model, criterion="magnitude")
 
 

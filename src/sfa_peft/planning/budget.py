@@ -92,10 +92,11 @@ def widths_within(channels: Sequence[int], allowance: int, conv: int = 0) -> lis
     cheapest = min(units)
     if allowance < cheapest:
         filters = f" + {conv} * {conv}" if conv else ""
+        smaller = ", lower `external_conv`" if conv else ""
         raise ValueError(
             f"the external adapters get {allowance:,} parameters of the budget, but one hidden unit of the cheapest "
-            f"costs {cheapest:,} (2 * {min(channels)} channels + 1{filters}); raise `budget` or `external_share`, or "
-            f"set `external_share=0` for internal adapters only."
+            f"costs {cheapest:,} (2 * {min(channels)} channels + 1{filters}); raise `budget` or `external_share`"
+            f"{smaller}, or set `external_share=0` for internal adapters only."
         )
     fraction = allowance / sum(c * unit for c, unit in zip(channels, units, strict=True))
     exact = [fraction * c for c in channels]
