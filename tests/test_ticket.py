@@ -100,7 +100,7 @@ def test_the_report_shows_density_and_widths():
     report = search(adapted(external_share=0.5))
     by_layer = report.counts("layer")
     assert sum(chosen for chosen, _, _ in by_layer.values()) == report.ticket_size
-    widths = report.ticket.widths["mlp_parallel"]
+    widths = report.ticket.widths["block"]
     assert sum(width for _, _, width in by_layer.values()) == sum(widths.values())
     text = str(report)
     assert text.splitlines()[0].startswith(f"Ticket of {report.ticket_size:,} positions")
@@ -121,7 +121,7 @@ def test_the_picture_is_drawn(tmp_path):
     share = sum(ticket.elements(f"{fc1}.{name}") for name in ("weight", "bias")) / size
     assert share > 0
     assert density.images[0].get_array()[0, column] == pytest.approx(100 * share)
-    assert [t.get_text() for t in width.get_xticklabels()] == ["mlp_parallel"]
+    assert [t.get_text() for t in width.get_xticklabels()] == ["block"]
 
 
 def test_the_overlap_of_two_tickets_is_drawn(tmp_path):
