@@ -64,7 +64,7 @@ class DepthEstimation(Task):
     defaults = {"max_grad_norm": 1.0}
     # Measured on the embedded scenes.
     rates = {
-        "sfa": Rates(backbone=3e-3, internal=4e-3, head=2e-3),
+        "sfa": Rates(backbone=1e-2, internal=4e-3, head=2e-3),
         "lora": Rates(backbone=2e-3, head=2e-3),
         "shira": Rates(backbone=4e-3, head=2e-3),
         "adaptformer": Rates(backbone=3e-3, head=2e-3),
