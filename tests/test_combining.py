@@ -28,6 +28,19 @@ def test_the_sum_of_two_is_what_both_active_adapters_compute():
     torch.testing.assert_close(alone(model, "sum", x), both, atol=1e-5, rtol=1e-4)
 
 
+def test_adapters_at_several_places_of_a_leaf_are_combined_place_by_place(tmp_path):
+    model = two_adapters({"external_places": ["mlp_parallel", "block"]}, external_places=["mlp", "block"])
+    x = tiny.pixels()
+    model.base_model.set_adapter(["a", "b"])
+    both = tiny.output(model, x)
+    model.base_model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum")
+    torch.testing.assert_close(alone(model, "sum", x), both, atol=1e-5, rtol=1e-4)
+    assert set(model.peft_config["sum"].external_widths) == {"mlp", "mlp_parallel", "block"}
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    loaded = PeftModel.from_pretrained(tiny.swin(), tmp_path / "sum")
+    assert torch.equal(tiny.output(loaded, x), alone(model, "sum", x))
+
+
 def test_one_adapter_of_weight_one_is_a_copy():
     model = two_adapters()
     x = tiny.pixels()

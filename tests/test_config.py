@@ -141,7 +141,7 @@ def refused(model, match, **options):
 @pytest.mark.parametrize(
     ("match", "options"),
     [
-        (r"one hidden unit of the cheapest costs 26", {"budget": 20, "external_share": 0.5}),
+        (r"one hidden unit of the cheapest costs 66", {"budget": 20, "external_share": 0.5}),
         (r"budget=10\*\*9|larger than the backbone", {"budget": 10**9}),
         (r"less than one parameter", {"budget": 1e-9}),
         (r"targets have only", {"budget": 0.99, "external_share": 0.0}),

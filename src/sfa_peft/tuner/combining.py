@@ -90,11 +90,11 @@ def combined(
                     union = positions.setdefault(name, {})
                     both = [t for t in (union.get(parameter), delta.positions(parameter)) if t is not None]
                     union[parameter] = torch.cat(both).unique()
-    externals: dict[tuple[bool, str], External] = {}
+    externals: dict[tuple[str, str], External] = {}
     for adapter in adapters:
         for recorded in Planner(model, configs[adapter]).recorded_externals(configs[adapter]).values():
             for external in recorded:
-                key = (external.reads is not None, external.module)
+                key = (external.kind, external.module)
                 same = externals.get(key, external)
                 if same.reads != external.reads:
                     raise ValueError(
