@@ -164,8 +164,8 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     def externals_of(self, adapter_name: str) -> list[tuple[str, ExternalAdapter]]:
         """An adapter's bottlenecks in this layer, each with its kind."""
-        kinds = ((kind, getattr(self, kind)) for kind in EXTERNAL_KINDS)
-        return [(kind, adapters[adapter_name]) for kind, adapters in kinds if adapter_name in adapters]
+        modules = self.modules_of(adapter_name)
+        return [(kind, module) for kind, module in modules if isinstance(module, ExternalAdapter)]
 
     def remove_externals(self, adapter_name: str) -> None:
         self._remove_hooks(adapter_name)
