@@ -1,13 +1,14 @@
 """Accuracy at a budget: SFA, its peers and full fine-tuning, for the same total number of steps.
 
-Semantic segmentation with a linear head on a pretrained backbone, so that the backbone has to do the work. A search
-takes its steps from the training. Forward passes run under bfloat16 autocast, on a CPU too. Each result is stored with
-its setting, and what is stored is not run again, so the work can be stopped and continued, and be shared by worker
-processes: as many as cores with one thread each on a CPU, many on a GPU.
+Semantic segmentation with a linear head on a pretrained backbone, so that the backbone has to do the work, or with an
+UperNet head. A search takes its steps from the training. Forward passes run under bfloat16 autocast, on a CPU too.
+SFA has its default rates; a peer's rate is searched at the first seed, by steps of 2 until the best is inside, and the
+best is run with the other seeds. Each result is stored with its setting, and what is stored is not run again, so the
+work can be stopped and continued. It is shared by worker processes: as many as cores, with one thread each. On a GPU
+the step of a training is captured once and replayed.
 
     python benchmarks/accuracy.py pack scenes.zip --dataset FOLDER
-    python benchmarks/accuracy.py run tune --data scenes.zip --model BACKBONE --results accuracy.jsonl
-    python benchmarks/accuracy.py run main --data scenes.zip --model BACKBONE --results accuracy.jsonl --seeds 0 1 2
+    python benchmarks/accuracy.py run main --data scenes.zip --models BACKBONE BACKBONE --results accuracy.jsonl
     python benchmarks/accuracy.py report --results accuracy.jsonl --picture accuracy.png
 """
 
@@ -19,15 +20,15 @@ import io
 import itertools
 import json
 import multiprocessing
-import os
 import statistics
 import sys
 import time
 import traceback
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cache, partial
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ import torch.nn.functional as F
 from peft import SupertuningConfig, get_peft_model
 from PIL import Image
 from torch import Tensor, nn
+from transformers import PretrainedConfig, UperNetConfig, UperNetForSemanticSegmentation
 
 from sfa_peft import SFAConfig, search_ticket
 
@@ -63,6 +65,7 @@ class Run:
         internal_rate: That of the internal values of SFA, if it has both kinds.
         search_steps: The steps of the search, taken from the total.
         options: Other fields of `SFAConfig`.
+        head: ``linear`` or ``upernet``.
     """
 
     method: str
@@ -71,6 +74,7 @@ class Run:
     internal_rate: float = 0.0
     search_steps: int = 0
     options: dict[str, Any] = field(default_factory=dict)
+    head: str = "linear"
 
 
 # What a method makes of a model and a number of parameters.
@@ -243,9 +247,11 @@ METHODS: dict[str, Adapts] = {
     "both, no filters": _sfa(external_conv=0),
 }
 WITHOUT_BUDGET = {"full", "head", "BitFit", "LayerNorm"}
+TUNED = {"full", "BitFit", "LayerNorm", "LoRA", "DoRA", "SHiRA", "Super-Tuning", "AdaptFormer", "Mona"}
+MOST_RATES = 6
 SEARCHES = {"internal", "both", "both, no filters"}
 SEARCH_STEPS = 40
-# Where the suite `tune` starts from.
+# Of peers, where the search of the rate starts.
 RATES = {
     "full": 1e-3,
     "head": 0.0,
@@ -281,28 +287,81 @@ def default_run(method: str, budget: float, **changes: Any) -> Run:
     return replace(run, **changes)
 
 
+# A run and its seed, and the mean IoU that it had; None if it was not run yet.
+Score = Callable[[Run, int], float | None]
+Jobs = Iterator[tuple[Run, int]]
+
+
+def tuned(run: Run, seeds: Sequence[int], score: Score) -> Jobs:
+    """What to run to know a method at its best rate, as far as the results so far tell."""
+    first, *others = seeds
+    rates = [run.rate / 2, run.rate, 2 * run.rate]
+    while True:
+        runs = [replace(run, rate=float(f"{rate:.3g}")) for rate in rates]
+        scores = [score(one, first) for one in runs]
+        yield from ((one, first) for one in runs)
+        if None in scores:
+            return
+        best = scores.index(max(scores))
+        if best == 0 and len(rates) < MOST_RATES:
+            rates.insert(0, rates[0] / 2)
+        elif best == len(rates) - 1 and len(rates) < MOST_RATES:
+            rates.append(2 * rates[-1])
+        else:
+            yield from ((runs[best], seed) for seed in others)
+            return
+
+
+def jobs_of(runs: Iterable[Run], seeds: Sequence[int], score: Score) -> Jobs:
+    for run in runs:
+        if run.method in TUNED:
+            yield from tuned(run, seeds, score)
+        else:
+            yield from ((run, seed) for seed in seeds)
+
+
+def share_run(method: str, budget: float, share: float, **options: Any) -> Run:
+    """Both kinds with another share, the internal rate by their density."""
+    run = default_run(method, budget, options={"external_share": share, **options})
+    return replace(run, internal_rate=internal_rate(budget * (1 - share)))
+
+
 def suites() -> dict[str, list[Run]]:
     """The runs by the question that they answer."""
     return {
-        # Each method's rate, on a grid of steps of 2 around the best that is known.
-        "tune": [
-            replace(default_run(method, budget), rate=default_run(method, budget).rate * factor)
-            for budget in (0.005, 0.02)
-            for method in METHODS
-            if method not in ("head", "both", "both, no filters") and not (method in WITHOUT_BUDGET and budget != 0.02)
-            for factor in (0.25, 0.5, 1, 2, 4)
-        ]
+        "sfa": [default_run(method, budget) for budget in BUDGETS for method in ("both", "external", "internal")],
+        "peers": [default_run("full", 0.0)]
+        + [default_run(method, budget) for budget in BUDGETS for method in ("LoRA", "Mona")],
+        "other_peers": [default_run(method, 0.0) for method in ("head", "BitFit", "LayerNorm")]
         + [
+            default_run(method, budget)
+            for budget in BUDGETS
+            for method in ("DoRA", "SHiRA", "Super-Tuning", "AdaptFormer")
+        ],
+        "tickets": [
+            default_run(method, budget)
+            for budget in BUDGETS
+            for method in ("internal, random", "internal, magnitude", "external, no filters")
+        ],
+        "share": [share_run("both", budget, share) for budget in BUDGETS for share in (0.75, 0.9)],
+        "place": [
+            run
+            for budget in BUDGETS
+            for run in (
+                default_run("both", budget, options={"external_places": ["mlp_parallel"]}),
+                default_run("external", budget, options={"external_places": ["mlp_parallel"]}),
+            )
+        ],
+        "upernet": [
+            default_run(method, budget, head="upernet")
+            for budget in (0.02, 0.005)
+            for method in ("both", "external", "internal", "full", "LoRA", "Mona")
+        ],
+        "rates": [
             default_run("both", budget, rate=1e-2 * external, internal_rate=internal_rate(budget / 2) * internal)
             for budget in (0.005, 0.02)
             for external in (0.5, 1, 2)
             for internal in (0.5, 1, 2)
-        ],
-        "main": [default_run(method, budget) for budget in BUDGETS for method in METHODS],
-        "share": [
-            default_run("both", budget, options={"external_share": share})
-            for budget in (0.005, 0.02)
-            for share in (0.1, 0.25, 0.75)
         ],
         "search": [
             default_run(method, budget, search_steps=steps)
@@ -339,6 +398,7 @@ class Data:
     labels: Tensor
 
     @classmethod
+    @cache
     def read(cls, path: Path, split: str, size: tuple[int, int], classes: int, device: torch.device) -> Data:
         found: dict[str, list[Tensor]] = {"image": [], "label": []}
         with zipfile.ZipFile(path) as file:
@@ -376,11 +436,20 @@ def normalized(images: Tensor) -> Tensor:
 
 
 class Segmenter(nn.Module):
-    def __init__(self, name: str, classes: int) -> None:
+    """A backbone and a fresh head; of `heads`, an UperNet of 64 channels, or the linear one."""
+
+    def __init__(self, name: str) -> None:
         super().__init__()
-        config = load_config(name)
-        self.backbone = load_backbone(name, config, reshape_hidden_states=True)
-        self.decode_head = LinearHead(self.backbone.channels, classes)
+        self.backbone = load_backbone(name, load_config(name), reshape_hidden_states=True)
+
+    def set_head(self, head: str, classes: int) -> None:
+        if head == "linear":
+            self.decode_head = LinearHead(self.backbone.channels, classes)
+        else:
+            config = UperNetConfig(
+                backbone_config=self.backbone.config, hidden_size=64, use_auxiliary_head=False, num_labels=classes
+            )
+            self.decode_head = UperNetForSemanticSegmentation(config).decode_head
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of shape (batch, classes, height, width) at the size of the images."""
@@ -395,19 +464,59 @@ def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED)
 
 
+class Replayed:
+    """A step on a GPU: run a few times, then captured, and replayed from then on.
+
+    Small models are bound by launches, so that many processes share a GPU well when each has one launch a step.
+    """
+
+    EAGER = 5
+
+    def __init__(self, step: Callable[..., None]) -> None:
+        self.step = step
+        self.done = 0
+        self.graph = torch.cuda.CUDAGraph()
+        self.stream = torch.cuda.Stream()
+
+    def __call__(self, *inputs: Tensor) -> None:
+        if self.done < self.EAGER:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.step(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+        else:
+            if self.done == self.EAGER:
+                self.inputs = [tensor.clone() for tensor in inputs]
+                with torch.cuda.graph(self.graph, stream=self.stream):
+                    self.step(*self.inputs)
+            for own, tensor in zip(self.inputs, inputs, strict=True):
+                own.copy_(tensor)
+            self.graph.replay()
+        self.done += 1
+
+
+def sizes_for(config: PretrainedConfig, args: argparse.Namespace) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The sizes of images in training and in validation. A plain transformer needs multiples of its patches."""
+    multiple = 1 if hasattr(config, "depths") else config.patch_size
+    trained, tested = (
+        tuple(side // multiple * multiple for side in size) for size in (args.image_size, args.eval_size)
+    )
+    return trained, tested
+
+
 class Bench:
     """The data, the backbone, and what does not change between runs."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, model: str) -> None:
         self.args = args
         self.device = torch.device(args.device)
-        self.size, self.whole = tuple(args.image_size), tuple(args.eval_size)
+        torch.manual_seed(0)
+        self.base = Segmenter(model).to(self.device)
+        self.size, self.whole = sizes_for(self.base.backbone.config, args)
         # Large enough for the largest zoom.
         stored = tuple(min(int(side * ZOOM), most) for side, most in zip(self.size, self.whole, strict=True))
         self.train = Data.read(args.data, "train", stored, args.classes, self.device)
         self.validation = Data.read(args.data, "validation", self.whole, args.classes, self.device)
-        torch.manual_seed(0)
-        self.base = Segmenter(args.model, args.classes)
         if self.device.type == "cpu":  # faster there: twice for Swin's frozen position bias, 1.5 times for DINOv2
             self.base.backbone.set_attn_implementation("eager")
 
@@ -423,12 +532,11 @@ class Bench:
     def run(self, run: Run, seed: int) -> dict[str, Any]:
         started = time.perf_counter()
         torch.manual_seed(seed)
-        model: nn.Module = copy.deepcopy(self.base).to(self.device)
-        for classify in model.decode_head.classifiers:
-            classify.reset_parameters()
-        dense = Dense(model, "backbone", ["decode_head"])
+        segmenter = copy.deepcopy(self.base)
+        segmenter.set_head(run.head, self.args.classes)
+        dense = Dense(segmenter.to(self.device), "backbone", ["decode_head"])
         whole = dense.backbone_parameters
-        model = METHODS[run.method](dense, int(run.budget * whole), run)
+        model: nn.Module = METHODS[run.method](dense, int(run.budget * whole), run)
         if run.search_steps:
             batches = list(self.batches(seed + 1000, run.search_steps))
             search_ticket(model, batches, steps=run.search_steps, loss_fn=loss_of, seed=seed, progress=False)
@@ -447,20 +555,34 @@ class Bench:
                 is_internal = run.internal_rate and ".sfa_internal." in name
                 rate = HEAD_RATE if is_head(name, ["decode_head"]) else run.internal_rate if is_internal else run.rate
                 groups.setdefault(rate, []).append(p)
-        optimizer = torch.optim.AdamW(
-            [{"params": params, "lr": rate} for rate, params in groups.items()], weight_decay=0.0, fused=True
-        )
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda i: min((i + 1) / WARMUP, 1.0) * (1 - i / steps) ** POWER
-        )
         parameters = [p for params in groups.values() for p in params]
-        model.train()
-        for batch in self.batches(seed, steps):
-            loss_of(model, batch).backward()
+        on_gpu = self.device.type == "cuda"
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": params, "lr": torch.tensor(rate, device=self.device) if on_gpu else rate}
+                for rate, params in groups.items()
+            ],
+            weight_decay=0.0,
+            fused=True,
+            capturable=on_gpu,
+        )
+
+        def step(images: Tensor, labels: Tensor) -> None:
+            loss_of(model, (images, labels)).backward()
             nn.utils.clip_grad_norm_(parameters, CLIP)
             optimizer.step()
             optimizer.zero_grad()
-            schedule.step()
+
+        model.train()
+        replayed = Replayed(step) if on_gpu else step
+        for i, batch in enumerate(self.batches(seed, steps)):
+            factor = min((i + 1) / WARMUP, 1.0) * (1 - i / steps) ** POWER
+            for group, rate in zip(optimizer.param_groups, groups, strict=True):
+                if on_gpu:
+                    group["lr"].fill_(rate * factor)
+                else:
+                    group["lr"] = rate * factor
+            replayed(*batch)
 
     @torch.no_grad()
     def scores(self, model: nn.Module) -> dict[str, float]:
@@ -491,66 +613,123 @@ def key(setting: dict[str, Any]) -> str:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [{"head": "linear"} | json.loads(line) for line in lines]
 
 
-def work(args: argparse.Namespace, jobs: Any, results: Any) -> None:
-    """Take runs from a queue until it has no more."""
+def work(args: argparse.Namespace, jobs: Connection) -> None:
+    """Run what comes, until nothing more does."""
     torch.set_num_threads(args.threads)
-    bench = Bench(args)
-    while (job := jobs.get()) is not None:
-        setting, run, seed = job
+    bench_of = cache(partial(Bench, args))
+    while (job := jobs.recv()) is not None:
+        model, run, seed = job
         try:
-            results.put(setting | bench.run(run, seed))
+            jobs.send(bench_of(model).run(run, seed))
         except Exception:  # told with the run, and the other runs go on
-            results.put(setting | {"error": traceback.format_exc()})
+            jobs.send({"error": traceback.format_exc()})
+
+
+class Plan:
+    """What is to be run, by the results that there are.
+
+    Attributes:
+        results: Of the file, and those that came since.
+        failed: Keys of settings that raised.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.device = torch.cuda.get_device_name() if args.device == "cuda" else args.device
+        self.sizes = {model: sizes_for(load_config(model), args)[0] for model in args.models}
+        self.scores: dict[str, float] = {}
+        self.failed: set[str] = set()
+
+    def setting(self, model: str, run: Run, seed: int) -> dict[str, Any]:
+        return {
+            "model": Path(model).name,
+            "data": self.args.data.stem,
+            "steps": self.args.steps,
+            "image_size": list(self.sizes[model]),
+            "device": self.device,
+            **asdict(run),
+            "seed": seed,
+        }
+
+    def learn(self, results: Iterable[dict[str, Any]]) -> None:
+        fields = self.setting(self.args.models[0], default_run("head", 0.0), 0)
+        for result in results:
+            self.scores[key({name: result.get(name) for name in fields})] = result["mean_iou"]
+
+    def jobs(self) -> Iterator[tuple[str, Run, int]]:
+        """What is not known yet, in the order of the suites."""
+        every = suites()
+        for suite, model in itertools.product(self.args.suites, self.args.models):
+            runs = [run for run in every[suite] if self._is_wanted(run)]
+
+            def score(run: Run, seed: int, model: str = model) -> float | None:
+                return self.scores.get(key(self.setting(model, run, seed)))
+
+            for run, seed in jobs_of(runs, self.args.seeds, score):
+                if score(run, seed) is None:
+                    yield model, run, seed
+
+    def _is_wanted(self, run: Run) -> bool:
+        of_budget = not self.args.budgets or run.budget in (0.0, *self.args.budgets)
+        return of_budget and (not self.args.methods or run.method in self.args.methods)
 
 
 def run_all(args: argparse.Namespace) -> None:
-    every = suites()
-    shared = {
-        "model": Path(args.model).name,
-        "data": args.data.stem,
-        "steps": args.steps,
-        "image_size": list(args.image_size),
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else args.device,
-    }
-    todo = {}
-    for seed, name in itertools.product(args.seeds, args.suites):
-        for run in every[name]:
-            is_wanted = (not args.budgets or run.budget in (0.0, *args.budgets)) and (
-                not args.methods or run.method in args.methods
-            )
-            if is_wanted:
-                setting = shared | asdict(run) | {"seed": seed}
-                todo[key(setting)] = (setting, run, seed)
-    known = {key({k: r.get(k) for k in next(iter(todo.values()))[0]}) for r in read(args.results)} if todo else set()
-    todo = {k: job for k, job in todo.items() if k not in known}
+    plan = Plan(args)
+    plan.learn(read(args.results))
     context = multiprocessing.get_context("spawn")
-    jobs, results = context.Queue(), context.Queue()
-    for job in todo.values():
-        jobs.put(job)
-    workers = min(args.workers, len(todo))
-    for _ in range(workers):
-        jobs.put(None)
-    processes = [context.Process(target=work, args=(args, jobs, results), daemon=True) for _ in range(workers)]
-    for process in processes:
-        process.start()
-    for done in range(len(todo)):
-        result = results.get()
-        if "error" in result:
-            print(result["method"], result["error"], file=sys.stderr, flush=True)
-            continue
-        with args.results.open("a") as file:
-            file.write(json.dumps(result) + "\n")
-        print(f"{done + 1}/{len(todo)} {result['method']} {result['budget']:.1%} {result['mean_iou']}", flush=True)
+    idle: list[Connection] = []
+    for _ in range(args.workers):
+        ours, theirs = context.Pipe()
+        context.Process(target=work, args=(args, theirs), daemon=True).start()
+        idle.append(ours)
+    running: dict[Connection, tuple[str, dict[str, Any]]] = {}
+    done = 0
+    while True:
+        taken = plan.failed | {k for k, _ in running.values()}
+        for job in plan.jobs() if idle else ():
+            setting = plan.setting(*job)
+            if key(setting) not in taken:
+                taken.add(key(setting))
+                worker = idle.pop()
+                worker.send(job)
+                running[worker] = key(setting), setting
+                if not idle:
+                    break
+        if not running:
+            break
+        for worker in wait(list(running)):
+            k, setting = running.pop(worker)
+            done += 1
+            try:
+                result = worker.recv()
+                idle.append(worker)
+            except EOFError:
+                result = {"error": "the worker died"}
+            shown = f"{done}: {setting['model']} {setting['method']} {setting['budget']:.1%} {setting['rate']:g}"
+            if "error" in result:
+                plan.failed.add(k)
+                print(shown, result["error"], file=sys.stderr, flush=True)
+                continue
+            plan.learn([setting | result])
+            with args.results.open("a") as file:
+                file.write(json.dumps(setting | result) + "\n")
+            print(shown, setting["options"] or "", result["mean_iou"], f"{result['seconds']} s", flush=True)
+    for worker in idle:
+        worker.send(None)
 
 
 def grouped(results: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    """Results by all but the seed: data, model, setting, budget, method, rates, search steps, options."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for r in results:
         options = " ".join(f"{k}={v}" for k, v in r["options"].items())
-        of = (r["data"], r["model"], r["steps"], r["budget"], r["method"], r["rate"], r["internal_rate"])
+        setting = f"{r['head']} head, {r['steps']} steps of {r['image_size'][0]}x{r['image_size'][1]}, {r['device']}"
+        of = (r["data"], r["model"], setting, r["budget"], r["method"], r["rate"], r["internal_rate"])
         groups.setdefault((*of, r["search_steps"], options), []).append(r)
     return groups
 
@@ -564,12 +743,12 @@ def report(results: list[dict[str, Any]]) -> str:
         loss = statistics.mean(r["loss"] for r in own)
         rows.append((of[:4], -statistics.mean(ious), of[4:], ious, own[0]["trained"], loss))
     title = None
-    for (data, model, steps, budget), mean, (method, rate, internal, search, options), ious, trained, loss in sorted(
+    for (*where, budget), mean, (method, rate, internal, search, options), ious, trained, loss in sorted(
         rows, key=lambda row: row[:2]
     ):
-        if title != (data, model, steps):
-            title = (data, model, steps)
-            lines += ["", f"{data}, {model}, {steps} steps", ""]
+        if title != where:
+            title = where
+            lines += ["", ", ".join(where), ""]
             columns = ("budget", "method", "rate", "search", "trained", "mean IoU", "spread", "loss", "seeds")
             lines += [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
         spread = f"{statistics.stdev(ious):.1f}" if len(ious) > 1 else "-"
@@ -636,17 +815,17 @@ def main() -> None:
     running = commands.add_parser("run", help="train")
     running.add_argument("suites", nargs="+", choices=list(suites()))
     running.add_argument("--data", type=Path, required=True, help="the file that `pack` made")
-    running.add_argument("--model", required=True, help="a Swin or DINOv2 backbone, a folder or on the Hub")
+    running.add_argument("--models", nargs="+", required=True, help="Swin or DINOv2 backbones, folders or on the Hub")
     running.add_argument("--classes", type=int, default=11, help="labels from this number on are ignored")
     running.add_argument("--image_size", type=int, nargs=2, default=(180, 240), metavar=("HEIGHT", "WIDTH"))
     running.add_argument("--eval_size", type=int, nargs=2, default=(360, 480), metavar=("HEIGHT", "WIDTH"))
     running.add_argument("--steps", type=int, default=400, help="of the training and the search together")
-    running.add_argument("--seeds", type=int, nargs="+", default=(0,))
+    running.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     running.add_argument("--budgets", type=float, nargs="+", help="only these")
     running.add_argument("--methods", nargs="+", choices=list(METHODS), help="only these")
     running.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     running.add_argument("--workers", type=int, default=1)
-    running.add_argument("--threads", type=int, default=os.cpu_count(), help="of each worker")
+    running.add_argument("--threads", type=int, default=1, help="of each worker")
     running.add_argument("--results", type=Path, required=True)
     reporting = commands.add_parser("report", help="show what is stored")
     reporting.add_argument("--results", type=Path, required=True)
