@@ -24,7 +24,7 @@ from .mixed import Mixture, in_order, mixture_of
 from .offloading import is_hooked, onloaded
 from .ops import Op
 from .parallel import InputOf, ParallelInput, keep_input
-from .sparse import Changeable, Kept, SparseDelta, changed_parameter, changes_of, sparse_forward
+from .sparse import Changeable, SparseDelta, changed_parameter, changes_of, sparse_forward
 
 A = TypeVar("A", bound=nn.Module)
 
@@ -155,6 +155,26 @@ class SFALayer(nn.Module, BaseTunerLayer):
         if container is not None:
             self._inputs(kind)[adapter_name] = ParallelInput(container)
 
+    # Every layer needs these in every pass, so they read the dicts of modules: `getattr` of a module is slow.
+
+    @property
+    def _leaf(self) -> nn.Module:
+        """As `base_layer`."""
+        leaf = self._modules["base_layer"]
+        assert leaf is not None
+        return leaf
+
+    def _by_name(self, kind: str) -> dict[str, Any]:
+        """The adapters of a kind, of `adapter_layer_names`."""
+        adapters = self._modules[kind]
+        assert adapters is not None
+        return adapters._modules
+
+    def get_base_layer(self) -> nn.Module:
+        """The leaf, also inside the layer of another tuner."""
+        leaf = self._leaf
+        return leaf.get_base_layer() if isinstance(leaf, BaseTunerLayer) else leaf
+
     def _inputs(self, kind: str) -> dict[str, ParallelInput]:
         return {"sfa_parallel": self.parallel_inputs, "sfa_block": self.block_inputs}.get(kind, {})
 
@@ -262,7 +282,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
     def _changed_forward(self, x: Tensor, deltas: Sequence[SparseDelta], keeps: bool = False) -> Tensor:
         base: Any = self.get_base_layer()
         hooks = (*base._forward_hooks.values(), *base._forward_pre_hooks.values())
-        if any(not isinstance(hook, InputOf) for hook in hooks):
+        if hooks and any(not isinstance(hook, InputOf) for hook in hooks):
             warnings.warn(
                 f"hooks on the {type(base).__name__} inside an SFA layer are not run while its internal adapter is "
                 f"active; register them on the SFA layer, after get_peft_model.",
@@ -271,21 +291,12 @@ class SFALayer(nn.Module, BaseTunerLayer):
         if is_hooked(base):
             with onloaded(base, *deltas):
                 return sparse_forward(self.op, x.to(base.weight.device), base.weight, base.bias, deltas)
-        op = self.op
-        kept = self._kept(op, x, deltas[0]) if keeps and len(deltas) == 1 else None
-        return sparse_forward(op, x, base.weight, base.bias, deltas, kept)
-
-    def _kept(self, op: Op, x: Tensor, delta: SparseDelta) -> Kept | None:
-        """The changed parameters, if they are kept between forward passes."""
+        op, weight = self.op, base.weight
+        dtype, kept = op.compute_dtype(x, weight), None
         (shared,) = self._shared
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or shared is None or not shared.keeps(x):
-            return None
-        base = self.changeable
-        # Not those that are made anew in every pass (FSDP, `torch.func`), and not those without versions.
-        tensors = [t for t in (base.weight, base.bias, *delta.parameters()) if t is not None]
-        if any(type(t) is not nn.Parameter or t.is_meta or t.is_inference() for t in tensors):
-            return None
-        return shared.of(self, base, delta, op.compute_dtype(x, base.weight))
+        if keeps and len(deltas) == 1 and shared is not None and shared.keeps(x):
+            kept = shared.of(self, base, deltas[0], dtype)
+        return sparse_forward(op, x, weight, base.bias, deltas, kept, dtype)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the leaf with its active adapters; in a mixed batch, each sample with its adapter.
@@ -314,9 +325,10 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
         names = self.merged_adapters if self.merged else self.active_adapters
         folded = self.merged or self.searching
-        deltas = [] if folded else [self.sfa_internal[name] for name in names if name in self.sfa_internal]
-        if deltas and self.base_layer._forward_pre_hooks:
-            keep_input(self.base_layer, x)
+        internal = self._by_name("sfa_internal")
+        deltas = [] if folded else [internal[name] for name in names if name in internal]
+        if deltas and (leaf := self._leaf)._forward_pre_hooks:
+            keep_input(leaf, x)
         y = self._changed_forward(x, deltas, keeps=True) if deltas else self._base_forward(x, *args, **kwargs)
         y = self._add_externals(y, names)
         self._forget_inputs()
@@ -342,17 +354,18 @@ class SFALayer(nn.Module, BaseTunerLayer):
                 given.hook.forget()
 
     def _add_externals(self, y: Tensor, names: Sequence[str], mixture: Mixture | None = None) -> Tensor:
+        sequential, parallel, of_block = (self._by_name(kind) for kind in EXTERNAL_KINDS)
         result = y
         for name in names:
-            if name in self.sfa_external:
-                result = add_in_dtype(result, self.sfa_external[name](y, keeps_dtype=False))
-            if name in self.sfa_parallel:
+            if name in sequential:
+                result = add_in_dtype(result, sequential[name](y, keeps_dtype=False))
+            if name in parallel:
                 value = self._taken(self.parallel_inputs, name, mixture)
-                delta = self.sfa_parallel[name](value, keeps_dtype=False)
+                delta = parallel[name](value, keeps_dtype=False)
                 result = add_in_dtype(result, delta.to(y.device))
-            if name in self.sfa_block:
+            if name in of_block:
                 value = self._taken(self.block_inputs, name, mixture)
-                delta = self.sfa_block[name](value.to(y.device) + y, keeps_dtype=False)
+                delta = of_block[name](value.to(y.device) + y, keeps_dtype=False)
                 result = add_in_dtype(result, delta)
         return result
 

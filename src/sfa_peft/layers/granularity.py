@@ -82,6 +82,9 @@ class Element(Granularity):
         """``(count,)``."""
         return (count,)
 
+    def read(self, parameter: Tensor, positions: Tensor) -> Tensor:
+        return parameter.view(-1).index_select(0, positions)
+
 
 class Row(Granularity):
     """An output channel of the weight, with its bias."""

@@ -47,47 +47,79 @@ class Buffer:
         self.flat.index_copy_(0, self.index, self.new)
 
 
-class State(NamedTuple):
-    """Which tensors a layer's changed parameters are made from, and whether they were written to.
+class Seen(NamedTuple):
+    """A tensor when it was read, which is held, so that no other one gets its place in memory.
 
-    An optimizer may write to the values without a new version, so they are read in every pass. The base and the ticket
-    stay as they are in training.
+    Attributes:
+        tensor: The tensor.
+        address: Of its memory.
+        version: Of its memory. None for values: an optimizer may write to them without a new version, so they are read
+            in every pass. The base and the ticket stay as they are in training.
     """
 
-    base: list[tuple[int, int, int]]
-    positions: list[tuple[int, int, int]]
-    values: list[tuple[int, int]]
+    tensor: Tensor
+    address: int
+    version: int | None
 
     @classmethod
-    def of(cls, module: Changeable, delta: SparseDelta) -> State:
-        base = _parameters(module).values()
-        values = (delta.values(name) for name in delta.changed)
-        return cls(
-            [(id(t), t.data_ptr(), t._version) for t in base],
-            [(id(t), t.data_ptr(), t._version) for name in delta.changed for t in (delta.positions(name),)],
-            [(id(t), t.data_ptr()) for t in values],
+    def of(cls, tensor: Tensor, is_fixed: bool = True) -> Seen:
+        return cls(tensor, tensor.data_ptr(), tensor._version if is_fixed else None)
+
+    def is_still(self, tensor: Tensor | None) -> bool:
+        return (
+            tensor is self.tensor
+            and tensor.data_ptr() == self.address
+            and (self.version is None or tensor._version == self.version)
         )
 
 
 @dataclass
 class Entry:
-    """What is kept of one layer. It holds the ticket that it was made from, so that no other tensor gets its `id`."""
+    """What is kept of one layer, and the tensors that it was made from."""
 
     delta: SparseDelta
     dtype: torch.dtype
-    parameters: dict[str, Tensor]
-    ticket: list[Tensor]
-    state: State
+    base: dict[str, Seen]
+    ticket: dict[str, tuple[Seen, Seen]]
     buffer: Buffer | None = None
     earlier: Buffer | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
     epoch: int = -1
 
+    @classmethod
+    def of(cls, module: Changeable, delta: SparseDelta, dtype: torch.dtype) -> Entry:
+        base = {name: Seen.of(p) for name in PARAMETERS if (p := getattr(module, name)) is not None}
+        ticket = {c.name: (Seen.of(c.positions), Seen.of(c.values, is_fixed=False)) for c in delta.changes}
+        return cls(delta, dtype, base, ticket)
 
-def _parameters(module: Changeable) -> dict[str, Tensor]:
-    """The weight, and the bias if there is one."""
-    return {name: p for name in PARAMETERS if (p := getattr(module, name)) is not None}
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The weight, and the bias if there is one."""
+        return {name: seen.tensor for name, seen in self.base.items()}
+
+    def has_base(self, module: Changeable) -> bool:
+        """Whether the parameters of the module are still those that this was made from."""
+        for name in PARAMETERS:
+            tensor, seen = getattr(module, name), self.base.get(name)
+            if tensor is not None if seen is None else not seen.is_still(tensor):
+                return False
+        return True
+
+    def is_of(self, module: Changeable, delta: SparseDelta, dtype: torch.dtype) -> bool:
+        """Whether this is what is wanted."""
+        if delta is not self.delta or dtype != self.dtype or not self.has_base(module):
+            return False
+        for name, (positions, values) in self.ticket.items():
+            if not positions.is_still(delta.positions(name)) or not values.is_still(delta.values(name)):
+                return False
+        return True
+
+
+def _can_be_kept(module: Changeable, delta: SparseDelta) -> bool:
+    """Not of tensors that are made anew in every pass (FSDP, `torch.func`), and not of those without versions."""
+    tensors = [t for t in (module.weight, module.bias, *delta.parameters()) if t is not None]
+    return all(type(t) is nn.Parameter and not t.is_meta and not t.is_inference() for t in tensors)
 
 
 class ChangedParameters:
@@ -117,10 +149,12 @@ class ChangedParameters:
 
     def keeps(self, x: Tensor) -> bool:
         """Whether changed parameters are kept when the model gets `x`: under autocast, or as `always` says."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False
         return autocasts(x) if self.always is None else self.always
 
     def of(self, layer: nn.Module, module: Changeable, delta: SparseDelta, dtype: torch.dtype) -> Kept | None:
-        """The changed parameters of a layer in `dtype`; None if they are not kept yet.
+        """The changed parameters of a layer in `dtype`; None if they are not kept yet, or cannot be.
 
         Args:
             layer: The layer.
@@ -128,12 +162,12 @@ class ChangedParameters:
             delta: The change.
             dtype: The dtype of the computation.
         """
-        entry, state = self._entries.get(layer), State.of(module, delta)
-        if entry is None or (entry.delta, entry.dtype, entry.state) != (delta, dtype, state):
-            ticket = [t for name in delta.changed for t in (delta.positions(name), delta.values(name))]
-            new = Entry(delta, dtype, _parameters(module), ticket, state)
-            # Another adapter on the same layer.
-            if entry is not None and (entry.dtype, entry.state.base) == (dtype, state.base):
+        entry = self._entries.get(layer)
+        if entry is None or not entry.is_of(module, delta, dtype):
+            if not _can_be_kept(module, delta):
+                return None
+            new = Entry.of(module, delta, dtype)
+            if entry is not None and entry.dtype == dtype and entry.has_base(module):  # another adapter on the layer
                 new.earlier, new.weight, new.bias = entry.buffer or entry.earlier, entry.weight, entry.bias
             with self._lock:
                 self._entries[layer] = new

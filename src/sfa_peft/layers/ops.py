@@ -63,13 +63,15 @@ class LinearOp:
     def grad_units(
         self, grad: Tensor, x: Tensor, weight: Tensor, granularity: Granularity, positions: Tensor
     ) -> Tensor | None:
+        if isinstance(granularity, Element) and not _is_sparse(grad, weight, positions.numel()):
+            return None
         grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         match granularity:
             case Row():
                 return grad.index_select(1, positions).t() @ x
             case Column():
                 return x.index_select(1, positions).t() @ grad
-            case Element() if _is_sparse(grad, weight, len(positions)):
+            case Element():
                 return _products(grad, x, positions)
         return None
 

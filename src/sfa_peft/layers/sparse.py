@@ -19,6 +19,7 @@ from .granularity import Granularity, position_dtype
 from .ops import Op, Used
 
 PARAMETERS = ("weight", "bias")
+POSITIONS = {name: f"{name}_positions" for name in PARAMETERS}  # the buffers
 
 
 class Changeable(Protocol):
@@ -63,15 +64,24 @@ class SparseDelta(nn.Module):
             dtype = position_dtype(self.granularity.count(parameter.shape))
             # Copied, since one ticket may be installed in several models.
             copied = positions[name].to(dtype=dtype, device=parameter.device, copy=True)
-            self.register_buffer(f"{name}_positions", copied)
+            self.register_buffer(POSITIONS[name], copied)
+
+    # Read from the dicts, since a step reads them for every layer, and `getattr` of a module is slow.
 
     def values(self, name: str) -> Tensor:
-        values: Tensor = getattr(self, name)
+        values = self._parameters[name]
+        assert values is not None
         return values
 
     def positions(self, name: str) -> Tensor:
-        positions: Tensor = getattr(self, f"{name}_positions")
+        positions = self._buffers[POSITIONS[name]]
+        assert positions is not None
         return positions
+
+    @property
+    def changes(self) -> list[Change]:
+        """The values of each changed parameter, with their positions."""
+        return [Change(name, self.granularity, self.positions(name), self.values(name)) for name in self.changed]
 
     @property
     def num_values(self) -> int:
@@ -108,7 +118,7 @@ class Change(NamedTuple):
 
 
 def changes_of(deltas: Sequence[SparseDelta]) -> list[Change]:
-    return [Change(p, d.granularity, d.positions(p), d.values(p)) for d in deltas for p in d.changed]
+    return [change for delta in deltas for change in delta.changes]
 
 
 def changed_parameter(parameter: Tensor, changes: Sequence[Change], dtype: torch.dtype) -> Tensor:
@@ -135,24 +145,31 @@ def _traced_parameter(parameter: Tensor, changes: Sequence[Change], dtype: torch
     return result.view(parameter.shape)
 
 
+class Call(NamedTuple):
+    """How a leaf is run with changes, beside its tensors.
+
+    Attributes:
+        op: What it computes.
+        dtype: That of the computation.
+        layout: For each change, the parameter and the granularity.
+        kept: The changed parameters, if they are kept between forward passes.
+    """
+
+    op: Op
+    dtype: torch.dtype
+    layout: tuple[tuple[str, Granularity], ...]
+    kept: Kept | None
+
+
 class SparseDeltaFunction(torch.autograd.Function):
     """The op of a module with changed parameters. Computes gradients of the input and of the values only."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        op: Op,
-        dtype: torch.dtype,
-        layout: tuple[tuple[str, Granularity], ...],
-        kept: Kept | None,
-        *tensors: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call, *tensors: Tensor) -> Tensor:
+        op, dtype, layout, kept = call
         changed = _changed(weight, bias, _unflatten(layout, tensors), dtype) if kept is None else kept.parameters
         y, saved = op.forward(x, *changed)
-        ctx.op, ctx.dtype, ctx.layout, ctx.kept, ctx.num_saved = op, dtype, layout, kept, len(saved)
+        ctx.call, ctx.num_saved = call, len(saved)
         ctx.save_for_backward(x, weight, bias, *saved, *tensors)
         return y
 
@@ -160,38 +177,38 @@ class SparseDeltaFunction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, *rest = ctx.saved_tensors
-        saved, tensors = tuple(rest[: ctx.num_saved]), rest[ctx.num_saved :]
-        changes = _unflatten(ctx.layout, tensors)
+        op, dtype, layout, kept = ctx.call
+        saved, changes = tuple(rest[: ctx.num_saved]), _unflatten(layout, rest[ctx.num_saved :])
         # The gradient has the dtype of the op's output, which is this dtype, with and without autocast. What is kept
         # may have changed in a later forward pass, such as that of another adapter.
-        is_kept = ctx.kept is not None and ctx.kept.is_unchanged
-        new_weight, new_bias = ctx.kept.parameters if is_kept else _changed(weight, bias, changes, ctx.dtype)
+        is_kept = kept is not None and kept.is_unchanged
+        new_weight, new_bias = kept.parameters if is_kept else _changed(weight, bias, changes, dtype)
 
-        wanted = [change for i, change in enumerate(changes) if ctx.needs_input_grad[FIRST_CHANGE + 2 * i + 1]]
-        units: dict[int, Tensor] = {}  # the gradients that are computed for the chosen units only
-        for change in wanted:
-            if change.name == "weight":
-                part = ctx.op.grad_units(grad, x, new_weight, change.granularity, change.positions)
-                if part is not None:
-                    units[id(change.values)] = part
-        names = {change.name for change in wanted if id(change.values) not in units}
-        needs = ctx.needs_input_grad[0], "weight" in names, "bias" in names
-        grad_x, *dense = ctx.op.gradients(grad, Used(x, new_weight, new_bias, saved), needs)
-        full = {name: tensor.contiguous() for name, tensor in zip(PARAMETERS, dense, strict=True) if name in names}
-
-        grads: list[Tensor | None] = []
+        needs_x, *needs = ctx.needs_input_grad
+        is_wanted = needs[FIRST_CHANGE::2]
+        grads: list[Tensor | None] = [None] * len(changes)
         for i, change in enumerate(changes):
-            values_grad = None
-            if ctx.needs_input_grad[FIRST_CHANGE + 2 * i + 1]:
-                values_grad = units.get(id(change.values))
-                if values_grad is None:
-                    values_grad = change.granularity.read(full[change.name], change.positions)
-                values_grad = values_grad.reshape(change.values.shape).to(change.values.dtype)
-            grads += [None, values_grad]
-        return grad_x, None, None, None, None, None, None, *grads
+            if is_wanted[i] and change.name == "weight":
+                units = op.grad_units(grad, x, new_weight, change.granularity, change.positions)
+                grads[i] = None if units is None else units.reshape(change.values.shape)
+        whole = {c.name for c, own, wanted in zip(changes, grads, is_wanted, strict=True) if wanted and own is None}
+        grad_x, *dense = op.gradients(
+            grad, Used(x, new_weight, new_bias, saved), (needs_x, "weight" in whole, "bias" in whole)
+        )
+
+        result: list[Tensor | None] = [grad_x, None, None, None]
+        for change, own, wanted in zip(changes, grads, is_wanted, strict=True):
+            if wanted:
+                if own is None:
+                    full = dense[PARAMETERS.index(change.name)].contiguous()
+                    own = change.granularity.read(full, change.positions)
+                own = own.to(change.values.dtype)
+            result += (None, own)
+        return tuple(result)
 
 
-FIRST_CHANGE = 7  # the arguments of `SparseDeltaFunction.forward` before the tensors of the changes
+# The arguments of `SparseDeltaFunction.forward` between `x` and the values of the first change.
+FIRST_CHANGE = 4
 
 
 def _unflatten(layout: Sequence[tuple[str, Granularity]], tensors: Sequence[Tensor]) -> list[Change]:
@@ -213,12 +230,21 @@ def _changed(
 
 
 def sparse_forward(
-    op: Op, x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Sequence[SparseDelta], kept: Kept | None = None
+    op: Op,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    deltas: Sequence[SparseDelta],
+    kept: Kept | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Run `op` on `x`, with the sum of all `deltas` added to `weight` and `bias`. `kept` are these sums, if known."""
+    """Run `op` on `x`, with the sum of all `deltas` added to `weight` and `bias`.
+
+    `kept` are these sums, and `dtype` that of the computation, if they are known.
+    """
     changes = changes_of(deltas)
-    dtype = op.compute_dtype(x, weight)
-    if autocasts(x):
+    dtype = op.compute_dtype(x, weight) if dtype is None else dtype
+    if x.dtype != dtype and autocasts(x):
         x = cast_input(x, dtype)
     if torch.jit.is_tracing():  # TorchScript supports no autograd functions
         return op.forward(x, *_changed(weight, bias, changes, dtype, _traced_parameter))[0]
@@ -226,5 +252,5 @@ def sparse_forward(
         return op.forward(x, *(_changed(weight, bias, changes, dtype) if kept is None else kept.parameters))[0]
     layout = tuple((change.name, change.granularity) for change in changes)
     tensors = [t for change in changes for t in (change.positions, change.values)]
-    y: Tensor = SparseDeltaFunction.apply(x, weight, bias, op, dtype, layout, kept, *tensors)
+    y: Tensor = SparseDeltaFunction.apply(x, weight, bias, Call(op, dtype, layout, kept), *tensors)
     return y
