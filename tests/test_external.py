@@ -29,12 +29,12 @@ def test_the_function_equals_plain_autograd(activation):
     assert torch.autograd.gradcheck(adapter, (x,))
 
 
-def test_only_the_input_is_saved():
+def test_only_the_input_and_the_hidden_states_are_saved():
     adapter = random_adapter()
     x = torch.randn(3, 5, 6, requires_grad=True)
     with Saved(adapter) as saved:
         adapter(x)
-    assert saved.shapes == [(3, 5, 6)]
+    assert saved.shapes == [(3, 5, 6), (3, 5, adapter.width)]
 
 
 def test_channels_first():

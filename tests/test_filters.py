@@ -126,11 +126,11 @@ def test_the_gradients_are_those_of_plain_autograd(shape):
     assert torch.autograd.gradcheck(adapter, (x,))
 
 
-def test_only_the_input_is_saved_for_backward():
+def test_only_the_input_and_the_hidden_states_are_saved_for_backward():
     adapter = ExternalAdapter(6, 4, init_weights=False, conv=3)
     with Saved(adapter) as saved:
         adapter(torch.randn(2, 4, 5, 6, requires_grad=True))
-    assert saved.shapes == [(2, 4, 5, 6)]
+    assert saved.shapes == [(2, 4, 5, 6), *2 * [(2, 4, 5, adapter.width)]]  # without and with what the filters add
 
 
 def test_training_reaches_every_parameter_of_the_adapters():

@@ -76,8 +76,9 @@ def _needs_grad(x: Tensor) -> bool:
 
 
 class BottleneckFunction(torch.autograd.Function):
-    """``scale * up(act(down(x)))``, in `dtype`. Saves only `x`: backward computes the hidden states again, which are
-    narrow. With `filters`, the hidden states are `filtered`, on a grid of `size`.
+    """``scale * up(act(down(x)))``, in `dtype`. With `filters`, the hidden states are `filtered`, on a grid of `size`.
+
+    Saves `x` and the hidden states, which are narrow.
     """
 
     @staticmethod
@@ -96,24 +97,21 @@ class BottleneckFunction(torch.autograd.Function):
         ctx.dtypes = x.dtype, down.dtype, bias.dtype, up.dtype, None if filters is None else filters.dtype
         x, down, bias, up = x.to(dtype), down.to(dtype), bias.to(dtype), up.to(dtype)
         filters = None if filters is None else filters.to(dtype)
-        ctx.save_for_backward(x, down, bias, up, filters)
         ctx.size, ctx.activation, ctx.scale = size, activation, scale
-        hidden = F.linear(x, down, bias)
-        if filters is not None:
-            hidden = filtered(hidden, filters, size)
+        linear = F.linear(x, down, bias)
+        hidden = linear if filters is None else filtered(linear, filters, size)
+        ctx.save_for_backward(x, down, up, filters, None if filters is None else linear, hidden)
         return F.linear(_scaled(ACTIVATIONS[activation].forward(hidden), scale), up)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, down, bias, up, filters = ctx.saved_tensors
+        x, down, up, filters, linear, hidden = ctx.saved_tensors
         x_dtype, down_dtype, bias_dtype, up_dtype, filters_dtype = ctx.dtypes
         activation = ACTIVATIONS[ctx.activation]
         flat_x = x.reshape(-1, x.shape[-1])
         flat_grad = grad.reshape(-1, grad.shape[-1])
 
-        linear = F.linear(x, down, bias)
-        hidden = linear if filters is None else filtered(linear, filters, ctx.size)
         flat_hidden = hidden.reshape(-1, hidden.shape[-1])
         grad_hidden = activation.backward(_scaled(flat_grad @ up, ctx.scale), flat_hidden)
 
