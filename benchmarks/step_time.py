@@ -3,9 +3,11 @@
 All methods train the same number of backbone parameters (full fine-tuning trains all) of a model of the size of Swin-T
 or DINOv2-S, built from a config with random weights. They take turns, step by step, in one process, so that a machine
 that slows down slows all of them. Prints medians, ratios to LoRA, the bytes that autograd saves beside the parameters,
-and on a GPU the peak memory of a step above the model. `benchmarks/launches.py` counts launches.
+and on a GPU the peak memory of a step above the model. `benchmarks/launches.py` counts launches. What a step costs the
+host, which a GPU waits for, shows in a model whose arithmetic takes no time: `dinov2-thin`.
 
     python benchmarks/step_time.py --model dinov2-s
+    python benchmarks/step_time.py --model dinov2-thin --autocast bfloat16 --batch_size 1 --threads 1 --steps 40
     python benchmarks/step_time.py --model dinov2-b --device cuda --autocast bfloat16 --batch_size 32
 """
 
@@ -39,6 +41,11 @@ def dinov2_b() -> nn.Module:
     return Dinov2Backbone(Dinov2Config(image_size=224, patch_size=14))
 
 
+def dinov2_thin() -> nn.Module:
+    """The layers of DINOv2-S, with 16 channels and 17 tokens."""
+    return Dinov2Backbone(Dinov2Config(hidden_size=16, num_attention_heads=2, image_size=224, patch_size=56))
+
+
 def swin_t(**sizes: Any) -> nn.Module:
     stages = ["stage1", "stage2", "stage3", "stage4"]
     model = SwinBackbone(SwinConfig(image_size=224, out_features=stages, **sizes))
@@ -54,6 +61,7 @@ def swin_b() -> nn.Module:
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "dinov2-s": dinov2_s,
     "dinov2-b": dinov2_b,
+    "dinov2-thin": dinov2_thin,
     "swin-t": swin_t,
     "swin-b": swin_b,
 }
