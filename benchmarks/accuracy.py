@@ -724,7 +724,7 @@ def grouped(results: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[st
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for r in results:
         options = " ".join(f"{k}={v}" for k, v in r["options"].items())
-        setting = f"{r['head']} head, {r['steps']} steps of {r['image_size'][0]}x{r['image_size'][1]}, {r['device']}"
+        setting = f"{r['head']} head, {r['steps']} steps of {r['image_size'][0]}x{r['image_size'][1]}"
         of = (r["data"], r["model"], setting, r["budget"], r["method"], r["rate"], r["internal_rate"])
         groups.setdefault((*of, r["search_steps"], options), []).append(r)
     return groups
