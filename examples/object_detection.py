@@ -60,7 +60,7 @@ class ObjectDetection(Task):
     defaults = {"max_grad_norm": 1.0}
     # Measured on blood cells: a transformer head that begins fresh diverges at the rates that segmentation takes.
     rates = {
-        "sfa": Rates(backbone=2e-3, internal=2e-3, head=7e-4),
+        "sfa": Rates(backbone=5e-4, internal=2e-3, head=7e-4),
         "lora": Rates(backbone=1e-3, head=7e-4),
         "shira": Rates(backbone=2e-3, head=7e-4),
         "adaptformer": Rates(backbone=2e-3, head=7e-4),
