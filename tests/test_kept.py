@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from peft import get_peft_model
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import tiny
@@ -249,3 +250,24 @@ def test_swin_and_its_convolutions():
                 tiny.output(model)
         assert kept(models[0])
         assert same(*(grads(model) for model in models))
+
+
+def test_values_that_are_no_parameters_are_read_where_they_are(pair):
+    for model in pair:
+        internal = next(m for m in model.modules() if type(m).__name__ == "SparseDelta" and "weight" in m.changed)
+        prune.l1_unstructured(internal, "weight", amount=0.5)
+    assert torch.equal(tiny.output(pair[0]), tiny.output(pair[1]))
+    assert same(grads(pair[0]), grads(pair[1]))
+
+
+def test_a_replica_of_data_parallel_computes_the_same(pair):
+    def replica(module):
+        copied = module._replicate_for_data_parallel()
+        copied._modules = {name: child and replica(child) for name, child in module._modules.items()}
+        for name, p in module._parameters.items():
+            copied._parameters.pop(name, None)
+            object.__setattr__(copied, name, None if p is None else p.clone())  # as replicate does it: no parameters
+        return copied
+
+    for model in pair:
+        assert torch.equal(tiny.output(replica(model)), tiny.output(model))

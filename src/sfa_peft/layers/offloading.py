@@ -14,7 +14,7 @@ from torch import nn
 
 
 def is_hooked(module: nn.Module) -> bool:
-    return "_hf_hook" in module.__dict__  # `hasattr` of a module is slow, and every layer asks in every pass
+    return hasattr(module, "_hf_hook")
 
 
 @contextmanager

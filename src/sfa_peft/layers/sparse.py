@@ -66,17 +66,16 @@ class SparseDelta(nn.Module):
             copied = positions[name].to(dtype=dtype, device=parameter.device, copy=True)
             self.register_buffer(POSITIONS[name], copied)
 
-    # Read from the dicts, since a step reads them for every layer, and `getattr` of a module is slow.
+    # Read from the dicts, since a step reads them for every layer, and `getattr` of a module is slow. They may be no
+    # parameters there: in replicas of nn.DataParallel, or behind a parametrization.
 
     def values(self, name: str) -> Tensor:
-        values = self._parameters[name]
-        assert values is not None
-        return values
+        values = self._parameters.get(name)
+        return getattr(self, name) if values is None else values
 
     def positions(self, name: str) -> Tensor:
-        positions = self._buffers[POSITIONS[name]]
-        assert positions is not None
-        return positions
+        positions = self._buffers.get(POSITIONS[name])
+        return getattr(self, POSITIONS[name]) if positions is None else positions
 
     @property
     def changes(self) -> list[Change]:
