@@ -5,7 +5,7 @@ import torch
 from transformers import Dinov2Backbone, SwinBackbone
 
 import tiny
-from accuracy import METHODS, WITHOUT_BUDGET, Segmenter, default_run, loss_of
+from accuracy import METHODS, MOST_RATES, WITHOUT_BUDGET, Segmenter, default_run, loss_of, tuned
 
 from dense.methods import Dense, trained_backbone_parameters
 
@@ -20,7 +20,9 @@ def segmenter(request, tmp_path):
     else:
         backbone = Dinov2Backbone(tiny.dinov2_config())
     backbone.save_pretrained(tmp_path)
-    return Segmenter(str(tmp_path), classes=3)
+    model = Segmenter(str(tmp_path))
+    model.set_head("linear", 3)
+    return model
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -39,3 +41,29 @@ def test_a_method_begins_as_the_base_and_trains_within_its_budget(segmenter, met
     loss_of(model.train(), (images, torch.zeros(2, *images.shape[2:], dtype=torch.long))).backward()
     added = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in of_the_base}
     assert [name for name, p in added.items() if p.grad is None] == []
+
+
+def test_an_upernet_head(segmenter):
+    segmenter.set_head("upernet", 3)
+    images = tiny.pixels()
+    assert segmenter(images).shape == (len(images), 3, *images.shape[2:])
+
+
+@pytest.mark.parametrize(
+    ("best", "rates"),
+    [
+        (1e-2, [0.005, 0.01, 0.02]),
+        (4e-2, [0.005, 0.01, 0.02, 0.04, 0.08]),
+        (1e-3, [0.000625, 0.00125, 0.0025, 0.005, 0.01, 0.02]),
+        (1.0, [0.005, 0.01, 0.02, 0.04, 0.08, 0.16]),  # no longer than that
+    ],
+)
+def test_a_rate_is_searched_until_the_best_is_inside(best, rates):
+    known = {}
+    for _ in range(MOST_RATES):  # what comes next is asked again after each round, as results arrive
+        wanted = list(tuned(default_run("LoRA", 0.02), [3, 4, 5], lambda run, seed: known.get((run.rate, seed))))
+        known |= {(run.rate, seed): -abs(run.rate - best) for run, seed in wanted}
+    assert sorted(rate for rate, seed in known if seed == 3) == rates
+    chosen = min(rates, key=lambda rate: abs(rate - best))
+    assert sorted(seed for rate, seed in known if rate == chosen) == [3, 4, 5]
+    assert len(known) == len(rates) + 2
