@@ -62,7 +62,7 @@ def test_a_rate_is_searched_until_the_best_is_inside(best, rates):
     known = {}
     for _ in range(MOST_RATES):  # what comes next is asked again after each round, as results arrive
         wanted = list(tuned(default_run("LoRA", 0.02), [3, 4, 5], lambda run, seed: known.get((run.rate, seed))))
-        known |= {(run.rate, seed): -abs(run.rate - best) for run, seed in wanted}
+        known.update({(run.rate, seed): -abs(run.rate - best) for run, seed in wanted})
     assert sorted(rate for rate, seed in known if seed == 3) == rates
     chosen = min(rates, key=lambda rate: abs(rate - best))
     assert sorted(seed for rate, seed in known if rate == chosen) == [3, 4, 5]
