@@ -171,9 +171,11 @@ class SFALayer(nn.Module, BaseTunerLayer):
         return adapters._modules
 
     def get_base_layer(self) -> nn.Module:
-        """The leaf, also inside the layer of another tuner."""
+        """The leaf, also inside other layers that wrap it."""
         leaf = self._leaf
-        return leaf.get_base_layer() if isinstance(leaf, BaseTunerLayer) else leaf
+        while (inner := leaf._modules.get("base_layer")) is not None:
+            leaf = inner
+        return leaf
 
     def _inputs(self, kind: str) -> dict[str, ParallelInput]:
         return {"sfa_parallel": self.parallel_inputs, "sfa_block": self.block_inputs}.get(kind, {})
