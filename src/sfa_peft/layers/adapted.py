@@ -170,8 +170,9 @@ class SFALayer(nn.Module, BaseTunerLayer):
         assert adapters is not None
         return adapters._modules
 
-    def get_base_layer(self) -> nn.Module:
-        """The leaf, also inside other layers that wrap it."""
+    @property
+    def _innermost(self) -> nn.Module:
+        """As `get_base_layer`: the leaf, also inside other layers that wrap it."""
         leaf = self._leaf
         while (inner := leaf._modules.get("base_layer")) is not None:
             leaf = inner
@@ -282,7 +283,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
         return y
 
     def _changed_forward(self, x: Tensor, deltas: Sequence[SparseDelta], keeps: bool = False) -> Tensor:
-        base: Any = self.get_base_layer()
+        base: Any = self._innermost
         hooks = (*base._forward_hooks.values(), *base._forward_pre_hooks.values())
         if hooks and any(not isinstance(hook, InputOf) for hook in hooks):
             warnings.warn(
