@@ -8,7 +8,7 @@ work can be stopped and continued. It is shared by worker processes: as many as 
 the step of a training is captured once and replayed.
 
     python benchmarks/accuracy.py pack scenes.zip --dataset FOLDER
-    python benchmarks/accuracy.py run main --data scenes.zip --models BACKBONE BACKBONE --results accuracy.jsonl
+    python benchmarks/accuracy.py run sfa peers --data scenes.zip --models BACKBONE BACKBONE --results accuracy.jsonl
     python benchmarks/accuracy.py report --results accuracy.jsonl --picture accuracy.png
 """
 
@@ -316,10 +316,10 @@ def jobs_of(run: Run, seeds: Sequence[int], score: Score) -> Jobs:
     return tuned(run, seeds, score) if run.method in TUNED else ((run, seed) for seed in seeds)
 
 
-def share_run(method: str, budget: float, share: float, **options: Any) -> Run:
+def share_run(budget: float, share: float) -> Run:
     """Both kinds with another share, the internal rate by their density."""
-    run = default_run(method, budget, options={"external_share": share, **options})
-    return replace(run, internal_rate=internal_rate(budget * (1 - share)))
+    rate = internal_rate(budget * (1 - share))
+    return default_run("both", budget, options={"external_share": share}, internal_rate=rate)
 
 
 def suites() -> dict[str, list[Run]]:
@@ -339,7 +339,7 @@ def suites() -> dict[str, list[Run]]:
             for budget in BUDGETS
             for method in ("internal, random", "internal, magnitude", "external, no filters")
         ],
-        "share": [share_run("both", budget, share) for budget in BUDGETS for share in (0.75, 0.9)],
+        "share": [share_run(budget, share) for budget in BUDGETS for share in (0.75, 0.9)],
         "place": [
             run
             for budget in BUDGETS
@@ -432,7 +432,7 @@ def normalized(images: Tensor) -> Tensor:
 
 
 class Segmenter(nn.Module):
-    """A backbone and a fresh head; of `heads`, an UperNet of 64 channels, or the linear one."""
+    """A backbone with a head that `set_head` makes: ``linear``, or ``upernet`` of 64 channels."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
