@@ -167,18 +167,10 @@ def test_another_model_that_is_called_inside_keeps_its_active_adapter(model, ima
     assert all(torch.equal(y, expected) for y in found)
 
 
-def replica(module):
-    """A copy that shares the parameters, as nn.DataParallel makes one for each device."""
-    copied = module._replicate_for_data_parallel()
-    copied._parameters = dict(module._parameters)
-    copied._modules = {name: child and replica(child) for name, child in module._modules.items()}
-    return copied
-
-
 def test_replicas_in_threads(model, images):
     expected = [run(model, x, names) for x, names in zip(images, NAMES, strict=True)]
     with meeting(model, len(NAMES)):  # the replicas have these hooks too
-        replicas = [replica(model) for _ in NAMES]
+        replicas = [tiny.replica(model) for _ in NAMES]
         found = in_threads([lambda i=i: run(replicas[i], images[i], NAMES[i]) for i in range(len(NAMES))])
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 

@@ -256,6 +256,16 @@ def output(model, x=None):
     return next(v for v in result.values() if isinstance(v, torch.Tensor))
 
 
+def replica(module):
+    """A copy as nn.DataParallel makes one for each device: it has tensors where the module has parameters."""
+    copied = module._replicate_for_data_parallel()
+    copied._modules = {name: child and replica(child) for name, child in module._modules.items()}
+    for name, p in module._parameters.items():
+        copied._parameters.pop(name, None)
+        object.__setattr__(copied, name, None if p is None else p.clone())
+    return copied
+
+
 def train(model, steps=3, lr=1e-2):
     """Train what is trainable for a few steps, so that every adapter does something."""
     model.train()
