@@ -66,6 +66,7 @@ class Run:
         search_steps: The steps of the search, taken from the total.
         options: Other fields of `SFAConfig`.
         head: ``linear`` or ``upernet``.
+        rewind_step: The step of the search whose values the training starts with.
     """
 
     method: str
@@ -75,6 +76,7 @@ class Run:
     search_steps: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     head: str = "linear"
+    rewind_step: int = 0
 
 
 # What a method makes of a model and a number of parameters.
@@ -365,6 +367,11 @@ def suites() -> dict[str, list[Run]]:
             for method in ("internal", "both")
             for steps in (10, 20, 40, 80, 160)
         ],
+        "rewind": [
+            default_run("both", budget, head=head, rewind_step=SEARCH_STEPS - 1)
+            for head in ("linear", "upernet")
+            for budget in BUDGETS
+        ],
     }
 
 
@@ -535,7 +542,15 @@ class Bench:
         model: nn.Module = METHODS[run.method](dense, int(run.budget * whole), run)
         if run.search_steps:
             batches = list(self.batches(seed + 1000, run.search_steps))
-            search_ticket(model, batches, steps=run.search_steps, loss_fn=loss_of, seed=seed, progress=False)
+            search_ticket(
+                model,
+                batches,
+                steps=run.search_steps,
+                rewind_step=run.rewind_step,
+                loss_fn=loss_of,
+                seed=seed,
+                progress=False,
+            )
         trained = trained_backbone_parameters(model, dense.heads)
         self._train(model, run, seed, self.args.steps - run.search_steps)
         return self.scores(model) | {
@@ -654,7 +669,9 @@ class Plan:
     def learn(self, results: Iterable[dict[str, Any]]) -> None:
         fields = self.setting(self.args.models[0], default_run("head", 0.0), 0)
         for result in results:
-            self.scores[key({name: result.get(name) for name in fields})] = result["mean_iou"]
+            # A field that came later has its default in older results.
+            setting = {name: result.get(name, otherwise) for name, otherwise in fields.items()}
+            self.scores[key(setting)] = result["mean_iou"]
 
     def jobs(self) -> Iterator[tuple[str, Run, int]]:
         """What is not known yet, in the order of the suites."""
@@ -723,7 +740,8 @@ def grouped(results: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[st
     """Results by all but the seed: data, model, setting, budget, method, rates, search steps, options."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for r in results:
-        options = " ".join(f"{k}={v}" for k, v in r["options"].items())
+        rewound = {"rewind_step": r["rewind_step"]} if r.get("rewind_step") else {}
+        options = " ".join(f"{k}={v}" for k, v in (r["options"] | rewound).items())
         setting = f"{r['head']} head, {r['steps']} steps of {r['image_size'][0]}x{r['image_size'][1]}"
         of = (r["data"], r["model"], setting, r["budget"], r["method"], r["rate"], r["internal_rate"])
         groups.setdefault((*of, r["search_steps"], options), []).append(r)
@@ -771,7 +789,9 @@ def picture(results: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(1, len(models), figsize=(6.5 * len(models), 4.5), layout="constrained", squeeze=False)
     for axis, model in zip(axes[0], models, strict=True):
         best: dict[tuple[str, float], list[float]] = {}
-        for of, own in grouped([r for r in results if r["model"] == model and not r["options"]]).items():
+        for of, own in grouped([r for r in results if r["model"] == model]).items():
+            if of[-1]:
+                continue
             ious, at = [r["mean_iou"] for r in own], (of[4], of[3])
             if (len(ious), statistics.mean(ious)) > (len(best.get(at, ())), statistics.mean(best.get(at, [0.0]))):
                 best[at] = ious
