@@ -340,7 +340,7 @@ AT_LEAST_1 = (
     *("steps", "batch_size", "eval_batch_size", "gradient_accumulation_steps", "logging_steps", "eval_steps"),
     *("shuffle_buffer", "max_train_samples", "max_eval_samples", "head_channels"),
 )
-AT_LEAST_0 = ("search_steps", "num_workers", "checkpoints_total_limit", "seed", "data_seed")
+AT_LEAST_0 = ("search_steps", "rewind_step", "num_workers", "checkpoints_total_limit", "seed", "data_seed")
 
 
 def test_flags_that_cannot_be_meant_are_refused(folders, tmp_path, capsys):
@@ -356,6 +356,7 @@ def test_flags_that_cannot_be_meant_are_refused(folders, tmp_path, capsys):
         (["--steps", "many"], "argument --steps: must be a whole number, not 'many'"),
         (["--method", "full", "--push_to_hub", "me/x"], "--push_to_hub pushes adapters"),
         (["--bad_data", "error", "--streaming"], "choose one"),
+        (["--search_steps", "4", "--rewind_step", "4"], "--rewind_step 4 must be less than --search_steps 4"),
     ):
         with pytest.raises(SystemExit):
             parse(SemanticSegmentation, arguments)
@@ -737,6 +738,20 @@ def test_a_damaged_ticket_search_is_named(folders, tmp_path, monkeypatch):
         run(task, arguments)
     path.unlink()
     run(task, arguments)
+
+
+def test_a_training_starts_with_the_values_of_a_step_of_the_search(folders, tmp_path):
+    for rewind_step in (0, 1):
+        still = [
+            part
+            for rate in ("learning_rate", "internal_learning_rate", "head_learning_rate")
+            for part in (f"--{rate}", "0")
+        ]
+        given = [*still, "--search_steps", "2", "--rewind_step", str(rewind_step)]
+        run(SemanticSegmentation, flags_of(folders, SemanticSegmentation, tmp_path / str(rewind_step), *given))
+        ups = [tensor for name, tensor in trained(tmp_path / str(rewind_step)).items() if ".up." in name]
+        assert ups
+        assert any(up.any() for up in ups) is bool(rewind_step)
 
 
 # Longer, shorter and beside others

@@ -469,6 +469,7 @@ class Run:
                 model,
                 TrainBatches(self.task, self.train_rows, self.accelerator, args.seed + 1),
                 steps=args.search_steps,
+                rewind_step=args.rewind_step,
                 loss_fn=self.task.loss,
                 accelerator=self.accelerator,
                 checkpoint=checkpoint,
