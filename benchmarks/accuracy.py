@@ -368,9 +368,10 @@ def suites() -> dict[str, list[Run]]:
             for steps in (10, 20, 40, 80, 160)
         ],
         "rewind": [
-            default_run("both", budget, head=head, rewind_step=SEARCH_STEPS - 1)
-            for head in ("linear", "upernet")
+            default_run("both", budget, head=head, rate=rate, rewind_step=step)
             for budget in BUDGETS
+            for head, rate in (("linear", RATES["both"]), ("upernet", 5e-3))
+            for step in (0, SEARCH_STEPS - 1)
         ],
     }
 
