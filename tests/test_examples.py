@@ -742,12 +742,8 @@ def test_a_damaged_ticket_search_is_named(folders, tmp_path, monkeypatch):
 
 def test_a_training_starts_with_the_values_of_a_step_of_the_search(folders, tmp_path):
     for rewind_step in (0, 1):
-        still = [
-            part
-            for rate in ("learning_rate", "internal_learning_rate", "head_learning_rate")
-            for part in (f"--{rate}", "0")
-        ]
-        given = [*still, "--search_steps", "2", "--rewind_step", str(rewind_step)]
+        still = ["--learning_rate=0", "--internal_learning_rate=0", "--head_learning_rate=0"]
+        given = [*still, f"--rewind_step={rewind_step}"]
         run(SemanticSegmentation, flags_of(folders, SemanticSegmentation, tmp_path / str(rewind_step), *given))
         ups = [tensor for name, tensor in trained(tmp_path / str(rewind_step)).items() if ".up." in name]
         assert ups
