@@ -66,7 +66,9 @@ class Run:
         search_steps: The steps of the search, taken from the total.
         options: Other fields of `SFAConfig`.
         head: ``linear`` or ``upernet``.
-        rewind_step: The step of the search whose values the training starts with.
+        rewind: Whether the training starts again after the search, or else goes on from its end.
+        first_steps: For a method without a search, the steps of a first phase at the rates of a search, taken from the
+            total.
     """
 
     method: str
@@ -76,7 +78,8 @@ class Run:
     search_steps: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     head: str = "linear"
-    rewind_step: int = 0
+    rewind: bool = True
+    first_steps: int = 0
 
 
 # What a method makes of a model and a number of parameters.
@@ -253,6 +256,8 @@ TUNED = {"full", "BitFit", "LayerNorm", "LoRA", "DoRA", "SHiRA", "Super-Tuning",
 MOST_RATES = 6
 SEARCHES = {"internal", "both", "both, no filters"}
 SEARCH_STEPS = 40
+# Of the backbone in a first phase: those of a search.
+FIRST_RATE, FIRST_RATES = 2e-3, {"full": 5e-4, "BitFit": 5e-4, "LayerNorm": 5e-4}
 # Of peers, where the search of the rate starts.
 RATES = {
     "full": 1e-3,
@@ -351,9 +356,10 @@ def suites() -> dict[str, list[Run]]:
             )
         ],
         "upernet": [
-            default_run(method, budget, head="upernet")
+            run
             for budget in (0.02, 0.005)
             for method in ("both", "external", "internal", "full", "LoRA", "Mona")
+            for run in with_first_phase(default_run(method, budget, head="upernet"))
         ],
         "rates": [
             default_run("both", budget, rate=1e-2 * external, internal_rate=internal_rate(budget / 2) * internal)
@@ -368,12 +374,17 @@ def suites() -> dict[str, list[Run]]:
             for steps in (10, 20, 40, 80, 160)
         ],
         "rewind": [
-            default_run("both", budget, head=head, rate=rate, rewind_step=step)
+            default_run("both", budget, head=head, rate=rate, rewind=rewind)
             for budget in BUDGETS
             for head, rate in (("linear", RATES["both"]), ("upernet", 5e-3))
-            for step in (0, SEARCH_STEPS - 1)
+            for rewind in (True, False)
         ],
     }
+
+
+def with_first_phase(run: Run) -> list[Run]:
+    """A run, and the same with a first phase: its search, if it has one, or as many steps at the rates of a search."""
+    return [run, replace(run, rewind=False) if run.search_steps else replace(run, first_steps=SEARCH_STEPS)]
 
 
 def pack(dataset: str, out: Path) -> None:
@@ -547,25 +558,43 @@ class Bench:
                 model,
                 batches,
                 steps=run.search_steps,
-                rewind_step=run.rewind_step,
+                rewind=run.rewind,
                 loss_fn=loss_of,
                 seed=seed,
                 progress=False,
             )
         trained = trained_backbone_parameters(model, dense.heads)
-        self._train(model, run, seed, self.args.steps - run.search_steps)
+        steps = self.args.steps - run.search_steps - run.first_steps
+
+        def rate_of(name: str) -> float:
+            is_internal = run.internal_rate and ".sfa_internal." in name
+            return run.internal_rate if is_internal else run.rate
+
+        def factor(step: int) -> float:
+            return min((step + 1) / WARMUP, 1.0) * (1 - step / steps) ** POWER
+
+        if run.first_steps:
+            rate = FIRST_RATES.get(run.method, FIRST_RATE)
+            self._train(model, lambda name: rate, lambda step: 1.0, self.batches(seed + 1000, run.first_steps))
+        self._train(model, rate_of, factor, self.batches(seed, steps))
         return self.scores(model) | {
             "trained": trained,
             "backbone": whole,
             "seconds": round(time.perf_counter() - started, 1),
         }
 
-    def _train(self, model: nn.Module, run: Run, seed: int, steps: int) -> None:
+    def _train(
+        self,
+        model: nn.Module,
+        rate_of: Callable[[str], float],
+        factor: Callable[[int], float],
+        batches: Iterable[tuple[Tensor, Tensor]],
+    ) -> None:
+        """Train the head, and what is trained in the backbone at the rate of its name, both times a factor by step."""
         groups: dict[float, list[nn.Parameter]] = {}
         for name, p in model.named_parameters():
             if p.requires_grad:
-                is_internal = run.internal_rate and ".sfa_internal." in name
-                rate = HEAD_RATE if is_head(name, ["decode_head"]) else run.internal_rate if is_internal else run.rate
+                rate = HEAD_RATE if is_head(name, ["decode_head"]) else rate_of(name)
                 groups.setdefault(rate, []).append(p)
         parameters = [p for params in groups.values() for p in params]
         on_gpu = self.device.type == "cuda"
@@ -587,13 +616,12 @@ class Bench:
 
         model.train()
         replayed = Replayed(step) if on_gpu else step
-        for i, batch in enumerate(self.batches(seed, steps)):
-            factor = min((i + 1) / WARMUP, 1.0) * (1 - i / steps) ** POWER
+        for i, batch in enumerate(batches):
             for group, rate in zip(optimizer.param_groups, groups, strict=True):
                 if on_gpu:
-                    group["lr"].fill_(rate * factor)
+                    group["lr"].fill_(rate * factor(i))
                 else:
-                    group["lr"] = rate * factor
+                    group["lr"] = rate * factor(i)
             replayed(*batch)
 
     @torch.no_grad()
@@ -741,8 +769,9 @@ def grouped(results: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[st
     """Results by all but the seed: data, model, setting, budget, method, rates, search steps, options."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for r in results:
-        rewound = {"rewind_step": r["rewind_step"]} if r.get("rewind_step") else {}
-        options = " ".join(f"{k}={v}" for k, v in (r["options"] | rewound).items())
+        first = {"first_steps": r["first_steps"]} if r.get("first_steps") else {}
+        on = {} if r.get("rewind", True) else {"rewind": False}
+        options = " ".join(f"{k}={v}" for k, v in (r["options"] | first | on).items())
         setting = f"{r['head']} head, {r['steps']} steps of {r['image_size'][0]}x{r['image_size'][1]}"
         of = (r["data"], r["model"], setting, r["budget"], r["method"], r["rate"], r["internal_rate"])
         groups.setdefault((*of, r["search_steps"], options), []).append(r)

@@ -113,7 +113,7 @@ def suites() -> dict[str, list[Run]]:
         ],
         "rounds": [
             Run("internal, prune in 3 rounds", config=INTERNAL, search={"rounds": 3, "steps": 20}),
-            Run("internal, rewound to step 20", config=INTERNAL, search={"rewind_step": 20}),
+            Run("internal, goes on from the search", config=INTERNAL, search={"rewind": False}),
             Run("internal, search of 20 steps", config=INTERNAL, search={"steps": 20}),
             Run("internal, search of 180 steps", config=INTERNAL, search={"steps": 180}),
             Run("internal, every layer alike", config=INTERNAL, search={"quotas": Quotas(equal_density=True)}),
@@ -159,8 +159,8 @@ class Bench:
 
     def search(self, model: nn.Module, seed: int, **options: Any) -> TicketReport:
         batches = TrainBatches(self.task, self.train_rows, self.accelerator, seed + 1000)
-        given = {"steps": self.args.search_steps, "seed": seed, "progress": False, "loss_fn": self.task.loss} | options
-        return search_ticket(model, batches, **given)
+        given = {"steps": self.args.search_steps, "seed": seed, "progress": False, "loss_fn": self.task.loss}
+        return search_ticket(model, batches, **(given | options))
 
     def train(self, model: nn.Module, heads: Sequence[str], seed: int, rates: Rates, decay: float = 0.0) -> nn.Module:
         set_seed(seed)

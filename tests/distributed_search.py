@@ -34,7 +34,7 @@ model.save_pretrained(folder / "saved")
 
 # Everything that ranks could disagree on: rounds, widths, values to begin with. Stopped once and resumed.
 model = auto(external_places=["attention", "mlp", "mlp_parallel", "block"])
-options = {"accelerator": accelerator, "rounds": 2, "steps": 3, "rewind_step": 1, "criterion": "credit"}
+options = {"accelerator": accelerator, "rounds": 2, "steps": 3, "rewind": False, "criterion": "credit"}
 file = folder / "progress.safetensors"
 calls = []
 

@@ -340,7 +340,7 @@ AT_LEAST_1 = (
     *("steps", "batch_size", "eval_batch_size", "gradient_accumulation_steps", "logging_steps", "eval_steps"),
     *("shuffle_buffer", "max_train_samples", "max_eval_samples", "head_channels"),
 )
-AT_LEAST_0 = ("search_steps", "rewind_step", "num_workers", "checkpoints_total_limit", "seed", "data_seed")
+AT_LEAST_0 = ("search_steps", "num_workers", "checkpoints_total_limit", "seed", "data_seed")
 
 
 def test_flags_that_cannot_be_meant_are_refused(folders, tmp_path, capsys):
@@ -356,7 +356,6 @@ def test_flags_that_cannot_be_meant_are_refused(folders, tmp_path, capsys):
         (["--steps", "many"], "argument --steps: must be a whole number, not 'many'"),
         (["--method", "full", "--push_to_hub", "me/x"], "--push_to_hub pushes adapters"),
         (["--bad_data", "error", "--streaming"], "choose one"),
-        (["--search_steps", "4", "--rewind_step", "4"], "--rewind_step 4 must be less than --search_steps 4"),
     ):
         with pytest.raises(SystemExit):
             parse(SemanticSegmentation, arguments)
@@ -740,14 +739,26 @@ def test_a_damaged_ticket_search_is_named(folders, tmp_path, monkeypatch):
     run(task, arguments)
 
 
-def test_a_training_starts_with_the_values_of_a_step_of_the_search(folders, tmp_path):
-    for rewind_step in (0, 1):
-        still = ["--learning_rate=0", "--internal_learning_rate=0", "--head_learning_rate=0"]
-        given = [*still, f"--rewind_step={rewind_step}"]
-        run(SemanticSegmentation, flags_of(folders, SemanticSegmentation, tmp_path / str(rewind_step), *given))
-        ups = [tensor for name, tensor in trained(tmp_path / str(rewind_step)).items() if ".up." in name]
-        assert ups
-        assert any(up.any() for up in ups) is bool(rewind_step)
+@pytest.mark.parametrize("flags", [[], ["--rewind"]])
+def test_a_training_goes_on_from_the_search_or_starts_again(folders, tmp_path, flags):
+    still = ["--learning_rate=0", "--internal_learning_rate=0"]
+    run(SemanticSegmentation, flags_of(folders, SemanticSegmentation, tmp_path, *still, *flags))
+    ups = [tensor for name, tensor in trained(tmp_path).items() if ".up." in name]
+    assert ups
+    assert any(up.any() for up in ups) is not bool(flags)
+
+
+def test_a_search_trains_the_head_at_the_rate_of_the_training(folders, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("dense.run.search_ticket", lambda *args, **given: seen.append(given) or stop())
+
+    def stop():
+        raise KeyboardInterrupt
+
+    for flags, rate in ([], 2e-3), (["--head_learning_rate=3e-4"], 3e-4), (["--head_learning_rate=0"], 0.0):
+        with pytest.raises(KeyboardInterrupt):
+            run(SemanticSegmentation, flags_of(folders, SemanticSegmentation, tmp_path, *flags, "--overwrite"))
+        assert seen.pop()["adapter_learning_rate"] == rate
 
 
 # Longer, shorter and beside others

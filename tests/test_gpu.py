@@ -105,7 +105,7 @@ def test_the_main_path(make, order, granularity, tmp_path):
 @every_architecture
 def test_places_chosen_by_the_search(make):
     model = get_peft_model(make().to(DEVICE), config(external_placement="auto", budget=0.3))
-    search_ticket(model, BATCHES, steps=12, rounds=2, rewind_step=2, optimizer_state="bf16", progress=False)
+    search_ticket(model, BATCHES, steps=12, rounds=2, rewind=False, optimizer_state="bf16", progress=False)
     assert_on_device(model)
     train(model)
 

@@ -210,6 +210,7 @@ def test_an_interrupted_search_changes_nothing():
         ("steps=0", {"steps": 0}),
         ("learning_rate=-1", {"learning_rate": -1}),
         ("adapter_learning_rate=nan", {"adapter_learning_rate": float("nan")}),
+        ("adapter_learning_rate=-1 must be a finite number of at least 0", {"adapter_learning_rate": -1}),
         ("adapter_name='nobody'", {"adapter_name": "nobody"}),
     ],
 )
@@ -496,25 +497,56 @@ def test_a_later_round_prunes_among_the_survivors_of_the_first():
         assert all(later[name] <= earlier[name] for name in later)
 
 
-def test_rewinding_to_an_early_step_starts_there():
-    model = adapted()
-    base = tiny.state(model)
-    search(model, rewind_step=2)
-    early = model.state_dict()
-    assert any(t.any() for n, t in early.items() if "sfa_internal" in n and not n.endswith("positions"))
-    changed = {n for n in base if n in early and not torch.equal(base[n], early[n]) and "sfa_internal" not in n}
-    assert changed
-    assert all("modules_to_save" in n or ".sfa_" in n for n in changed)
-    # Two steps of the same search end at those heads and external adapters.
-    seen = []
-    other = adapted()
+def test_the_training_goes_on_from_the_end_of_the_search():
+    model, seen = adapted(), []
+
+    def state(model):
+        return {n.replace(".base_layer", ""): t for n, t in tiny.state(model).items()}
 
     def remember(inner, batch):
-        seen.append({n: p.detach().clone() for n, p in inner.named_parameters() if n in changed})
+        seen.append(state(inner))
         return inner(**batch).loss
 
-    search(other, loss_fn=remember)
-    assert all(torch.equal(seen[2][n], early[n]) for n in changed & seen[2].keys())
+    before = state(model)
+    search(model, rewind=False)
+    search(adapted(), steps=5, loss_fn=remember)
+    end, after = seen[4], state(model)
+    heads = [n for n in after if "modules_to_save" in n]
+    externals = [n for n in after if ".sfa_" in n and ".sfa_internal." not in n]
+    assert any("running_mean" in n for n in heads)
+    assert externals
+    assert all(torch.equal(after[n], end[n]) for n in (*heads, *externals))
+    assert not any(torch.equal(after[n], before[n]) for n in (*heads, *externals))
+    model.merge_adapter()
+    merged = state(model)
+    for name, at in positions(model).items():
+        assert torch.allclose(merged[name].flatten()[at.long()], end[name].flatten()[at.long()], atol=1e-6)
+        assert not torch.equal(merged[name], before[name])
+
+
+@pytest.mark.parametrize("criterion", ["lottery", "fisher", "magnitude"])
+@pytest.mark.parametrize("placement", ["uniform", "auto"])
+@pytest.mark.parametrize("rewind", [True, False])
+def test_only_a_search_that_is_not_rewound_leaves_values(criterion, placement, rewind):
+    model = adapted(external_placement=placement, external_share=0.4, budget=0.2)
+    before, expected = tiny.state(model), tiny.output(model)
+    search(model, criterion=criterion, rewind=rewind)
+    trains = not rewind and (criterion != "magnitude" or placement == "auto")
+    assert torch.equal(tiny.output(model), expected) is not trains
+    after = dict(model.named_parameters())
+    assert any(p.any() for n, p in after.items() if ".up." in n) is trains
+    assert any(p.any() for n, p in after.items() if ".sfa_internal." in n) is (criterion == "lottery" and trains)
+    heads = [n for n in before if "modules_to_save" in n]
+    assert all(torch.equal(model.state_dict()[n], before[n]) for n in heads) is not trains
+    base = [n for n in before.keys() & after.keys() if ".sfa_" not in n and "modules_to_save" not in n]
+    assert all(torch.equal(after[n], before[n]) for n in base)
+    if rewind:
+        search(model, criterion=criterion, rewind=rewind)
+    elif criterion == "lottery":
+        with pytest.raises(
+            ValueError, match="values of adapter 'default' are not zero any more, after a search with rewind=Fal"
+        ):
+            search(model)
 
 
 @pytest.mark.parametrize(
@@ -523,7 +555,6 @@ def test_rewinding_to_an_early_step_starts_there():
         ("rounds=2: 'fisher' does not train", {"rounds": 2, "criterion": "fisher"}),
         ("rounds=0", {"rounds": 0}),
         ("optimizer_state='disk'", {"optimizer_state": "disk"}),
-        (r"rewind_step=4 must be an int in \[0, 4\)", {"rewind_step": 4}),
         ("Quotas.floor=0.9 cannot be met", {"quotas": Quotas(floor=0.9)}),
     ],
 )
@@ -637,7 +668,7 @@ def test_a_stopped_search_goes_on_with_the_head_that_it_began_with(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"rounds": 2, "rewind_step": 1}, {"criterion": "credit"}, {"optimizer_state": "bf16"}]
+    "options", [{}, {"rounds": 2}, {"rewind": False}, {"criterion": "credit"}, {"optimizer_state": "bf16"}]
 )
 def test_a_search_that_was_stopped_goes_on_to_the_same_ticket(tmp_path, options):
     steps = 8 // options.get("rounds", 1)
@@ -739,19 +770,6 @@ def test_several_active_adapters_stay_active():
     assert all(m.active_adapters == ["default", "other"] for m in model.modules() if isinstance(m, SFALayer))
 
 
-@pytest.mark.parametrize("placement", ["uniform", "auto"])
-def test_heads_are_rewound_to_the_early_step_with_any_placement(placement):
-    model = adapted(external_placement=placement, external_share=0.4, budget=0.2)
-    before = {n: p.clone() for n, p in model.named_parameters() if "modules_to_save" in n}
-    search(model, rewind_step=2)
-    after = dict(model.named_parameters())
-    assert any(not torch.equal(p, after[n]) for n, p in before.items())
-    values = [p for n, p in after.items() if ".sfa_internal." in n]
-    ups = [p for n, p in after.items() if ".up." in n]
-    assert any(p.any() for p in values)
-    assert any(p.any() for p in ups)
-
-
 def test_a_criterion_must_be_deterministic_and_cannot_harm_the_weights():
     failing(
         "must give the same scores every time",
@@ -795,6 +813,7 @@ def test_external_adapters_alone_have_no_density():
         ("dataloader=5 must give batches", TypeError, {"data": 5}),
         ("steps=True", ValueError, {"steps": True}),
         ("seed=0.5", ValueError, {"seed": 0.5}),
+        ("rewind=1 must be True or False", TypeError, {"rewind": 1}),
     ],
 )
 def test_odd_arguments(match, error, options):
@@ -807,7 +826,6 @@ def test_numpy_numbers_will_do(tmp_path):
     options = {
         "steps": np.int64(4),
         "seed": np.int64(3),
-        "rewind_step": np.int64(1),
         "learning_rate": np.float32(5e-4),
     }
     search(adapted(), checkpoint=tmp_path / "s", checkpoint_every=np.int64(2), **options)
@@ -865,7 +883,7 @@ def test_targets_that_are_never_called_are_left_out_of_the_ticket(rounds):
     model = idle_model()
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
     with pytest.warns(UserWarning, match=r"never calls \['1.qkv'\]: it does not use them, or reads their weights"):
-        report = search(model, INPUTS, loss_fn=squared, rounds=rounds, rewind_step=1)
+        report = search(model, INPUTS, loss_fn=squared, rounds=rounds)
     assert {name.rpartition(".")[0] for name, own in positions(model).items() if len(own)} <= {
         "base_model.model.1.proj",
         "base_model.model.0",

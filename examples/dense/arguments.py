@@ -93,11 +93,9 @@ def parse(
         "--search_steps", type=whole(0), default=80, help="Of the ticket search; 0 keeps the data-free one."
     )
     loop.add_argument(
-        "--rewind_step",
-        type=whole(0),
-        default=0,
-        help="The step of the search whose values the training starts with, also those of the head; less than "
-        "--search_steps. Default: 0, those before the search.",
+        "--rewind",
+        action="store_true",
+        help="Start the training with the values before the search, instead of going on from its end.",
     )
     loop.add_argument("--batch_size", type=whole(1), default=8, help="Per process.")
     loop.add_argument("--eval_batch_size", type=whole(1), default=8, help="Per process.")
@@ -158,8 +156,6 @@ def parse(
             parser.error(f"--{name} {value!a} is no text in UTF-8, and could not be told in a report")
     if not 0 < args.budget < 1:
         parser.error("--budget must be a fraction between 0 and 1")
-    if args.rewind_step and args.rewind_step >= args.search_steps:
-        parser.error(f"--rewind_step {args.rewind_step} must be less than --search_steps {args.search_steps}")
     if args.push_to_hub and METHODS[args.method].config is None:
         parser.error(f"--push_to_hub pushes adapters; --method {args.method} makes none")
     if args.bad_data == "error" and args.streaming:

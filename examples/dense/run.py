@@ -469,7 +469,9 @@ class Run:
                 model,
                 TrainBatches(self.task, self.train_rows, self.accelerator, args.seed + 1),
                 steps=args.search_steps,
-                rewind_step=args.rewind_step,
+                rewind=args.rewind,
+                # The head goes on from there, and a transformer head is harmed by a rate that is not its own.
+                adapter_learning_rate=self._rates().head,
                 loss_fn=self.task.loss,
                 accelerator=self.accelerator,
                 checkpoint=checkpoint,

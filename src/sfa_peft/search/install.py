@@ -130,8 +130,8 @@ def searchable(model: nn.Module, adapter_name: str | None, replaces_externals: b
             )
         if adapter_name in layer.sfa_internal and any(p.any() for p in layer.sfa_internal[adapter_name].parameters()):
             raise ValueError(
-                f"the internal values of adapter {adapter_name!r} are not zero any more; a new ticket would drop "
-                f"them. Search before training, or for a new adapter."
+                f"the internal values of adapter {adapter_name!r} are not zero any more, after a search with "
+                f"rewind=False or a training; a new ticket would drop them. Search before that, or for a new adapter."
             )
         if (replaces_externals or config.external_placement == "auto") and layer.is_changed_by(adapter_name):
             raise ValueError(

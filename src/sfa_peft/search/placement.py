@@ -2,8 +2,8 @@
 
 During the search, wide adapters, the probes, are trained at every place. The score of a hidden unit is the credit of
 its parameters: the decrease of the loss that is due to them. The units with the highest credit per parameter are kept,
-as many as the external share of the budget allows. A place may get none. The kept units start again with the initial
-weights of their probe, as a winning ticket does.
+as many as the external share of the budget allows. A place may get none. The kept units go on with the weights of
+their probe, or start again with its initial ones, as a winning ticket does.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class Placement:
     def score(
         self,
         training: DenseTraining,
+        rewind: bool,
         agree: Callable[[Tensor], Tensor] | None = None,
         left_out: Collection[str] = (),
     ) -> None:
@@ -61,6 +62,7 @@ class Placement:
 
         Args:
             training: The training of the probes.
+            rewind: Whether the units start again with their initial values.
             agree: Gives all processes the same scores.
             left_out: Modules whose probes are not scored.
         """
@@ -74,7 +76,7 @@ class Placement:
             down, bias, up = (slot.sums[STATISTIC].float() for slot in trained)
             credit = (down.sum(1) + bias + up.sum(0)).to(probe.down.weight.device)
             self.credit[str(i)] = (agree(credit) if agree else credit).cpu()
-            down, bias, up = (slot.begin for slot in trained)
+            down, bias, up = (slot.begin if rewind else slot.value.clone() for slot in trained)
             self.values.append((down, bias, up))
 
     def select(self, allowance: int) -> Chosen:

@@ -15,7 +15,7 @@ from ..checkpoint import CheckpointError
 from ..checkpoint.files import load_tensors, write_whole
 from ..checkpoint.seal import digest_of
 
-FORMAT = "sfa_peft search 4"
+FORMAT = "sfa_peft search 5"
 
 
 @dataclass

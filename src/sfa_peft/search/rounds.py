@@ -137,13 +137,13 @@ class Rounds:
                 slot.kept = kept
         training.rewind()
 
-    def early_values(self, positions: Positions) -> dict[str, Tensor]:
-        """The change of each chosen position at the step that the search rewinds to."""
+    def changes(self, positions: Positions) -> dict[str, Tensor]:
+        """The change of each chosen position since the start of the search."""
         values = {}
         for module, chosen in positions.items():
             for name, at in chosen.items():
                 slot = self.slots[f"{module}.{name}"]
-                if slot.early is not None and len(at):
-                    moved = (slot.early.float() - slot.before.float()).to(slot.parameter.device)
+                if slot.rate and len(at):
+                    moved = slot.value.float() - slot.before.to(slot.parameter.device, torch.float32)
                     values[f"{module}.{name}"] = self.granularity.read(moved.contiguous(), at.to(moved.device).long())
         return values

@@ -44,7 +44,7 @@ def search_ticket(
     steps: int = 200,
     criterion: str | Criterion | Score = "lottery",
     rounds: int = 1,
-    rewind_step: int = 0,
+    rewind: bool = True,
     quotas: Quotas | None = None,
     learning_rate: float = 5e-4,
     adapter_learning_rate: float = 2e-3,
@@ -61,14 +61,13 @@ def search_ticket(
 
     The search trains the candidate parameters (those of `target_modules`) densely with Adam, together with the
     external adapters and the heads. For a criterion that needs only gradients, the candidates are not changed. The
-    criterion scores each position, and the exact global top k become the ticket. Every parameter, buffer,
-    `requires_grad` flag and training mode of the model is restored bit for bit. The values of the new ticket are zero.
-    They are new parameters: **create the optimizer after the search**, and wrap the model for distributed training
-    after it.
+    criterion scores each position, and the exact global top k become the ticket. Every parameter and buffer of the
+    base model, every `requires_grad` flag and training mode is restored bit for bit; with `rewind=True` also the
+    external adapters and the heads. The values of the ticket are new parameters: **create the optimizer after the
+    search**, and wrap the model for distributed training after it.
 
     With `external_placement="auto"` (experimental, no gain was measured), wide external adapters are trained at every
-    place during the search. Their hidden units are scored, and the best ones within the budget are kept, with their
-    initial weights.
+    place during the search. Their hidden units are scored, and the best ones within the budget are kept.
 
     With several processes, gradients are averaged over the processes, and all get the ticket of the main process. The
     same model, data, seed and settings give the same ticket.
@@ -87,16 +86,17 @@ def search_ticket(
             The number of rounds of training and selection. Experimental, no gain was measured. More than 1 needs a
             criterion with dense training. Each round keeps a smaller set of survivors, reduced by the same factor, and
             the next round trains only these (Frankle & Carbin, "The Lottery Ticket Hypothesis", 2019).
-        rewind_step (`int`, defaults to 0):
-            The step of the first round that parameters are rewound to, between rounds and at the end, in [0, steps)
-            (Frankle et al., "Linear Mode Connectivity and the Lottery Ticket Hypothesis", 2020). With 0 the model has
-            the base model's outputs after the search. Otherwise the ticket, the external adapters and the heads start
-            with their values of that step: with a large fresh head in a short training, ``steps - 1`` gained 4 points
-            of mean IoU; with a linear head it made no difference.
+        rewind (`bool`, defaults to `True`):
+            Whether the external adapters and the heads start again with their values before the search, and the values
+            of the ticket with zero, as a winning ticket does (Frankle & Carbin, 2019). The model then has the same
+            outputs as before. With False the training goes on from the last step of the search, which gained 4 points
+            of mean IoU with a large fresh head in a short training. Then `adapter_learning_rate` must suit the head:
+            take the rate of its training. Rounds are rewound in any case.
         quotas (`Quotas`, *optional*, defaults to `None`):
             Limits on the part of the ticket that each layer or type of module gets. None selects globally.
         learning_rate (`float`, defaults to 5e-4): The learning rate of the candidate parameters.
-        adapter_learning_rate (`float`, defaults to 2e-3): The learning rate of the external adapters and the heads.
+        adapter_learning_rate (`float`, defaults to 2e-3):
+            The learning rate of the external adapters and the heads. With 0 they are not trained.
         adapter_name (`str`, *optional*, defaults to `None`): The adapter. None means the active one.
         loss_fn (`Callable`, *optional*, defaults to `None`):
             ``(model, batch) -> loss``, a tensor of one element. None uses ``model(**batch).loss``.
@@ -126,9 +126,10 @@ def search_ticket(
     rule = as_criterion(criterion)
     steps, rounds = _whole("steps", steps, 1), _whole("rounds", rounds, 1)
     checkpoint_every, seed = _whole("checkpoint_every", checkpoint_every, 1), _whole("seed", seed)
-    rewind_step = _whole("rewind_step", rewind_step, 0)
+    if not isinstance(rewind, bool):
+        raise TypeError(f"rewind={rewind!r} must be True or False.")
     learning_rate = _rate("learning_rate", learning_rate)
-    adapter_learning_rate = _rate("adapter_learning_rate", adapter_learning_rate)
+    adapter_learning_rate = _rate("adapter_learning_rate", adapter_learning_rate, may_be_0=True)
     if not (quotas is None or isinstance(quotas, Quotas)):
         raise TypeError(f"quotas={quotas!r} must be an sfa_peft.Quotas, such as Quotas(per='layer', cap=0.5).")
     if not (dataloader is None or isinstance(dataloader, Iterable)):
@@ -141,10 +142,10 @@ def search_ticket(
         raise ValueError(
             f"rounds={rounds}: {rule.name!r} does not train the candidates, so every round would be the same; use 1."
         )
-    if rewind_step >= steps:
-        raise ValueError(f"rewind_step={rewind_step!r} must be an int in [0, {steps}), the steps of a round.")
     config = tuner.peft_config[adapter_name]
     places_externals = config.external_placement == "auto"
+    if places_externals and not adapter_learning_rate:
+        raise ValueError("adapter_learning_rate=0, but external_placement='auto' chooses among trained adapters.")
     candidates = tuner.candidates(adapter_name)
     shared = tuner.shared_parameters()
     for module, parameters in candidates.items():
@@ -171,8 +172,6 @@ def search_ticket(
         raise ValueError(
             f"dataloader=None, but the criterion {rule.name!r} or the placement needs data; pass batches."
         )
-    if rewind_step and not needs_data:
-        raise ValueError(f"rewind_step={rewind_step}: the criterion {rule.name!r} trains nothing; use 0.")
 
     data = dataloader if needs_data else None
     # Not a new Accelerator, which would fix the precision for the whole process before the user chooses one.
@@ -212,7 +211,7 @@ def search_ticket(
             others = [Slot(f"beside.{i}", p, adapter_learning_rate, probed.get(p, ())) for i, p in enumerate(beside)]
             training = DenseTraining([*selector.make_slots(learning_rate), *others], optimizer_state, seed)
             rollback.also(training.release)
-            rollback.also(lambda: training.rewind(to_early=False))
+            rollback.also(training.undo)
             places = [name for name, layer in sfa_layers(tuner.model) if layer.externals_of(adapter_name)]
             names = dict.fromkeys((*candidates, *places))
             calls = Calls({name: tuner.model.get_submodule(name) for name in names})
@@ -224,7 +223,6 @@ def search_ticket(
                         "criterion": rule.name,
                         "steps": steps,
                         "rounds": rounds,
-                        "rewind_step": rewind_step,
                         "quotas": repr(quotas),
                         "learning_rate": learning_rate,
                         "adapter_learning_rate": adapter_learning_rate,
@@ -234,7 +232,7 @@ def search_ticket(
                     }
                     run.resume(SearchCheckpoint(Path(checkpoint), settings))
                 batches = endless(prepared(data, device), steps * rounds)
-                run.run_steps(batches, steps, rounds, selector, rewind_step, checkpoint_every, progress)
+                run.run_steps(batches, steps, rounds, selector, checkpoint_every, progress)
                 if rule.needs_data and selector.slots and not training.has_evidence():
                     raise TicketSearchError(
                         f"the criterion {rule.name!r} saw no change and no gradient in any candidate, so the loss "
@@ -246,20 +244,24 @@ def search_ticket(
                 selector.leave_out(never)
                 _warn_of_idle([name for name in places if name in never])
                 if placement:
-                    placement.score(training, broadcast if several else None, never)
+                    placement.score(training, rewind, broadcast if several else None, never)
                     chosen = placement.select(tuner.external_allowance(adapter_name))
                     left = tuner.budget(adapter_name) - chosen.cost
                     positions = selector.choose(training, min(left, selector.total))
                 else:
                     positions = selector.choose(training, selector.size)
-            early = selector.early_values(positions)
+            changes = {} if rewind else selector.changes(positions)
             # Without the probes, which are removed after the search; `chosen` has their values.
-            moved = [slot for slot in others if slot.begin is not slot.before and slot.parameter not in probed]
-            early_beside = [(slot.parameter, slot.begin) for slot in moved]
+            stay = [slot for slot in others if slot.parameter not in probed]
+            begin: list[tuple[Tensor, Tensor]]
+            begin = [(slot.parameter, slot.begin if rewind else slot.value.to("cpu", copy=True)) for slot in stay]
+            if not rewind:
+                buffers = _head_buffers(model, adapter_name)
+                begin += [(b, (broadcast(b) if several else b).to("cpu", copy=True)) for b in buffers]
         rollback.restore()
         with seeded(seed, device):
             tuner.install(adapter_name, positions, chosen.externals if chosen else None)
-        _begin(tuner, adapter_name, chosen, early, early_beside)
+        _begin(tuner, adapter_name, chosen, changes, begin)
         warn_of_replaced(replaced, tuner.parameters_of(adapter_name), adapter_name)
     if run.checkpoint is not None and state.is_main_process:
         run.checkpoint.remove()
@@ -281,18 +283,18 @@ def _begin(
     tuner: SFAModel,
     adapter_name: str,
     chosen: Chosen | None,
-    early: Mapping[str, Tensor],
-    early_beside: Iterable[tuple[nn.Parameter, Tensor]],
+    changes: Mapping[str, Tensor],
+    beside: Iterable[tuple[Tensor, Tensor]],
 ) -> None:
-    """Set the initial values of the installed adapter: those of a placement, and those of the step to rewind to."""
+    """Set the values that the training begins with: of a placement, of the ticket, and of what is beside it."""
     if chosen:
         chosen.begin(tuner, adapter_name)
     layers = dict(sfa_layers(tuner.model))
     with torch.no_grad():
-        for name, values in early.items():
+        for name, values in changes.items():
             module, _, parameter = name.rpartition(".")
             layers[module].sfa_internal[adapter_name].values(parameter).copy_(values)
-        for p, value in early_beside:
+        for p, value in beside:
             p.copy_(value)
 
 
@@ -303,9 +305,10 @@ def _whole(name: str, value: int, least: int | None = None) -> int:
     return int(value)
 
 
-def _rate(name: str, value: float) -> float:
-    if not (isinstance(value, Real) and math.isfinite(value) and value > 0):
-        raise ValueError(f"{name}={value!r} must be a finite number above 0.")
+def _rate(name: str, value: float, may_be_0: bool = False) -> float:
+    is_number = isinstance(value, Real) and math.isfinite(value)
+    if not is_number or value < 0 or not (value or may_be_0):
+        raise ValueError(f"{name}={value!r} must be a finite number {'of at least' if may_be_0 else 'above'} 0.")
     return float(value)
 
 
@@ -343,6 +346,13 @@ def _trained_beside(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
         elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             found += module.modules_to_save[adapter_name].parameters()
     return found
+
+
+def _head_buffers(model: nn.Module, adapter_name: str) -> list[Tensor]:
+    """The buffers of the adapter's heads, such as the statistics of a BatchNorm."""
+    wrappers = (module for module in model.modules() if isinstance(module, ModulesToSaveWrapper))
+    heads = (w.modules_to_save[adapter_name] for w in wrappers if adapter_name in w.modules_to_save)
+    return [buffer for head in heads for buffer in head.buffers()]
 
 
 def _begin_search(tuner: SFAModel, adapter_name: str, rollback: Rollback) -> None:

@@ -136,7 +136,6 @@ class Run:
         steps: int,
         rounds: int,
         selector: Rounds,
-        rewind_step: int,
         checkpoint_every: int,
         progress: bool,
     ) -> None:
@@ -166,8 +165,6 @@ class Run:
                 if is_due or (step + 1) % steps == 0 or len(self._unread) >= self._read_every:
                     self._read_losses()
                     bar.set_postfix(loss=f"{self.losses[-1]:.3f}")
-                if step + 1 == rewind_step:
-                    self.training.remember()
                 if is_due:
                     self._save()
 

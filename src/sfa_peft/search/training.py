@@ -39,7 +39,6 @@ class Slot:
         kept: The mask of the survivors of earlier rounds; None in the first round.
         start: In a resumed search, the value at the start of the original search. For external adapters and heads,
             which may have been initialized again since.
-        early: The value at the step that the search rewinds to.
     """
 
     name: str
@@ -54,7 +53,6 @@ class Slot:
     steps: int = field(init=False, default=0)
     kept: Tensor | None = field(init=False, default=None)
     start: Tensor | None = field(init=False, default=None)
-    early: Tensor | None = field(init=False, default=None)
 
     @property
     def value(self) -> Tensor:
@@ -69,8 +67,6 @@ class Slot:
     @property
     def begin(self) -> Tensor:
         """The value that the parameter is rewound to."""
-        if self.early is not None:
-            return self.early
         return self.before if self.start is None else self.start
 
     def forget(self) -> None:
@@ -80,7 +76,7 @@ class Slot:
 
     def tensors(self) -> dict[str, Tensor]:
         """The state of this slot, for a search that resumes."""
-        named: dict[str, Tensor | None] = {"value": self.value, "kept": self.kept, "early": self.early}
+        named: dict[str, Tensor | None] = {"value": self.value, "kept": self.kept}
         named["steps"] = torch.tensor(self.steps)
         if not self.is_candidate:
             named["start"] = self.before if self.start is None else self.start
@@ -92,7 +88,7 @@ class Slot:
     def restore(self, tensors: dict[str, Tensor]) -> None:
         self.set(tensors["value"])
         self.steps = int(tensors["steps"])
-        self.kept, self.early, self.start = (tensors.get(name) for name in ("kept", "early", "start"))
+        self.kept, self.start = tensors.get("kept"), tensors.get("start")
         if self.kept is not None:
             self.kept = self.kept.to(self.parameter.device)
         if self.moments:
@@ -203,20 +199,16 @@ class DenseTraining:
             new = ((new.contiguous().view(torch.int32) + noise) & ~0xFFFF).view(torch.float32)
         kept.copy_(new)
 
-    def rewind(self, to_early: bool = True) -> None:
-        """Reset all parameters, moments and sums.
-
-        Args:
-            to_early: Whether to reset parameters to the values that the search rewinds to, or to those before it.
-        """
+    def rewind(self) -> None:
+        """Reset all parameters, moments and sums to the start of the search."""
         for slot in self.slots:
-            slot.set(slot.begin if to_early else slot.before)
+            slot.set(slot.begin)
             slot.forget()
 
-    def remember(self) -> None:
-        """Keep the current values as those that the search rewinds to."""
+    def undo(self) -> None:
+        """Reset all parameters to their values before the search, or before it was resumed."""
         for slot in self.slots:
-            slot.early = slot.value.to(slot.before.device, copy=True)
+            slot.set(slot.before)
 
     def evidence(self, slot: Slot, criterion: Criterion, seed: int) -> Evidence:
         """The evidence about a parameter. Its tensors are copies, since a criterion may work in place."""
