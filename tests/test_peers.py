@@ -1,11 +1,29 @@
 """The methods that benchmarks/accuracy.py compares, on tiny backbones: each trains what it says, within its budget."""
 
+import io
+import itertools
+import zipfile
+from argparse import Namespace
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import Dinov2Backbone, SwinBackbone
 
 import tiny
-from accuracy import METHODS, MOST_RATES, WITHOUT_BUDGET, Segmenter, default_run, loss_of, tuned
+from accuracy import (
+    METHODS,
+    MOST_RATES,
+    WITHOUT_BUDGET,
+    Bench,
+    Segmenter,
+    default_run,
+    loss_of,
+    tuned,
+    with_first_phase,
+)
 
 from dense.methods import Dense, trained_backbone_parameters
 
@@ -67,3 +85,32 @@ def test_a_rate_is_searched_until_the_best_is_inside(best, rates):
     chosen = min(rates, key=lambda rate: abs(rate - best))
     assert sorted(seed for rate, seed in known if rate == chosen) == [3, 4, 5]
     assert len(known) == len(rates) + 2
+
+
+@pytest.fixture
+def bench(tmp_path):
+    SwinBackbone(tiny.swin_config(embed_dim=16)).save_pretrained(tmp_path / "swin")
+    noise = np.random.default_rng(0)
+    with zipfile.ZipFile(tmp_path / "scenes.zip", "w") as file:
+        for split, i in itertools.product(("train", "validation"), range(8)):
+            for column, values in (("image", noise.integers(256, size=(32, 32, 3))), ("label", np.eye(32))):
+                data = io.BytesIO()
+                Image.fromarray(values.astype(np.uint8)).save(data, "PNG")
+                file.writestr(f"{split}/{i:05}.{column}", data.getvalue())
+    sizes = {"image_size": (32, 32), "eval_size": (32, 32), "classes": 2}
+    args = Namespace(data=tmp_path / "scenes.zip", device="cpu", steps=4, **sizes)
+    return Bench(args, str(tmp_path / "swin"))
+
+
+@pytest.mark.parametrize("method", ["both", "LoRA", "full"])
+def test_all_runs_have_as_many_steps_also_with_a_first_phase(bench, method, monkeypatch):
+    trained = []
+    batches = bench.batches
+    monkeypatch.setattr(bench, "batches", lambda seed, steps: trained.append(steps) or batches(seed, steps))
+    for run in with_first_phase(default_run(method, BUDGET)):
+        run = replace(run, search_steps=min(run.search_steps, 1), first_steps=min(run.first_steps, 1))
+        trained.clear()
+        result = bench.run(run, 0)
+        assert sum(trained) == 4
+        assert len(trained) == 1 + run.search_steps + run.first_steps
+        assert 0 < result["trained"] <= (1 if method == "full" else BUDGET) * result["backbone"]
