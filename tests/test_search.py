@@ -352,6 +352,27 @@ def test_half_precision_models_are_searched_in_float32(dtype):
     assert all(torch.equal(p, after[n.replace(".base_layer", "")]) for n, p in before.items())
 
 
+@pytest.mark.parametrize("placement", ["uniform", "auto"])
+@pytest.mark.parametrize("rewind", [True, False])
+def test_adapters_stay_in_float32_on_a_half_precision_base(placement, rewind):
+    options = {"external_placement": placement, "external_share": 0.4, "budget": 0.2}
+    model = adapted(lambda: tiny.swin().to(torch.bfloat16), **options)
+    if placement == "uniform":
+        with torch.no_grad():  # values that bfloat16 does not have
+            for p in (p for n, p in model.named_parameters() if ".up." in n):
+                p.fill_(0.001001)
+    externals = {n: p for n, p in model.named_parameters() if ".sfa_" in n and ".sfa_internal." not in n}
+    before = {n: p.detach().clone() for n, p in externals.items()}
+    half = [{"pixel_values": b["pixel_values"].bfloat16(), "labels": b["labels"]} for b in BATCHES]
+    search(model, half, rewind=rewind)
+    after = {n: p for n, p in model.named_parameters() if ".sfa_" in n}
+    assert {p.dtype for p in after.values()} == {torch.float32}
+    if placement == "uniform":
+        assert all(after[n] is p for n, p in externals.items())
+        assert all(torch.equal(p, before[n]) is rewind for n, p in externals.items())
+    assert any(p.any() for n, p in after.items() if ".up." in n) is (placement == "uniform" or not rewind)
+
+
 def test_a_search_does_not_fix_the_precision_of_later_accelerators():
     AcceleratorState._reset_state(reset_partial_state=True)
     try:

@@ -213,10 +213,13 @@ class SFALayer(nn.Module, BaseTunerLayer):
         applied: Self = super()._apply(fn, recurse)
         return applied
 
-    def finish_adapter(self, adapter_name: str, is_trained: bool) -> None:
-        """Give a new adapter the device and dtype of the leaf and the mode of the layer, and freeze it or not."""
+    def finish(self, added: Iterable[nn.Module], is_trained: bool) -> None:
+        """Give new parts of an adapter the device and dtype of the leaf and the mode of the layer; freeze them or not.
+
+        Its other parts stay as they are. They may have been cast to float32 since, and hold trained values.
+        """
         device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        for _, adapter in self.modules_of(adapter_name):
+        for adapter in added:
             self._move(adapter, device, dtype)
             for p in parameters_in(adapter):
                 p.requires_grad = is_trained

@@ -180,8 +180,10 @@ class SFAModel(BaseTuner):
         layer = sfa_layer(self.model, name, self.active_adapters, self.changed)
         config = self.peft_config[adapter_name]
         positions = plan.positions.get(name)
+        added: list[nn.Module] = []
         if positions is not None:
             layer.add_internal(adapter_name, positions, config.granularity, init_weights=config.init_weights)
+            added.append(layer.sfa_internal[adapter_name])
         for external in plan.externals.get(name, ()):
             grid = None
             if external.grid is not None:
@@ -200,7 +202,8 @@ class SFAModel(BaseTuner):
             )
             container = None if external.reads is None else self.model.get_submodule(external.reads)
             layer.add_external(adapter_name, adapter, external.kind, container)
-        layer.finish_adapter(adapter_name, adapter_name in self.active_adapters and not config.inference_mode)
+            added.append(adapter)
+        layer.finish(added, adapter_name in self.active_adapters and not config.inference_mode)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
