@@ -617,11 +617,12 @@ class Bench:
         model.train()
         replayed = Replayed(step) if on_gpu else step
         for i, batch in enumerate(batches):
+            part = factor(i)
             for group, rate in zip(optimizer.param_groups, groups, strict=True):
                 if on_gpu:
-                    group["lr"].fill_(rate * factor(i))
+                    group["lr"].fill_(rate * part)
                 else:
-                    group["lr"] = rate * factor(i)
+                    group["lr"] = rate * part
             replayed(*batch)
 
     @torch.no_grad()

@@ -159,8 +159,8 @@ class Bench:
 
     def search(self, model: nn.Module, seed: int, **options: Any) -> TicketReport:
         batches = TrainBatches(self.task, self.train_rows, self.accelerator, seed + 1000)
-        given = {"steps": self.args.search_steps, "seed": seed, "progress": False, "loss_fn": self.task.loss}
-        return search_ticket(model, batches, **(given | options))
+        given = {"steps": self.args.search_steps, "seed": seed, "progress": False, "loss_fn": self.task.loss} | options
+        return search_ticket(model, batches, **given)
 
     def train(self, model: nn.Module, heads: Sequence[str], seed: int, rates: Rates, decay: float = 0.0) -> nn.Module:
         set_seed(seed)

@@ -201,7 +201,8 @@ def search_ticket(
         with seeded(seed, device):
             _begin_search(tuner, adapter_name, rollback)
             placement = Placement.with_probes(tuner, adapter_name) if places_externals else None
-            beside = _trained_beside(model, adapter_name)
+            modules_beside = _trained_beside(model, adapter_name)
+            beside = [p for module in modules_beside for p in module.parameters()]
             for p in (*(p for named in selector.candidates.values() for p in named.values()), *beside):
                 p.requires_grad_(True)
             if several:
@@ -254,9 +255,11 @@ def search_ticket(
             # Without the probes, which are removed after the search; `chosen` has their values.
             stay = [slot for slot in others if slot.parameter not in probed]
             begin: list[tuple[Tensor, Tensor]]
-            begin = [(slot.parameter, slot.begin if rewind else slot.value.to("cpu", copy=True)) for slot in stay]
-            if not rewind:
-                buffers = _head_buffers(model, adapter_name)
+            if rewind:  # the rollback does, but for a resumed search, which began with other values
+                begin = [(slot.parameter, slot.start) for slot in stay if slot.start is not None]
+            else:
+                begin = [(slot.parameter, slot.value.to("cpu", copy=True)) for slot in stay]
+                buffers = [b for module in modules_beside for b in module.buffers()]
                 begin += [(b, (broadcast(b) if several else b).to("cpu", copy=True)) for b in buffers]
         rollback.restore()
         with seeded(seed, device):
@@ -337,22 +340,15 @@ def _settings(config: SFAConfig) -> dict[str, Any]:
     }
 
 
-def _trained_beside(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
+def _trained_beside(model: nn.Module, adapter_name: str) -> list[nn.Module]:
     """The adapter's external adapters and heads, which are trained beside the candidates."""
-    found: list[nn.Parameter] = []
+    found: list[nn.Module] = []
     for module in model.modules():
         if isinstance(module, SFALayer):
-            found += [p for _, adapter in module.externals_of(adapter_name) for p in adapter.parameters()]
+            found += [adapter for _, adapter in module.externals_of(adapter_name)]
         elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-            found += module.modules_to_save[adapter_name].parameters()
+            found.append(module.modules_to_save[adapter_name])
     return found
-
-
-def _head_buffers(model: nn.Module, adapter_name: str) -> list[Tensor]:
-    """The buffers of the adapter's heads, such as the statistics of a BatchNorm."""
-    wrappers = (module for module in model.modules() if isinstance(module, ModulesToSaveWrapper))
-    heads = (w.modules_to_save[adapter_name] for w in wrappers if adapter_name in w.modules_to_save)
-    return [buffer for head in heads for buffer in head.buffers()]
 
 
 def _begin_search(tuner: SFAModel, adapter_name: str, rollback: Rollback) -> None:
